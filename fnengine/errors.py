@@ -1,0 +1,98 @@
+"""Errors that say what is wrong, where, and what to do about it.
+
+Users get these; programmers get asserts. Every class carries the HTTP facts the server needs (`code`, `type`,
+`param`), so that the server translates an error with one function and no table of its own.
+"""
+
+from __future__ import annotations
+
+
+class FnError(Exception):
+    """Base of all errors a user can cause.
+
+    Args:
+        what: one sentence: what is wrong.
+        where: the field, file, flag or request it is about, if any.
+        remedy: what to do, if anything can be said.
+    """
+
+    code = 500
+    type = "InternalServerError"
+
+    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None, param: str | None = None):
+        self.what, self.where, self.remedy, self.param = what, where, remedy, param
+        text = what if where is None else f"{where}: {what}"
+        super().__init__(text if remedy is None else f"{text} ({remedy})")
+
+
+class SpecError(FnError):
+    """The model's configuration cannot be built: unknown architecture, or a key that changes the maths."""
+
+    code, type = 400, "BadRequestError"
+
+
+class CheckpointError(FnError):
+    """Weights are missing, truncated, of the wrong shape, or cannot be found or fetched."""
+
+    code, type = 400, "BadRequestError"
+
+
+class ConfigError(FnError):
+    """A flag or an option has no meaning, an impossible value, or is not implemented."""
+
+    code, type = 400, "BadRequestError"
+
+
+class RequestError(FnError):
+    """A request is malformed or out of range; `param` names the field."""
+
+    code, type = 400, "BadRequestError"
+
+
+class ContextLengthError(RequestError):
+    """Prompt and output do not fit the context; the message holds both numbers."""
+
+
+class NotFound(FnError):
+    """An unknown model, route or response."""
+
+    code, type = 404, "NotFoundError"
+
+
+class Unauthorized(FnError):
+    """A missing or wrong API key."""
+
+    code, type = 401, "AuthenticationError"
+
+
+class QueueFull(FnError):
+    """Too many requests wait already; `retry_after` is in seconds."""
+
+    code, type = 429, "RateLimitError"
+
+    def __init__(self, what: str, *, retry_after: float = 1.0, **kw):
+        super().__init__(what, **kw)
+        self.retry_after = retry_after
+
+
+class OutOfBlocks(FnError):
+    """The pool has too few free blocks for what was asked; nothing was changed.
+
+    Args:
+        needed: blocks asked for.
+        free: blocks that could be had (free and cached).
+        held: blocks held by live sequences.
+    """
+
+    code, type = 503, "ServiceUnavailableError"
+
+    def __init__(self, needed: int, free: int, held: int, by: str = "live sequences"):
+        self.needed, self.free, self.held = needed, free, held
+        super().__init__(
+            f"{needed} KV blocks needed, {free} free, {held} held by {by}",
+            remedy="let go of sequences (`close()`, `del`), or make the pool larger with --kv-cache-memory-bytes",
+        )
+
+
+class DeviceFault(FnError):
+    """A step failed on the device; the requests in it were ended, the engine went on."""

@@ -1,0 +1,1 @@
+"""The host side: requests, blocks, the scheduler and text. Nothing here imports torch."""

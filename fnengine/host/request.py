@@ -1,0 +1,122 @@
+"""What a user asks for, as frozen values. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fnengine.errors import RequestError
+
+MAX_BIAS = 512
+"""Most (token id, bias) entries a row can hold: logit_bias plus what min_tokens forbids."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits; the defaults change nothing and sample at temperature 1.
+
+    Raises `RequestError` naming the field when a value is out of range.
+    """
+
+    temperature: float = 1.0
+    """0 means argmax, ties to the lowest id."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 and -1 mean all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens whose probability reaches top_p, in (0, 1]."""
+    min_p: float = 0.0
+    """Keep tokens at least min_p times as likely as the most likely one, in [0, 1]."""
+    frequency_penalty: float = 0.0
+    """Subtracted once per occurrence in the generated text, in [-2, 2]."""
+    presence_penalty: float = 0.0
+    """Subtracted once if the token occurs in the generated text, in [-2, 2]."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens seen in prompt or output; > 0."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, bias) pairs, added to the logits; clamped to [-100, 100]."""
+    seed: int | None = None
+    """Any 64-bit integer; None draws one from the engine's root seed at submission."""
+
+    def __post_init__(self):
+        def need(ok: bool, name: str, rule: str):
+            if not ok:
+                raise RequestError(f"{name} must be {rule}, got {getattr(self, name)}", param=name)
+
+        need(math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "temperature", "between 0 and 100")
+        need(self.top_k >= -1, "top_k", "-1, 0 or a positive integer")
+        need(0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        need(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
+        need(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "in [-2, 2]")
+        need(-2 <= self.presence_penalty <= 2, "presence_penalty", "in [-2, 2]")
+        need(0 < self.repetition_penalty < math.inf, "repetition_penalty", "greater than 0")
+        need(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
+        need(len(self.logit_bias) <= MAX_BIAS // 2, "logit_bias", f"at most {MAX_BIAS // 2} entries")
+        for _, bias in self.logit_bias:
+            need(math.isfinite(bias), "logit_bias", "finite")
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a sequence ends."""
+
+    max_tokens: int | None = None
+    """Most tokens to generate; None means the rest of the context."""
+    min_tokens: int = 0
+    """No end-of-sequence, stop string or stop id ends the text before this many tokens."""
+    strings: tuple[str, ...] = ()
+    ids: tuple[int, ...] = ()
+    """Token ids that end the text, beside the model's end-of-sequence ids."""
+    ignore_eos: bool = False
+    include_stop: bool = False
+    """Keep the matched stop string in the text."""
+
+    def __post_init__(self):
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise RequestError(f"max_tokens must be at least 0, got {self.max_tokens}", param="max_tokens")
+        if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
+            raise RequestError(
+                f"min_tokens must be between 0 and max_tokens ({self.max_tokens}), got {self.min_tokens}",
+                param="min_tokens",
+            )
+        if any(not s for s in self.strings):
+            raise RequestError("stop strings must not be empty", param="stop")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and what to make of it. `n` choices become n rows that share the prompt's full blocks."""
+
+    id: str
+    prompt: np.ndarray
+    """[n] int32 token ids, at least one."""
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Stop = field(default_factory=Stop)
+    n: int = 1
+    logprobs: int | None = None
+    """Log-probabilities of the chosen token and of this many most likely ones; None for none at all."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's own tokens (skips the prefix cache, so that they are all computed)."""
+    priority: int = 0
+    """Lower is served first; ties in order of arrival."""
+    salt: str = ""
+    """Sequences share cached blocks only within one salt."""
+    skip_special_tokens: bool = True
+    arrival: float = 0.0
+    """Seconds of the engine's clock."""
+    timeout: float | None = None
+
+
+def fold_in(seed: int, index: int) -> int:
+    """The seed of choice `index`: the seed itself for 0, an independent one otherwise.
+
+    Source: splitmix64 finaliser (Steele, Lea, Flood 2014) over seed + index times the golden gamma.
+    """
+    mask = (1 << 64) - 1
+    if index == 0:
+        return seed & mask
+    z = (seed + index * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)

@@ -1,0 +1,156 @@
+"""The one value that crosses from the host to a device and the one that comes back. NumPy only, torch-free.
+
+A `StepInput` is what a plan becomes: a ragged batch of new tokens and edits to the rows of the device. Index ranges,
+for three rows with 3, 1 and 2 new tokens:
+
+    token   | a b c | d | e f |          T = 6
+    start   0       3   4     6          R + 1 = 4
+    row       7       2   5              state rows, 0 <= row < M
+    emit      0       1   1              row 7 is still prefilling
+
+The device (real or toy) derives everything else: token t of batch row r stands at position
+`rows.length[row[r]] + t - start[r]`; its slot is `table[row[r], position // B] * B + position % B`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fnengine.host.request import Sampling
+
+BLOCK = 16
+"""Tokens of KV in a block (B)."""
+NEWEST = -1
+"""In `StepInput.token`: take the row's newest token, which the device sampled and the host may not know yet."""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Everything about a row that a sequence brings with it; replaces whatever the row held before."""
+
+    row: int
+    length: int
+    """Tokens whose KV is already in the blocks (prefix hits, resumed or forked sequences)."""
+    blocks: np.ndarray
+    """[p] int32 block ids, in order, covering at least `length` tokens."""
+    tokens: np.ndarray
+    """[length] int32: the tokens behind that KV (penalties read them)."""
+    prompt_len: int
+    """Tokens of the prompt; later ones count as generated (penalties)."""
+    sampling: Sampling
+    seed: int
+    """Resolved 64-bit seed (never None)."""
+    suppress: tuple[int, ...] = ()
+    """Token ids that may not be chosen ..."""
+    suppress_until: int = 0
+    """... for positions before this one (min_tokens)."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a step computes beyond KV; hashable structure: another Ask is another trace.
+
+    A row that emits gets a token through `pipeline`; the host sends the smallest pipeline that serves all rows.
+    """
+
+    pipeline: tuple[str, ...] = ()
+    """Names of logits processors in order, a subset of `PIPELINE`; empty and `noise=False` is argmax."""
+    noise: bool = False
+    """Some row samples (temperature > 0): divide by temperature and add Gumbel noise where it does."""
+    sample: bool = True
+    """False: no token is chosen (rt.extend without `sample`)."""
+    logprobs: int | None = None
+    """Top-k log-probabilities beside the chosen token's; None for none."""
+    score: int | None = None
+    """Log-probabilities of `StepInput.target` at every new token, with this many most likely ones; None for none."""
+    logits: str = "none"
+    """`none`, `last` ([R, V], one per batch row) or `all` ([T, V]): raw float32 logits in the output."""
+
+
+PIPELINE = ("bias", "penalties", "min_p", "top_k", "top_p")
+"""Every logits processor of the step in the order in which they apply (temperature stands before min_p)."""
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One step's work. Arrays are exact (unpadded); the device pads to its bucket."""
+
+    row: np.ndarray
+    """[R] int32 state row of each batch row; a state row occurs at most once."""
+    start: np.ndarray
+    """[R+1] int32: batch row r has the new tokens start[r]:start[r+1], at least one."""
+    token: np.ndarray
+    """[T] int32 token ids, or NEWEST."""
+    emit: np.ndarray
+    """[R] int32: tokens the row may choose in this step (0 or 1)."""
+    copy: np.ndarray
+    """[C, 2] int32 (source, target) blocks, copied in every layer before any KV write."""
+    grow: np.ndarray
+    """[G, 3] int32 (row, column, block): blocks added to rows' tables."""
+    admit: tuple[Admission, ...] = ()
+    ask: Ask = Ask()
+    target: np.ndarray | None = None
+    """[T] int32: with `ask.score`, the token that follows each new token, or -1 where none is asked for."""
+    swap_out: np.ndarray | None = None
+    """[S, 2] int32 (block, host slot): KV saved to host memory before anything else in the step."""
+    swap_in: np.ndarray | None = None
+    """[S, 2] int32 (host slot, block): KV brought back, after swap_out and before copies."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities: float32, log_softmax of the raw logits."""
+
+    chosen: np.ndarray
+    """[n] of the token chosen (or asked about); 0 where nothing was asked."""
+    top_ids: np.ndarray
+    """[n, k] int32, most likely first, ties by lowest id."""
+    top: np.ndarray
+    """[n, k]"""
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step gave, in the order of the input's batch rows."""
+
+    token: np.ndarray
+    """[R, W] int32 tokens chosen; only the first `count[r]` count."""
+    count: np.ndarray
+    """[R] int32: 0 while prefilling, 1 when decoding."""
+    logprobs: Scores | None = None
+    """n = R"""
+    score: Scores | None = None
+    """n = T, in the order of `StepInput.token`"""
+    logits: object | None = None
+    """The device's own tensor, [R, V] or [T, V] float32, when asked for."""
+
+
+class Ticket(Protocol):
+    """A launched step."""
+
+    def read(self) -> StepOutput:
+        """Waits for the step and returns its output; raises what the step raised."""
+        ...
+
+
+class Device(Protocol):
+    """Whatever runs steps: the real one (`fnengine.device`) or the toy one of the tests.
+
+    Steps take effect in the order of `launch`. `depth` is how many steps the host may have in flight beside the one
+    it reads: 0 where the device is the host's own cores, 1 where it is not.
+    """
+
+    depth: int
+    blocks: int
+    """N: blocks in the pool, the null block 0 included."""
+    rows: int
+    """M: state rows, the null row not counted."""
+    max_len: int
+    """Most tokens a row can hold."""
+    host_slots: int
+    """Blocks of host memory for swapping; 0 when there is none."""
+
+    def launch(self, step: StepInput) -> Ticket: ...

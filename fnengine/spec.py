@@ -1,0 +1,110 @@
+"""What a model is, as data. A family turns a config.json into a `ModelSpec`; `model.forward` interprets it.
+
+A new kind of layer is one dataclass here, one pure function in `layers`, one test against the upstream model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions: inverse frequencies are theta^(-2i/width), then scaled by `scaling`.
+
+    Source: Su et al. 2021 (arXiv 2104.09864), half-split ("neox") layout as in transformers.
+    """
+
+    theta: float
+    width: int
+    """Channels of the head that rotate (C for full rotation)."""
+    scaling: Llama3Scaling | LinearScaling | None = None
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's frequency-dependent scaling. Source: `rope_type: llama3` of transformers."""
+
+    factor: float
+    low: float
+    """low_freq_factor"""
+    high: float
+    """high_freq_factor"""
+    original: int
+    """original_max_position_embeddings"""
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Positions divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Softmax attention with grouped heads over the paged pool."""
+
+    heads: int
+    """H"""
+    kv_heads: int
+    """K"""
+    width: int
+    """C"""
+    rope: Rope
+    scale: float
+    """Multiplies q.k before softmax, normally C ** -0.5."""
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    """RMS norm over C of each q and k head before rope."""
+    window: int | None = None
+    """Sliding window: a token sees itself and the window - 1 before it; None sees all."""
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """down(act(gate(x)) * up(x))"""
+
+    width: int
+    """F"""
+    act: str = "silu"
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Pre-norm residual block: x += mixer(norm(x)); x += mlp(norm(x)). Equal layers share one compiled artifact."""
+
+    mixer: Attention
+    mlp: Mlp
+    eps: float
+    """of the RMS norms"""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    family: str
+    architecture: str
+    """The checkpoint's own name for it, e.g. Qwen3ForCausalLM."""
+    vocab: int
+    """V"""
+    width: int
+    """D"""
+    layers: tuple[Layer, ...]
+    """L of them"""
+    eps: float
+    """of the final norm"""
+    tied: bool
+    """The head is the embedding."""
+    max_len: int
+    """max_position_embeddings"""
+    dtype: str
+    """The checkpoint's own dtype: bfloat16, float16 or float32."""
+    eos: tuple[int, ...]
+    bos: int | None
+
+
+def kv_bytes_per_token(spec: ModelSpec, itemsize: int) -> int:
+    """Bytes of KV a token takes over all layers: the k of the performance formulas."""
+    return sum(2 * layer.mixer.kv_heads * layer.mixer.width * itemsize for layer in spec.layers)

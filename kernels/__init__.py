@@ -1,0 +1,1 @@
+"""Ops that the compiler cannot write well, each under a contract. See `contract.py` for what a contract is."""

@@ -1,0 +1,74 @@
+"""What an op is, apart from how it is done: one contract an op, and backends that fulfil it.
+
+A contract holds a plain-torch reference, example inputs and a tolerance, so that tests over
+ops x backends x dtypes follow from it. A backend is chosen once, when an engine is built, and the reason is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Contract:
+    """An op: `reference(*inputs)` is its meaning."""
+
+    name: str
+    doc: str
+    """What it computes, with the shapes of inputs and outputs in dimension letters."""
+    reference: Callable[..., Any]
+    mutates: tuple[str, ...]
+    """Names of arguments written in place; everything else is read only."""
+    examples: Callable[[torch.dtype, int], Iterator[dict[str, Any]]]
+    """(dtype, seed) -> keyword inputs over odd sizes and empty rows."""
+    tolerance: dict[torch.dtype, tuple[float, float]] = field(
+        default_factory=lambda: {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 2e-2), torch.float16: (5e-3, 5e-3)}
+    )
+    """dtype -> (rtol, atol) against the reference in float32."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to do an op."""
+
+    name: str
+    op: Contract
+    fn: Callable[..., Any]
+    supports: Callable[[torch.device, torch.dtype], str | None]
+    """None when it can serve this device and dtype, else the reason why not (shown to the user)."""
+    invariant: bool
+    """The result for a row does not depend on other rows, on chunking, or on cache hits: reduction order is fixed by
+    absolute index."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A backend picked for a device and dtype, with why, and what was passed over."""
+
+    backend: Backend
+    reason: str
+
+    def __call__(self, *args: Any, **kw: Any) -> Any:
+        return self.backend.fn(*args, **kw)
+
+
+def choose(backends: tuple[Backend, ...], device: torch.device, dtype: torch.dtype, only: str | None = None) -> Chosen:
+    """The first backend of the tuple (best first) that supports device and dtype; `only` restricts it to one name.
+
+    Raises:
+        LookupError: no backend fits, with each one's reason.
+    """
+    passed: list[str] = []
+    for b in backends:
+        if only is not None and b.name != only:
+            continue
+        why_not = b.supports(device, dtype)
+        if why_not is None:
+            return Chosen(b, "; ".join([*passed, f"{b.name} is the best that fits"]))
+        passed.append(f"{b.name}: {why_not}")
+    op = backends[0].op.name
+    raise LookupError(f"no backend for {op} on {device} in {dtype}: " + "; ".join(passed or [f"none is called {only}"]))
