@@ -16,11 +16,11 @@ def static(**kw) -> Any:
     return dataclasses.field(metadata={"static": True}, **kw)
 
 
-def items(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """(dotted path, leaf) of every leaf, in a fixed order; `None` yields nothing."""
+def items(tree: Any, path: tuple[str, ...] = (), stop: type | tuple[type, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """(dotted path, leaf) of every leaf, in a fixed order; `None` yields nothing. Instances of `stop` are leaves."""
     for key, child in _children(tree):
-        if _is_node(child):
-            yield from items(child, (*path, key))
+        if _is_node(child) and not isinstance(child, stop):
+            yield from items(child, (*path, key), stop)
         elif child is not None:
             yield ".".join((*path, key)), child
 
@@ -30,14 +30,18 @@ def leaves(tree: Any) -> list[Any]:
     return [leaf for _, leaf in items(tree)]
 
 
-def map_with_path(fn: Callable[[str, Any], Any], tree: Any, path: tuple[str, ...] = ()) -> Any:
-    """The same tree with every leaf replaced by `fn(dotted path, leaf)`."""
+def map_with_path(
+    fn: Callable[[str, Any], Any], tree: Any, path: tuple[str, ...] = (), stop: type | tuple[type, ...] = ()
+) -> Any:
+    """The same tree with every leaf replaced by `fn(dotted path, leaf)`. Instances of `stop` are leaves."""
 
     def go(key: str, child: Any) -> Any:
         if child is None:
             return None
         sub = (*path, key)
-        return map_with_path(fn, child, sub) if _is_node(child) else fn(".".join(sub), child)
+        if _is_node(child) and not isinstance(child, stop):
+            return map_with_path(fn, child, sub, stop)
+        return fn(".".join(sub), child)
 
     if dataclasses.is_dataclass(tree):
         return dataclasses.replace(tree, **{k: go(k, v) for k, v in _children(tree)})  # type: ignore[type-var]

@@ -1,1 +1,58 @@
-"""Ops that the compiler cannot write well, each under a contract. See `contract.py` for what a contract is."""
+"""Ops that the compiler cannot write well, each under a contract. See `contract.py` for what a contract is.
+
+    ops = fnengine.kernels.ops(torch.device("cpu"), torch.bfloat16)
+    ops.kv_write(k_TKC, v_TKC, pool.k, pool.v, where.slot)
+    o_THC = ops.paged_attention(q_THC, pool.k, pool.v, where.table, where.row, where.start, where.length, scale, window)
+
+A backend is one file listed in `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from fnengine.kernels import cpu, reference
+from fnengine.kernels.contract import Backend, Chosen, Contract, choose
+
+__all__ = ["BACKENDS", "Backend", "Chosen", "Contract", "Ops", "choose", "describe", "ops"]
+
+BACKENDS: dict[str, tuple[Backend, ...]] = {
+    "paged_attention": (cpu.paged_attention, reference.paged_attention),
+    "kv_write": (cpu.kv_write, reference.kv_write),
+    "copy_blocks": (cpu.copy_blocks, reference.copy_blocks),
+    "gumbel_argmax": (cpu.gumbel_argmax, reference.gumbel_argmax),
+}
+"""op -> its backends, best first."""
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The backends an engine uses, chosen once; model code gets it as an argument."""
+
+    paged_attention: Chosen
+    kv_write: Chosen
+    copy_blocks: Chosen
+    gumbel_argmax: Chosen
+
+    @property
+    def invariant(self) -> bool:
+        """Whether no op's result for a row depends on other rows, chunking or cache hits."""
+        return all(getattr(self, f.name).backend.invariant for f in fields(self))
+
+
+def ops(device: torch.device | str, dtype: torch.dtype, only: str | None = None) -> Ops:
+    """The best backend of each op for a device and a dtype of KV; `only` restricts the choice to one backend's name.
+
+    Raises:
+        LookupError: no backend fits, with each one's reason.
+    """
+    device = torch.device(device)
+    return Ops(**{name: choose(backends, device, dtype, only) for name, backends in BACKENDS.items()})
+
+
+def describe(chosen: Ops) -> list[tuple[str, str, bool, str]]:
+    """(op, backend, invariant, reason) for each op, to be printed."""
+    pairs = [(f.name, getattr(chosen, f.name)) for f in fields(chosen)]
+    return [(name, c.backend.name, c.backend.invariant, c.reason) for name, c in pairs]

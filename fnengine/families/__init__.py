@@ -1,0 +1,52 @@
+"""Model families: each file turns its config.json into a `ModelSpec` and says where its weights are.
+
+A new family is one file, listed in `FAMILIES`, and one test against the upstream model in float32.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from fnengine.errors import SpecError
+from fnengine.families import llama, mistral, qwen2, qwen3
+from fnengine.families.names import Family
+from fnengine.spec import ModelSpec
+
+FAMILIES: dict[str, Family] = {m.FAMILY.name: m.FAMILY for m in (llama, mistral, qwen2, qwen3)}
+
+
+def spec_from_config(config: dict, where: str = "config.json") -> ModelSpec:
+    """The spec of a config.json, read by the family that its `architectures[0]` (or `model_type`) names.
+
+    Raises:
+        SpecError: no family knows the architecture, or a key is missing, impossible or not understood.
+    """
+    known = {f.architecture: f for f in FAMILIES.values()}
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(n, str) for n in named):
+        raise SpecError(f"architectures = {named!r} is not a list of names", where=where, param="architectures")
+    if named:
+        if named[0] in known:
+            return known[named[0]].read(config, where)
+        raise _unknown(named[0], list(known), where, "architectures")
+    kind = config.get("model_type")
+    if kind in FAMILIES:
+        return FAMILIES[kind].read(config, where)
+    if kind is None:
+        raise SpecError(
+            "the config names neither architectures nor model_type",
+            where=where,
+            remedy=f"use the model's own config.json; supported are {', '.join(sorted(known))}",
+        )
+    raise _unknown(str(kind), list(FAMILIES), where, "model_type")
+
+
+def _unknown(name: str, known: list[str], where: str, key: str) -> SpecError:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"; nearest is {nearest[0]}" if nearest else ""
+    return SpecError(
+        f"no family knows {key} = {name!r}{hint}",
+        where=where,
+        remedy=f"supported are {', '.join(sorted(f.architecture for f in FAMILIES.values()))}",
+        param=key,
+    )

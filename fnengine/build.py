@@ -1,0 +1,106 @@
+"""A model and settings -> a device ready to run steps, with every size and choice explained."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from fnengine import environment, kernels
+from fnengine.device import TorchDevice
+from fnengine.graphs.compile import Traces, missing_compiler
+from fnengine.host.step import BLOCK
+from fnengine.kernels import Ops
+from fnengine.layers import layer
+from fnengine.model import Model
+from fnengine.program import compiled_layers
+from fnengine.settings import Mode, PoolSize, Settings, size_pool
+from fnengine.spec import kv_bytes_per_token
+from fnengine.step import make_step
+
+log = logging.getLogger("fnengine")
+
+
+@dataclass(frozen=True)
+class Built:
+    device: TorchDevice
+    ops: Ops
+    pool: PoolSize
+    mode: Mode
+    execution: str
+    """How steps run: compiled or eager, and why."""
+    traces: Traces
+
+
+def build(model: Model, settings: Settings) -> Built:
+    """Sizes the pool, chooses kernels, compiles the layers and allocates the state.
+
+    Raises:
+        ConfigError: a setting is impossible, or the pool too small for `max_model_len`.
+    """
+    device, spec = model.device, model.spec
+    mode = settings.mode(device.type)
+    ops = kernels.ops(device, model.dtype)
+    per_token = kv_bytes_per_token(spec, model.dtype.itemsize)
+    available, total = memory(device)
+    pool = size_pool(
+        settings=settings,
+        model_len=spec.max_len,
+        bytes_per_token=per_token,
+        rows=mode.rows,
+        device=device.type,
+        available=available,
+        total=total,
+    )
+    traces = Traces()
+    run_layer, execution = layer, "eager: --enforce-eager"
+    if device.type != "cpu":
+        execution = "eager: CUDA steps run uncaptured on the reference kernels for now"
+    elif not settings.enforce_eager:
+        why = missing_compiler()
+        if why is None and ops.paged_attention.backend.name != "reference":
+            folder = environment.cache_dir() / "artifacts"
+            run_layer = compiled_layers(spec, model.params, ops, model.dtype, device, folder, traces)
+            sources = ", ".join(f"{name} {source} in {s:.1f} s" for name, source, s in traces.log)
+            execution = f"compiled: {sources}"
+        else:
+            execution = f"eager: {why or ops.paged_attention.reason}"
+    if execution.startswith("eager"):
+        log.warning("steps run %s", execution)
+    slots = int(settings.swap_space * 2**30) // (per_token * BLOCK)
+    return Built(
+        device=TorchDevice(
+            spec,
+            model.params,
+            make_step(spec, ops, run_layer),
+            ops,
+            blocks=pool.blocks,
+            rows=mode.rows,
+            max_len=pool.max_len,
+            dtype=model.dtype,
+            device=device,
+            host_slots=slots,
+        ),
+        ops=ops,
+        pool=pool,
+        mode=mode,
+        execution=execution,
+        traces=traces,
+    )
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """(available, total) bytes of the device's memory; on CPU the cgroup's limit counts where it is lower."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    vm = psutil.virtual_memory()
+    available, total = vm.available, vm.total
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if os.path.exists(limit) and (text := limit.read_text().strip()) != "max":
+        total = min(total, int(text))
+        available = min(available, int(text) - int(used.read_text()))
+    return max(available, 0), total

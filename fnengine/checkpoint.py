@@ -1,0 +1,350 @@
+"""Weights from a folder into a params tree: safetensors read tensor by tensor, fused, cast and placed.
+
+Peak memory is the finished tree, one fused array and its packed form: nothing else is held.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fnengine.errors import CheckpointError, ConfigError, SpecError
+from fnengine.families import FAMILIES, spec_from_config
+from fnengine.leaves import Dense, Packing, packing, place_head
+from fnengine.params import ArrayInfo, abstract, arrays, dummy_array, noise
+from fnengine.spec import ModelSpec
+
+Progress = Callable[[int, int], None]
+"""(bytes done, bytes in all)"""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_ITEM = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of an element in the dtypes that weights may be stored in (safetensors' names)."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError when it is missing or is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError("no such file", where=str(path), remedy="is this a model's folder?") from None
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"cannot be read as JSON: {e}", where=str(path), remedy="fetch it again") from e
+    if not isinstance(value, dict):
+        raise CheckpointError("holds no JSON object", where=str(path), remedy="fetch it again")
+    return value
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """The spec of a model's folder: config.json, and the end-of-sequence ids of generation_config.json beside it.
+
+    Raises:
+        CheckpointError: the folder or its config.json is missing or unreadable.
+        SpecError: the config cannot be built.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError("no such directory", where=str(folder), remedy="give a model's folder or a hub name")
+    if not (folder / "config.json").exists():
+        raise CheckpointError("holds no config.json", where=str(folder), remedy="is this a model's folder?")
+    spec = spec_from_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    more = generation_config(folder).get("eos_token_id")
+    if more is None:
+        return spec
+    more = more if isinstance(more, list) else [more]
+    if any(isinstance(x, bool) or not isinstance(x, int) for x in more):
+        raise SpecError(
+            f"eos_token_id = {more!r} holds something that is no token id",
+            where=str(folder / "generation_config.json"),
+            param="eos_token_id",
+        )
+    return dataclasses.replace(spec, eos=tuple(dict.fromkeys((*spec.eos, *more))))
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
+    """What the model's makers recommend for generation; empty when they say nothing."""
+    path = Path(folder) / "generation_config.json"
+    return read_json(path) if path.exists() else {}
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """The device to run on; `auto` is cuda where torch finds one. Raises ConfigError when it is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as e:
+        raise ConfigError(f"no such device: {e}", where="--device", remedy="auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"{device.type} is not supported", where="--device", remedy="auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("torch finds no CUDA device", where="--device", remedy="cpu, or a torch built for CUDA")
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
+
+
+def pick_dtype(spec: ModelSpec, dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """(dtype of parameters, activations and KV; why).
+
+    `auto` is the checkpoint's own dtype, but float16 on a CPU that cannot multiply it runs in float32, which holds
+    every float16 exactly.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"no dtype is called {dtype!r}", where="--dtype", remedy=f"auto, {', '.join(DTYPES)}")
+    if dtype != "auto":
+        return DTYPES[dtype], f"dtype {dtype}: asked for"
+    own = DTYPES[spec.dtype]
+    if own is torch.float16 and device.type == "cpu" and not packing(device, own).packed:
+        return torch.float32, "dtype float32: the checkpoint is float16, which this CPU does not multiply natively"
+    return own, f"dtype {spec.dtype}: the checkpoint's own"
+
+
+def fill(
+    folder: Path,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: str = "auto",
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(params on the device in their final form, what was decided on the way).
+
+    Raises:
+        ConfigError: load_format has no meaning.
+        CheckpointError: see `load`.
+    """
+    how = packing(device, dtype)
+    notes = [f"weights {how.kind}: {how.reason}"]
+    if spec.tied and how.packed:
+        notes.append("the tied embedding is kept twice: dense to look up, packed as the head")
+    if load_format == "dummy":
+        notes.append(f"weights are random (--load-format dummy, seed {seed})")
+        return dummy(spec, dtype, device, how, seed=seed, progress=progress), tuple(notes)
+    if load_format not in ("auto", "safetensors"):
+        raise ConfigError(
+            f"{load_format!r} is not implemented", where="--load-format", remedy="auto, safetensors or dummy"
+        )
+    return load(folder, spec, dtype, device, how, progress=progress), tuple(notes)
+
+
+def load(
+    folder: Path,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    how: Packing,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The params tree from a folder's safetensors.
+
+    Raises:
+        CheckpointError: weights are missing, truncated, of another shape, in a dtype that is no float, or unused;
+            the message names file and tensor.
+    """
+    with open_tensors(Path(folder)) as files:
+        infos = abstract(spec)
+        _check(spec, infos, files, Path(folder))
+        total = sum(_bytes(files[name], name) for _, info in arrays(infos) for name, _ in info.parts)
+        done = 0
+
+        def make(path: str, info: ArrayInfo) -> Tensor:
+            nonlocal done
+            out = torch.empty(info.shape, dtype=dtype)
+            row = 0
+            for name, rows in info.parts:
+                file = files[name]
+                try:
+                    out[row : row + rows].copy_(file.handle.get_tensor(name))
+                except Exception as e:
+                    raise CheckpointError(f"tensor {name} cannot be read: {e}", where=str(file.path)) from e
+                row += rows
+                done += _bytes(file, name)
+                if progress is not None:
+                    progress(done, total)
+            return out.to(device)
+
+        return build(infos, make, how)
+
+
+def dummy(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    how: Packing,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """A params tree of random weights, a function of (spec, dtype, seed)."""
+    infos, base = abstract(spec), noise(seed)
+    total, done = sum(info.size for _, info in arrays(infos)) * dtype.itemsize, 0
+
+    def make(path: str, info: ArrayInfo) -> Tensor:
+        nonlocal done
+        out = dummy_array(path, info, dtype, base).to(device)
+        done += info.size * dtype.itemsize
+        if progress is not None:
+            progress(done, total)
+        return out
+
+    return build(infos, make, how)
+
+
+def build(infos: dict[str, Any], make: Callable[[str, ArrayInfo], Tensor], how: Packing) -> dict[str, Any]:
+    """The tree with `make(path, info)` for every array, each multiplied leaf placed as soon as it is whole."""
+
+    def fill_in(path: str, node: Any, place: bool = True) -> Any:
+        if isinstance(node, ArrayInfo):
+            return make(path, node)
+        if isinstance(node, Dense):
+            bias = None if node.bias is None else make(f"{path}.bias", node.bias)  # type: ignore[arg-type]
+            whole = Dense(make(f"{path}.weight", node.weight), bias)  # type: ignore[arg-type]
+            return how.place(whole) if place else whole
+        return None
+
+    params = {
+        "embed": fill_in("embed", infos["embed"], place=False),
+        "layers": tuple(
+            {k: fill_in(f"layers.{i}.{k}", v) for k, v in layer.items()} for i, layer in enumerate(infos["layers"])
+        ),
+        "norm": fill_in("norm", infos["norm"]),
+        "head": fill_in("head", infos["head"]),
+    }
+    return {**params, "head": place_head(params, how.place if how.packed else None)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """The file that holds a tensor, opened."""
+
+    path: Path
+    handle: Any
+    """safetensors.safe_open: memory-mapped"""
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[dict[str, Stored]]:
+    """Tensor name -> open file, over all safetensors of a folder, shut at the end."""
+    from safetensors import SafetensorError, safe_open
+
+    with ExitStack() as stack:
+        found: dict[str, Stored] = {}
+        wanted = _files(folder)
+        for path, names in wanted.items():
+            try:
+                handle = stack.enter_context(safe_open(str(path), framework="pt"))
+            except (SafetensorError, OSError, ValueError) as e:
+                with path.open("rb") as file:
+                    lfs = file.read(40).startswith(b"version https://git-lfs")
+                raise CheckpointError(
+                    "is a Git LFS pointer, not the weights" if lfs else f"is truncated or corrupt: {e}",
+                    where=str(path),
+                    remedy="run `git lfs pull` there" if lfs else "fetch it again",
+                ) from e
+            held = set(handle.keys())
+            for name in names or held:
+                if name not in held:
+                    raise CheckpointError(
+                        f"tensor {name} is not in it, though the index says so",
+                        where=str(path),
+                        remedy="fetch it again",
+                    )
+                if name in found:
+                    raise CheckpointError(f"tensor {name} is in {found[name].path.name} too", where=str(path))
+                found[name] = Stored(path, handle)
+        yield found
+
+
+def _files(folder: Path) -> dict[Path, list[str] | None]:
+    """Weight files -> the names to take from each (None: all)."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        table = read_json(index).get("weight_map")
+        if not isinstance(table, dict) or not table:
+            raise CheckpointError("has no weight_map", where=str(index), remedy="fetch it again")
+        files: dict[Path, list[str] | None] = {}
+        for name, shard in sorted(table.items(), key=lambda kv: (kv[1], kv[0])):
+            if Path(shard).name != shard:
+                raise CheckpointError(f"shard {shard!r} is not a plain file name", where=str(index))
+            if not (folder / shard).exists():
+                raise CheckpointError(
+                    f"names the shard {shard}, which is missing", where=str(index), remedy="fetch the model again"
+                )
+            names = files.setdefault(folder / shard, [])
+            assert names is not None
+            names.append(name)
+        return files
+    if (folder / "model.safetensors").exists():
+        return {folder / "model.safetensors": None}
+    every = sorted(folder.glob("*.safetensors"))
+    # Mistral's own format lies beside the usual one under this name and holds the same weights.
+    some = [p for p in every if not p.name.startswith("consolidated")]
+    if some:
+        return {p: None for p in some}
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise CheckpointError(
+            "holds weights only as pickled PyTorch files, which are not read because loading them can run code",
+            where=str(folder),
+            remedy='convert it once where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"",
+        )
+    raise CheckpointError(
+        "holds no *.safetensors", where=str(folder), remedy="fetch the model again, or use --load-format dummy"
+    )
+
+
+def _check(spec: ModelSpec, infos: dict[str, Any], files: dict[str, Stored], folder: Path) -> None:
+    """Raises unless the files hold every wanted tensor in its shape and none that nobody wants."""
+    wanted = {name: (rows, *info.shape[1:]) for _, info in arrays(infos) for name, rows in info.parts}
+    missing = [name for name in wanted if name not in files]
+    if missing:
+        remedy = "fetch the model again"
+        if missing == ["lm_head.weight"]:
+            remedy = "if the head is the embedding, config.json must say tie_word_embeddings: true"
+        raise CheckpointError(
+            f"tensor {missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else ""),
+            where=str(folder),
+            remedy=remedy,
+        )
+    for name, shape in wanted.items():
+        file = files[name]
+        view = file.handle.get_slice(name)
+        if tuple(view.get_shape()) != shape:
+            raise CheckpointError(
+                f"tensor {name} has shape {list(view.get_shape())}, the config asks for {list(shape)}",
+                where=str(file.path),
+                remedy="config.json and weights belong to different models",
+            )
+        if view.get_dtype() not in _ITEM:
+            raise CheckpointError(
+                f"tensor {name} is stored as {view.get_dtype()}, which cannot be read",
+                where=str(file.path),
+                remedy="use the unquantized checkpoint",
+            )
+    ignored = FAMILIES[spec.family].ignored + (("lm_head.weight",) if spec.tied else ())
+    unused = [name for name in files if name not in wanted and not name.endswith(ignored)]
+    if unused:
+        raise CheckpointError(
+            f"tensor {unused[0]} belongs to nothing in a {spec.architecture} of this config"
+            + (f", and {len(unused) - 1} more" if unused[1:] else ""),
+            where=str(files[unused[0]].path),
+            remedy="config.json and weights belong to different models",
+        )
+
+
+def _bytes(file: Stored, name: str) -> int:
+    view = file.handle.get_slice(name)
+    size = _ITEM[view.get_dtype()]
+    for n in view.get_shape():
+        size *= n
+    return size

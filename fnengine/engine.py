@@ -1,0 +1,479 @@
+"""The host loop: requests in, deltas out; plan, launch, commit, and nothing else.
+
+    submit -> waiting -> plan -> launch -> (depth steps later) read -> commit -> text -> Delta
+
+One thread runs everything: the event loop's. On CPU (depth 0) a step has all cores and the loop gets a bounded number
+of turns between steps, in which HTTP and text work happen. On CUDA (depth 1) the next step is launched before the one
+in flight is read, and reading waits in a thread, so that the event loop stays free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fnengine import __version__
+from fnengine.build import Built, build
+from fnengine.errors import DeviceFault, FnError, RequestError
+from fnengine.host import commit as committing
+from fnengine.host import plan as planning
+from fnengine.host.blocks import Ledger
+from fnengine.host.commit import Event
+from fnengine.host.output import Delta, Finished, Gauges, StepFacts, Usage
+from fnengine.host.plan import Host, Planned, Policy, Run
+from fnengine.host.request import Request
+from fnengine.host.step import BLOCK, Device, Ticket
+from fnengine.host.text import TextStream, Tokenizer
+from fnengine.model import Model
+from fnengine.settings import Settings
+
+log = logging.getLogger("fnengine")
+
+Sink = Callable[[Delta], None]
+
+LOOP_TURNS = 4
+"""Turns of the event loop between two steps on CPU: a request needs about three to get from socket to `submit`."""
+
+
+class Stream:
+    """The deltas of one request, as an async iterator; ends when every choice has finished. `close()` aborts."""
+
+    def __init__(self, engine: Engine, request: Request):
+        self._engine, self._id, self._open = engine, request.id, request.n
+        self._items: deque[Delta] = deque()
+        self._wake: asyncio.Future[None] | None = None
+
+    def put(self, delta: Delta) -> None:
+        """The sink the engine writes to."""
+        self._items.append(delta)
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while not self._items:
+            if self._open <= 0:
+                raise StopAsyncIteration
+            self._wake = asyncio.get_running_loop().create_future()
+            try:
+                await self._wake
+            finally:
+                self._wake = None
+        delta = self._items.popleft()
+        self._open -= delta.finish is not None
+        return delta
+
+    def ready(self) -> bool:
+        """Whether the next delta is there already, so that a writer can put several into one packet."""
+        return bool(self._items)
+
+    def close(self) -> None:
+        """Aborts what is still running; safe at any time and twice."""
+        self._engine.abort(self._id)
+        self._open = 0
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+
+@dataclass
+class _Live:
+    """What the engine keeps of a request while it runs."""
+
+    request: Request
+    sink: Sink
+    runs: tuple[Run, ...]
+    text: list[TextStream]
+    open: int
+    cached: int = 0
+    finish: str = "stop"
+    max_tokens: int = 0
+    completion: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Engine:
+    """Serves requests over one device.
+
+    Args:
+        device: runs steps (`fnengine.device.TorchDevice`, or the toy one).
+        tokenizer: text in and out.
+        policy: sizes and costs the scheduler goes by.
+        clock: seconds, monotonic; the only time the engine sees.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        tokenizer: Tokenizer,
+        policy: Policy,
+        *,
+        names: tuple[str, ...] = ("model",),
+        seed: int = 0,
+        defaults: dict[str, Any] | None = None,
+        fingerprint: str = "",
+        max_logprobs: int = 20,
+        built: Built | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.device, self.tokenizer, self.policy, self.clock = device, tokenizer, policy, clock
+        self.names, self.defaults = names, defaults or {}
+        self.fingerprint, self.built = fingerprint, built
+        self.max_logprobs = policy.vocab if max_logprobs < 0 else max_logprobs
+        ledger = Ledger(device.blocks, BLOCK, caching=policy.caching)
+        self.host = Host(policy, ledger, rows=device.rows, host_slots=device.host_slots, seed=seed)
+        self.on_step: list[Callable[[StepFacts], None]] = []
+        self.on_finish: list[Callable[[Finished], None]] = []
+        self._flight: deque[tuple[Planned, Ticket, float]] = deque()
+        self._live: dict[str, _Live] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._work = asyncio.Event()
+        self._state = "not started"
+        self._steps = 0
+        self._compiled = 0 if built is None else built.traces.compiled
+
+    @classmethod
+    def build(
+        cls,
+        model: Model,
+        settings: Settings | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        names: tuple[str, ...] = (),
+        generation_config: str = "auto",
+        **options: Any,
+    ) -> Engine:
+        """An engine for a loaded model. `generation_config="vllm"` ignores the model's own sampling defaults."""
+        settings = settings or Settings(**options)
+        built = build(model, settings)
+        device = built.device
+        tokenizer = tokenizer or model.tokenizer()
+        policy = Policy(
+            budget=built.mode.budget,
+            rows=built.mode.rows,
+            queue=settings.max_queue,
+            max_len=built.pool.max_len,
+            vocab=model.spec.vocab,
+            eos=tuple(sorted({*model.spec.eos, *tokenizer.eos})),
+            caching=settings.enable_prefix_caching,
+            chunked=settings.enable_chunked_prefill,
+        )
+        return cls(
+            device,
+            tokenizer,
+            policy,
+            names=names or (model.name,),
+            seed=settings.seed,
+            defaults=model.generation_defaults() if generation_config == "auto" else {},
+            fingerprint=_fingerprint(model, settings, built),
+            max_logprobs=settings.max_logprobs,
+            built=built,
+        )
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def max_len(self) -> int:
+        """Longest sequence in tokens, prompt and output together."""
+        return self.policy.max_len
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Stream:
+        """The request's stream of deltas; it waits in the queue from now on.
+
+        Raises:
+            RequestError, ContextLengthError: the request cannot be served as it is.
+            QueueFull: too many wait already.
+        """
+        stream = Stream(self, request)
+        self.submit_to(request, stream.put)
+        return stream
+
+    def submit_to(self, request: Request, sink: Sink) -> None:
+        """Like `submit`, with a function that takes each delta as it comes."""
+        if request.id in self._live:
+            raise RequestError(f"a request with id {request.id!r} is being served already", param="request_id")
+        for name in ("logprobs", "prompt_logprobs"):
+            k = getattr(request, name)
+            if k is not None and not 0 <= k <= self.max_logprobs:
+                raise RequestError(
+                    f"{name} must be between 0 and {self.max_logprobs}, got {k}",
+                    param=name,
+                    remedy="the limit is set by --max-logprobs",
+                )
+        now = self.clock()
+        request = replace(request, arrival=now)
+        runs = planning.submit(self.host, request, now)
+        stops = request.stop
+        text = [
+            TextStream.start(
+                self.tokenizer,
+                request.prompt,
+                stops=stops.strings,
+                include_stop=stops.include_stop,
+                skip_special=request.skip_special_tokens,
+                min_tokens=stops.min_tokens,
+            )
+            for _ in runs
+        ]
+        self._live[request.id] = _Live(
+            request, sink, runs, text, len(runs), max_tokens=max((r.max_tokens for r in runs), default=0)
+        )
+        self._work.set()
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request; its blocks return when the steps in flight that hold them are committed."""
+        live = self._live.pop(request_id, None)
+        planning.abort(self.host, request_id)
+        if live is None:
+            return False
+        live.finish = "abort"
+        self._finished(live)
+        return True
+
+    # --- the loop -------------------------------------------------------------------------------------------------
+
+    def launch(self) -> bool:
+        """Plans and launches one step if there is anything to compute; False when there is not."""
+        now = self.clock()
+        planned = planning.plan(self.host, now)
+        if planned is None:
+            return False
+        try:
+            ticket = self.device.launch(planned.input)
+        except Exception as e:
+            self._fault(planned, e)
+            return True
+        self._flight.append((planned, ticket, now))
+        return True
+
+    def collect(self) -> None:
+        """Reads and commits the oldest step in flight, waiting for it."""
+        planned, ticket, launched = self._flight.popleft()
+        try:
+            output = ticket.read()
+        except Exception as e:
+            self._fault(planned, e)
+            return
+        now = self.clock()
+        events = committing.commit(self.host, planned, output, now)
+        self._steps += 1
+        kept = 0
+        for event in events:
+            kept += len(event.tokens)
+            self._deliver(event)
+        if self.on_step:
+            facts = StepFacts(
+                tokens=len(planned.input.token),
+                rows=len(planned.input.row),
+                prompt_tokens=planned.prompt_tokens,
+                generated=kept,
+                gaps=tuple(e.gap for e in events if e.gap is not None),
+                first=tuple(now - e.run.arrival for e in events if e.first),
+                seconds=now - launched,
+            )
+            for observe in self.on_step:
+                observe(facts)
+
+    def turn(self) -> bool:
+        """One turn of the loop, for callers without an event loop: True while there is work."""
+        launched = self.launch()
+        if self._flight and (not launched or len(self._flight) > self.device.depth):
+            self.collect()
+            return True
+        return launched or bool(self._flight)
+
+    async def start(self) -> None:
+        """Starts the loop on the running event loop; twice is harmless."""
+        if self._task is None or self._task.done():
+            self._state = "running"
+            self._task = asyncio.get_running_loop().create_task(self._loop())
+
+    async def stop(self, timeout: float = 0.0) -> None:
+        """Lets requests finish for at most `timeout` seconds, ends the rest, stops the loop."""
+        if self._task is None:
+            return
+        end = self.clock() + timeout
+        while self._live and self.clock() < end and not self._task.done():
+            await asyncio.sleep(0.01)
+        for live in list(self._live.values()):
+            self._error(live, "the server is shutting down")
+        while self._flight:
+            self.collect()
+        self._state = "stopped"
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        self._task = None
+
+    async def _loop(self) -> None:
+        try:
+            while True:
+                launched = self.launch()
+                if self._flight and (not launched or len(self._flight) > self.device.depth):
+                    if self.device.depth:
+                        # Wait for the device off the loop; committing stays on it.
+                        await asyncio.to_thread(_wait, self._flight[0][1])
+                    self.collect()
+                elif not launched and not self._flight:
+                    self._work.clear()
+                    await self._work.wait()
+                for _ in range(LOOP_TURNS):
+                    await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            raise
+        except Exception as e:
+            log.exception("the engine's loop ended")
+            self._state = f"the engine's loop ended: {type(e).__name__}: {e}"
+            for live in list(self._live.values()):
+                self._error(live, "internal error: the engine's loop ended")
+
+    # --- out ------------------------------------------------------------------------------------------------------
+
+    def _deliver(self, event: Event) -> None:
+        """Text, stop strings and the end of a choice, as one delta."""
+        run = event.run
+        live = self._live.get(run.request.id)
+        if live is None:
+            return
+        if run.index == 0:
+            live.cached = run.cached
+        text = live.text[run.index]
+        finish, stop_reason = event.finish, None
+        parts: list[str] = []
+        ids: list[int] = []
+        logprobs: list[Any] = []
+        for j, token in enumerate(event.tokens):
+            logprob = event.logprobs[j] if event.logprobs is not None else None
+            if event.stop_token is not None and j == len(event.tokens) - 1:
+                piece = text.push_silent(token, logprob)
+            else:
+                piece = text.push(token, logprob)
+            parts.append(piece.text)
+            ids += piece.tokens
+            logprobs += piece.logprobs
+            if piece.stop is not None:
+                if event.finish is None:
+                    committing.finish(self.host, run, "stop")
+                finish, stop_reason = "stop", piece.stop
+                break
+        if finish is not None:
+            if stop_reason is None:
+                piece = text.finish()
+                parts.append(piece.text)
+                ids += piece.tokens
+                logprobs += piece.logprobs
+                if piece.stop is not None:
+                    finish, stop_reason = "stop", piece.stop
+            if event.stop_token is not None and event.stop_token not in self.policy.eos and stop_reason is None:
+                stop_reason = event.stop_token
+        if not (parts or ids or finish or event.prompt_logprobs):
+            return
+        usage = None
+        if finish is not None:
+            generated = run.generated
+            usage = Usage(prompt=len(live.request.prompt), cached=run.cached, completion=generated)
+            live.completion += generated
+        joined = "".join(parts)
+        if joined or ids or finish is not None or event.prompt_logprobs is not None:
+            live.sink(
+                Delta(
+                    index=run.index,
+                    text=joined,
+                    tokens=tuple(ids),
+                    logprobs=tuple(logprobs) if live.request.logprobs is not None else None,
+                    prompt_logprobs=event.prompt_logprobs,
+                    finish=finish,  # type: ignore[arg-type]
+                    stop_reason=stop_reason,
+                    error=event.error,
+                    usage=usage,
+                )
+            )
+        if finish is not None:
+            live.open -= 1
+            live.finish = finish
+            if live.open == 0:
+                self._live.pop(live.request.id, None)
+                self._finished(live)
+
+    def _fault(self, planned: Planned, error: Exception) -> None:
+        """Ends the requests of a failed step; the others go on."""
+        fault = error if isinstance(error, FnError) else DeviceFault(f"{type(error).__name__}: {error}")
+        log.error("a step failed: %s", fault, exc_info=error)
+        for event in committing.fail(self.host, planned, str(fault)):
+            self._deliver(event)
+
+    def _error(self, live: _Live, message: str) -> None:
+        """Ends a request with an error delta for every choice that is still open."""
+        self._live.pop(live.request.id, None)
+        open_choices = [r.index for r in live.runs if not r.ended]
+        planning.abort(self.host, live.request.id)
+        live.finish = "error"
+        for index in open_choices:
+            usage = Usage(len(live.request.prompt), live.cached, live.runs[index].generated)
+            live.sink(Delta(index=index, finish="error", error=message, usage=usage))
+        self._finished(live)
+
+    def _finished(self, live: _Live) -> None:
+        if not self.on_finish:
+            return
+        runs = live.runs
+        scheduled = [r.scheduled for r in runs if r.scheduled is not None]
+        first = [r.first_token for r in runs if r.first_token is not None]
+        facts = Finished(
+            id=live.request.id,
+            finish=live.finish,  # type: ignore[arg-type]
+            prompt=len(live.request.prompt),
+            cached=live.cached,
+            completion=sum(r.generated for r in runs),
+            n=len(runs),
+            max_tokens=live.max_tokens,
+            preemptions=sum(r.preemptions for r in runs),
+            arrival=live.request.arrival,
+            scheduled=min(scheduled, default=None),
+            first_token=min(first, default=None),
+            end=self.clock(),
+        )
+        for observe in self.on_finish:
+            observe(facts)
+
+    # --- readings -------------------------------------------------------------------------------------------------
+
+    def healthy(self) -> str | None:
+        """None when able to serve, else why not."""
+        return None if self._state == "running" else self._state
+
+    def gauges(self) -> Gauges:
+        recompiles = 0 if self.built is None else self.built.traces.compiled - self._compiled
+        return replace(planning.gauges(self.host), steps=self._steps, recompiles=recompiles)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets cached blocks that no sequence holds."""
+        self.host.ledger.reset_cache()
+
+    def check(self) -> None:
+        """Asserts that the ledger's books balance."""
+        self.host.ledger.check()
+
+
+def _wait(ticket: Ticket) -> None:
+    with contextlib.suppress(Exception):  # collect() reads it again on the loop and reports what it raises
+        ticket.read()
+
+
+def _fingerprint(model: Model, settings: Settings, built: Built) -> str:
+    """Stable for one configuration, different after a change of model, dtype, settings, kernels or version."""
+    facts = [repr(model.spec), str(model.dtype), repr(settings), repr(built.pool), repr(built.ops), __version__]
+    return f"fnengine-{__version__}-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]

@@ -1,0 +1,57 @@
+"""Where Llama-shaped checkpoints keep their weights. A tuple is a fused array: its parts one after another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from fnengine.spec import ModelSpec
+
+Names = dict[str, str | tuple[str, ...]]
+"""Key of the params tree -> checkpoint module(s); `{i}` stands for the layer. `.weight` and `.bias` are appended."""
+
+
+class Read(Protocol):
+    def __call__(self, config: dict, where: str) -> ModelSpec:
+        """The spec of a config.json; `where` goes into errors.
+
+        Raises:
+            SpecError: a key is missing, impossible, or not understood.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """One file of this package: which configs it reads, how, and where its weights are."""
+
+    name: str
+    """model_type of its configs"""
+    architecture: str
+    """architectures[0] of its configs"""
+    read: Read
+    names: Names
+    ignored: tuple[str, ...]
+    """Suffixes of checkpoint tensors that carry nothing: buffers that old versions saved."""
+
+
+NAMES: Names = {
+    "embed": "model.embed_tokens",
+    "norm1": "model.layers.{i}.input_layernorm",
+    "qkv": (
+        "model.layers.{i}.self_attn.q_proj",
+        "model.layers.{i}.self_attn.k_proj",
+        "model.layers.{i}.self_attn.v_proj",
+    ),
+    "q_norm": "model.layers.{i}.self_attn.q_norm",
+    "k_norm": "model.layers.{i}.self_attn.k_norm",
+    "o": "model.layers.{i}.self_attn.o_proj",
+    "norm2": "model.layers.{i}.post_attention_layernorm",
+    "gate_up": ("model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"),
+    "down": "model.layers.{i}.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+"""Every family of this package uses these, with the parts that its spec has."""
+
+IGNORED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".self_attn.masked_bias")

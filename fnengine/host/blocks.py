@@ -1,0 +1,449 @@
+"""The block ledger: who holds which block of the KV pool. Share, extend with copy-on-write, free, cache, evict.
+
+Blocks form a tree of nodes, each pointing to the node before it; a `Path` is a chain of them, named by its tip:
+
+    null <- a <- b <- c <- d        Path(d, 60): 3 full blocks and 12 tokens
+                  \\- e              Path(e, 40): shares a and b, has 8 tokens of its own in e
+                                    Path(b, 20): a prefix, 4 tokens into b
+
+A node is *held* while a path ends in it or a held node stands on it, *cached* when nobody holds it but the prefix index
+still knows its content, and gone otherwise. Letting a path go cascades from its tail, so a block becomes evictable
+before the one it stands on: the order that prefix caching wants, and the reason why no cached block is ever cut off
+from the index. Which tokens a block is about is known to the index alone, and only for full blocks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fnengine.errors import OutOfBlocks
+from fnengine.host.step import BLOCK
+
+Key = tuple[int, str, bytes]
+"""(content id of the parent or 0, salt, the block's token ids as int32 bytes): compared exactly, never hashed away."""
+
+UNSEEN, PRIVATE = 0, -1
+"""`Node.content` of a block that was not published yet, and of one that never will be; ids of indexed ones are > 0."""
+
+
+class Node:
+    """A block of the pool that holds, or held, somebody's tokens."""
+
+    __slots__ = ("block", "column", "content", "frontier", "holds", "key", "parent")
+
+    def __init__(self, block: int, parent: Node | None, frontier: int):
+        self.block = block
+        self.parent = parent
+        self.column: int = 0 if parent is None else parent.column + 1
+        """Place in the sequence: tokens column * B onwards."""
+        self.frontier = frontier
+        """Tokens written, 1..B. The next one may be written in place by whoever ends here."""
+        self.holds = 0
+        """Paths that end here plus held nodes that stand on this one."""
+        self.content = UNSEEN
+        self.key: Key | None = None
+        """In the index under this key; None when not indexed."""
+
+    def __repr__(self) -> str:
+        return f"Node(block {self.block}, column {self.column}, {self.frontier} tokens, {self.holds} holds)"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Path:
+    """A held chain of blocks: a value. Whoever received it lets it go with `Ledger.free`, once."""
+
+    tip: Node | None
+    length: int
+    """Tokens."""
+    salt: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extension:
+    """A longer path and what the device must do before it can be written."""
+
+    path: Path
+    copy: tuple[tuple[int, int], ...] = ()
+    """(source, target): at most one, the tail block that others still read."""
+    grown: tuple[tuple[int, int], ...] = ()
+    """(column, block) of every table entry that differs from the old path's."""
+
+
+class Ledger:
+    """The books over a pool of KV blocks. Block 0 is the null block and never handed out.
+
+    Args:
+        blocks: N, the null block included.
+        block: tokens in a block.
+        caching: whether full blocks are indexed for reuse by later sequences.
+    """
+
+    def __init__(self, blocks: int, block: int = BLOCK, caching: bool = True):
+        assert blocks >= 1 and block >= 1
+        self.block, self.caching = block, caching
+        self.total = blocks - 1
+        """Usable blocks."""
+        self.held = 0
+        """Blocks held by live paths."""
+        self.queries = 0
+        """Tokens looked up in the prefix index, ever."""
+        self.hits = 0
+        """Of those, found."""
+        self._free = list(range(blocks - 1, 0, -1))
+        self._nodes: list[Node | None] = [None] * blocks
+        self._index: dict[Key, Node] = {}
+        self._cached: OrderedDict[Node, None] = OrderedDict()
+        self._contents = 0
+        self._written = 0
+        # Sources of copies emitted since `settle`, and the freed ones among them (see `settle`).
+        self._sources: set[int] = set()
+        self._resting: list[int] = []
+
+    # --- readings -------------------------------------------------------------------------------------------------
+
+    @property
+    def cached(self) -> int:
+        """Blocks nobody holds whose content is indexed; the least recently used are evicted when the pool is short."""
+        return len(self._cached)
+
+    @property
+    def unused(self) -> int:
+        """Blocks with no content at all."""
+        return len(self._free) + len(self._resting)
+
+    @property
+    def available(self) -> int:
+        """Blocks that could be had right now, cached ones included."""
+        n = len(self._free) + len(self._cached)
+        if self._sources:
+            n -= sum(1 for b in self._sources if (node := self._nodes[b]) is not None and node.holds == 0)
+        return n
+
+    def waste(self) -> float:
+        """(allocated - needed) / allocated tokens over held blocks, shared ones counted once; 0 when none is held.
+
+        A token is needed from being written until its block is let go or written over.
+        """
+        allocated = self.held * self.block
+        return (allocated - self._written) / allocated if allocated else 0.0
+
+    def blocks_of(self, path: Path) -> np.ndarray:
+        """[p] int32 block ids of the path, in order."""
+        node = path.tip
+        out = np.empty(0 if node is None else node.column + 1, np.int32)
+        while node is not None:
+            out[node.column] = node.block
+            node = node.parent
+        return out
+
+    # --- paths ----------------------------------------------------------------------------------------------------
+
+    def empty(self, salt: str = "") -> Path:
+        """The path of no tokens; it holds nothing."""
+        return Path(None, 0, salt)
+
+    def match(self, tokens: Sequence[int] | np.ndarray, salt: str = "", count: bool = True) -> Path:
+        """The longest indexed prefix of `tokens` in full blocks, held; at least one token is left to compute.
+
+        `count=False` looks without adding to `queries` and `hits`.
+        """
+        if not self.caching:
+            return self.empty(salt)
+        data = np.ascontiguousarray(tokens, np.int32).tobytes()
+        size, index = 4 * self.block, self._index
+        tip, content = None, 0
+        for start in range(0, (len(tokens) - 1) // self.block * size, size):
+            node = index.get((content, salt, data[start : start + size]))
+            if node is None:
+                break
+            tip, content = node, node.content
+        path = Path(tip, 0 if tip is None else (tip.column + 1) * self.block, salt)
+        self._hold(tip)
+        if count:
+            self.queries += len(tokens)
+            self.hits += path.length
+        return path
+
+    def share(self, path: Path) -> Path:
+        """The same path, held once more."""
+        self._hold(path.tip)
+        return Path(path.tip, path.length, path.salt)
+
+    def cut(self, path: Path, n: int) -> Path:
+        """The first `n` tokens of the path, held."""
+        assert 0 <= n <= path.length, f"cannot cut {path.length} tokens to {n}"
+        tip, last = path.tip, (n - 1) // self.block
+        while tip is not None and tip.column > last:
+            tip = tip.parent
+        self._hold(tip)
+        return Path(tip, n, path.salt)
+
+    def free(self, path: Path) -> None:
+        """Lets the path go. Blocks nobody holds any more are cached if indexed, free otherwise; tails first."""
+        node = path.tip
+        while node is not None:
+            node.holds -= 1
+            assert node.holds >= 0, "a path was freed twice"
+            if node.holds:
+                return
+            self.held -= 1
+            self._written -= node.frontier
+            if node.key is None:
+                self._vacate(node)
+            else:
+                self._cached[node] = None
+            node = node.parent
+
+    def extend(self, path: Path, n: int) -> Extension:
+        """A new path with `n` more tokens, held; the old one stays held by whoever has it.
+
+        The tail block is written in place if the path ends at its frontier, or if nobody else holds it and it is not
+        indexed; otherwise its tokens are copied to a new block. What is copied is the block as it stands *before* the
+        step, so a path must have been written by an earlier step (or swapped in) before a copy of its tail is asked for.
+
+        Raises:
+            OutOfBlocks: nothing was changed.
+        """
+        tip, end, copying, need = self._decide(path, n, None)
+        if need > len(self._free) and need > (available := self.available):
+            raise OutOfBlocks(need, available, self.held)
+        return self._extend(path, n, tip, end, copying)
+
+    def extend_many(self, pairs: Sequence[tuple[Path, int]]) -> list[Extension]:
+        """The extensions of one whole step, in argument order, all or none; the same path may occur twice.
+
+        Raises:
+            OutOfBlocks: nothing was changed.
+        """
+        self.settle()
+        ahead: dict[Node, tuple[int, int]] = {}
+        need = sum(self._decide(path, n, ahead)[3] for path, n in pairs)
+        if need > (available := self.available):
+            raise OutOfBlocks(need, available, self.held)
+        return [self._extend(path, n, *self._decide(path, n, None)[:3]) for path, n in pairs]
+
+    def settle(self) -> None:
+        """Marks the start of a new step: blocks that the last step copies from may be handed out again.
+
+        Within a step, copies run in parallel, after swap-ins and before writes. A source that its last holder lets go
+        would be harmless as a target of writes but not as that of another copy or of a swap-in, so it rests until here.
+        """
+        if self._sources:
+            self._sources.clear()
+            self._free += self._resting
+            self._resting.clear()
+
+    # --- the index ------------------------------------------------------------------------------------------------
+
+    def publish(self, path: Path, tokens: Sequence[int] | np.ndarray) -> None:
+        """Indexes the full blocks of the path for `match`. `tokens` are those of the whole path, or of a prefix of it.
+
+        A block is indexed only if the one before it is and its key is free: of two blocks with equal content the first
+        stays, and what stands on the second is not indexed. Costs O(blocks not published before).
+        """
+        if not self.caching:
+            return
+        full = min(len(tokens), path.length) // self.block
+        node, todo = path.tip, []
+        while node is not None and node.content == UNSEEN:
+            if node.column < full:
+                todo.append(node)
+            node = node.parent
+        if not todo:
+            return
+        first = todo[-1].column * self.block
+        data = np.ascontiguousarray(tokens[first : full * self.block], np.int32).tobytes()
+        size = 4 * self.block
+        content = 0 if node is None else node.content
+        for i, node in enumerate(reversed(todo)):
+            key = (content, path.salt, data[i * size : (i + 1) * size])
+            if content == PRIVATE or key in self._index:
+                content = node.content = PRIVATE
+                continue
+            self._contents += 1
+            content = node.content = self._contents
+            node.key = key
+            self._index[key] = node
+
+    def unpublish(self, path: Path, from_length: int) -> set[int]:
+        """Block ids that are no longer indexed: those of the path that hold tokens from `from_length` on, and all on them.
+
+        For tokens that were never computed after all (their step failed). Costs O(index).
+        """
+        gone: set[int] = set()
+        dead: set[int] = set()
+        node = path.tip
+        while node is not None and (node.column + 1) * self.block > from_length:
+            if node.key is not None:
+                dead.add(node.content)
+                gone.add(node.block)
+                self._forget(node)
+            node.content = PRIVATE
+            node = node.parent
+        # Content ids grow from parent to child, so one pass in their order finds every descendant.
+        for other in sorted(self._index.values(), key=lambda x: x.content) if dead else ():
+            assert other.key is not None
+            if other.key[0] in dead:
+                dead.add(other.content)
+                gone.add(other.block)
+                self._forget(other)
+        return gone
+
+    def reset_cache(self) -> None:
+        """Forgets every cached block that nobody holds."""
+        while self._cached:
+            self._evict()
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _decide(
+        self, path: Path, n: int, ahead: dict[Node, tuple[int, int]] | None
+    ) -> tuple[Node | None, int, bool, int]:
+        """(tip, tokens of the path in it, whether it must be copied, blocks needed).
+
+        `ahead` holds (frontier, holds) as they will be after the extensions decided before this one, and is updated.
+        """
+        assert n > 0, "a path is extended by at least one token"
+        tip, B = path.tip, self.block
+        if tip is None:
+            return None, B, False, -(-n // B)
+        end = path.length - tip.column * B
+        need = (path.length + n - 1) // B - tip.column
+        frontier, holds = (tip.frontier, tip.holds) if ahead is None else ahead.get(tip, (tip.frontier, tip.holds))
+        copying = end < B and end != frontier and (holds > 1 or tip.key is not None)
+        if ahead is not None and not copying:
+            # In place or on top: either way one more hold, and the frontier moves if there was room.
+            ahead[tip] = (min(end + n, B) if end < B else frontier, holds + 1)
+        return tip, end, copying, need + copying
+
+    def _extend(self, path: Path, n: int, tip: Node | None, end: int, copying: bool) -> Extension:
+        B, length = self.block, path.length + n
+        copy: tuple[tuple[int, int], ...] = ()
+        grown = []
+        left = n
+        if tip is not None and end < B:
+            left = max(end + n - B, 0)
+            if copying:
+                source = tip
+                tip = self._new(source.parent, min(end + n, B))
+                copy = ((source.block, tip.block),)
+                self._sources.add(source.block)
+                grown.append((tip.column, tip.block))
+            else:
+                if tip.frontier > end:  # what stood here is written over
+                    tip.content = UNSEEN
+                self._written += min(end + n, B) - tip.frontier
+                tip.frontier = min(end + n, B)
+        while left > 0:
+            tip = self._new(tip, min(left, B))
+            grown.append((tip.column, tip.block))
+            left -= B
+        assert tip is not None
+        tip.holds += 1
+        return Extension(Path(tip, length, path.salt), copy, tuple(grown))
+
+    def _new(self, parent: Node | None, frontier: int) -> Node:
+        """A held node over a fresh block; its own hold is added by whoever ends in it or stands on it."""
+        while not self._free:
+            self._evict()
+        node = Node(self._free.pop(), parent, frontier)
+        self._nodes[node.block] = node
+        self.held += 1
+        self._written += frontier
+        if parent is not None:
+            parent.holds += 1
+        return node
+
+    def _hold(self, node: Node | None) -> None:
+        while node is not None:
+            node.holds += 1
+            if node.holds > 1:
+                return
+            del self._cached[node]
+            self.held += 1
+            self._written += node.frontier
+            node = node.parent
+
+    def _evict(self) -> None:
+        node, _ = self._cached.popitem(last=False)
+        assert node.key is not None
+        del self._index[node.key]
+        self._vacate(node)
+
+    def _forget(self, node: Node) -> None:
+        """Takes a node out of the index, and out of the pool if nobody holds it."""
+        assert node.key is not None
+        del self._index[node.key]
+        node.key, node.content = None, PRIVATE
+        if node.holds == 0:
+            del self._cached[node]
+            self._vacate(node)
+
+    def _vacate(self, node: Node) -> None:
+        self._nodes[node.block] = None
+        (self._resting if node.block in self._sources else self._free).append(node.block)
+
+    # --- audit ----------------------------------------------------------------------------------------------------
+
+    def check(self, paths: Iterable[Path] | None = None) -> None:
+        """Asserts every law of the books; with `paths`, that exactly these are held. O(blocks), for tests and audits."""
+        nodes = [n for n in self._nodes if n is not None]
+        held = [n for n in nodes if n.holds]
+        assert self.unused + self.cached + self.held == self.total, (
+            f"conservation: {self.unused} unused + {self.cached} cached + {self.held} held != {self.total}"
+        )
+        assert self.held == len(held), f"held: counted {self.held}, found {len(held)}"
+        spare = self._free + self._resting
+        assert len(set(spare)) == len(spare) and 0 not in spare, "free list: a block twice, or the null block"
+        assert all(self._nodes[b] is None for b in spare), "free list: a block in use"
+        assert self._nodes[0] is None, "the null block is in use"
+        assert set(self._resting) <= self._sources, "a block rests that was not copied from"
+        assert self._written == sum(n.frontier for n in held), "waste: the count of written tokens is wrong"
+        children: dict[Node, int] = {}
+        for block, n in enumerate(self._nodes):
+            if n is None:
+                continue
+            assert n.block == block, f"{n}: filed under block {block}"
+            assert 1 <= n.frontier <= self.block, f"{n}: frontier out of bounds"
+            if n.holds and n.parent is not None:
+                children[n.parent] = children.get(n.parent, 0) + 1
+            if n.parent is not None:
+                assert self._nodes[n.parent.block] is n.parent, f"{n}: stands on a block that is gone"
+                assert n.parent.frontier == self.block, f"{n}: stands on a block that is not full"
+            assert n.column == (0 if n.parent is None else n.parent.column + 1), f"{n}: wrong column"
+            assert n.holds or n in self._cached, f"{n}: neither held nor cached"
+        holders: dict[Node, int] = {}
+        for p in paths or ():
+            if p.tip is None:
+                assert p.length == 0, "a path without blocks has tokens"
+                continue
+            assert 0 < p.length - p.tip.column * self.block <= p.tip.frontier, f"{p}: ends beyond its tip's frontier"
+            holders[p.tip] = holders.get(p.tip, 0) + 1
+        for n in nodes:
+            assert n.holds >= children.get(n, 0), f"{n}: {children[n]} held nodes stand on it"
+            if paths is not None:
+                want = children.get(n, 0) + holders.pop(n, 0)
+                assert n.holds == want, f"{n}: holders and held children make {want}"
+        assert not holders, "a path ends in a block that is gone"
+        self._check_index(nodes)
+
+    def _check_index(self, nodes: list[Node]) -> None:
+        indexed = [n for n in nodes if n.key is not None]
+        assert len(indexed) == len(self._index), "index: an entry without a node"
+        assert len({n.content for n in indexed}) == len(indexed), "index: a content id twice"
+        for n in indexed:
+            assert n.key is not None and self._index.get(n.key) is n, f"{n}: its key leads elsewhere"
+            assert n.frontier == self.block, f"{n}: indexed but not full"
+            assert 0 < n.content <= self._contents, f"{n}: content id was never given out"
+            above = 0 if n.parent is None else n.parent.content
+            assert n.key[0] == above and above != PRIVATE, f"{n}: indexed but unreachable"
+        order = {n: i for i, n in enumerate(self._cached)}
+        for n, i in order.items():
+            assert n.holds == 0, f"{n}: cached but held"
+            assert n.key is not None, f"{n}: cached but not indexed"
+            if n.parent is not None and n.parent in order:
+                assert i < order[n.parent], f"{n}: would be evicted after the block it stands on"

@@ -1,0 +1,188 @@
+"""The offline convenience that people know: `LLM(...).generate(prompts)` and `.chat(messages)`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fnengine.engine import Engine
+from fnengine.errors import DeviceFault, RequestError
+from fnengine.host.output import Delta, TokenLogprob, Usage
+from fnengine.host.request import Request, Sampling, Stop
+from fnengine.load import load
+from fnengine.model import Model
+from fnengine.settings import Settings
+
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True)
+class Choice:
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    finish: str
+    """`stop` or `length`"""
+    stop_reason: str | int | None
+    logprobs: tuple[TokenLogprob, ...] | None
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What became of one prompt."""
+
+    prompt: Prompt
+    choices: tuple[Choice, ...]
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+    @property
+    def text(self) -> str:
+        """The first choice's text."""
+        return self.choices[0].text
+
+
+class LLM:
+    """A model and an engine in this process.
+
+    Args:
+        model: a directory, a Hugging Face name, `demo` (the bundled model), or a loaded `Model`.
+        dtype, load_format, revision, device: as in `fnengine.load`.
+        options: fields of `Settings`.
+
+    Example:
+        >>> llm = LLM("demo")
+        >>> llm.generate("Once upon a time", stop=Stop(max_tokens=20))[0].text
+    """
+
+    def __init__(
+        self,
+        model: str | Model | None = None,
+        *,
+        dtype: str = "auto",
+        load_format: str = "auto",
+        revision: str | None = None,
+        device: str = "auto",
+        **options: Any,
+    ):
+        if not isinstance(model, Model):
+            model = load(model, dtype=dtype, load_format=load_format, revision=revision, device=device)
+        self.model = model
+        self.engine = Engine.build(model, Settings(**options))
+        self._numbers = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling: Sampling | None = None,
+        stop: Stop | None = None,
+        *,
+        n: int = 1,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        on_delta: Callable[[int, Delta], None] | None = None,
+    ) -> list[Completion]:
+        """A `Completion` per prompt, in order. A prompt is text or token ids; a lone one gives a list of one.
+
+        Without `sampling` the model's generation defaults apply; without `stop`, 16 tokens at most.
+        `on_delta(prompt index, delta)` sees output as it comes.
+
+        Raises:
+            RequestError, ContextLengthError: nothing was generated for any prompt.
+        """
+        many = [prompts] if isinstance(prompts, str) else list(prompts)
+        if many and isinstance(many[0], int):
+            many = [many]  # type: ignore[list-item]
+        requests = []
+        for prompt in many:
+            ids = self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)  # type: ignore[arg-type]
+            if not ids:
+                raise RequestError("the prompt is empty", param="prompt")
+            requests.append(
+                Request(
+                    id=f"llm-{next(self._numbers)}",
+                    prompt=np.array(ids, np.int32),
+                    sampling=sampling or self.default_sampling(),
+                    stop=stop or Stop(max_tokens=16),
+                    n=n,
+                    logprobs=logprobs,
+                    prompt_logprobs=prompt_logprobs,
+                )
+            )
+        return self._run(many, requests, on_delta)  # type: ignore[arg-type]
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        sampling: Sampling | None = None,
+        stop: Stop | None = None,
+        *,
+        n: int = 1,
+        on_delta: Callable[[int, Delta], None] | None = None,
+        **template: Any,
+    ) -> list[Completion]:
+        """Like `generate`, from one conversation or a list of them; without `stop`, up to the end of the context."""
+        talks = [messages] if messages and isinstance(messages[0], dict) else messages
+        tokenizer = self.engine.tokenizer
+        prompts = [tokenizer.encode(tokenizer.render_chat(m, **template), add_special=False) for m in talks]
+        return self.generate(prompts, sampling, stop or Stop(), n=n, on_delta=on_delta)
+
+    def default_sampling(self) -> Sampling:
+        """What generation_config.json says, temperature 1 where it is silent."""
+        known = {k: v for k, v in self.engine.defaults.items() if k in Sampling.__dataclass_fields__}
+        return Sampling(**known)
+
+    def _run(
+        self, prompts: list[Prompt], requests: list[Request], on_delta: Callable[[int, Delta], None] | None
+    ) -> list[Completion]:
+        deltas: list[list[list[Delta]]] = [[[] for _ in range(r.n)] for r in requests]
+
+        def sink(i: int) -> Callable[[Delta], None]:
+            def put(delta: Delta) -> None:
+                deltas[i][delta.index].append(delta)
+                if on_delta is not None:
+                    on_delta(i, delta)
+
+            return put
+
+        submitted = []
+        try:
+            for i, request in enumerate(requests):
+                self.engine.submit_to(request, sink(i))
+                submitted.append(request.id)
+            while self.engine.turn():
+                pass
+        except BaseException:
+            for request_id in submitted:
+                self.engine.abort(request_id)
+            while self.engine.turn():
+                pass
+            raise
+        return [_gather(p, d) for p, d in zip(prompts, deltas, strict=True)]
+
+
+def _gather(prompt: Prompt, deltas: list[list[Delta]]) -> Completion:
+    choices, scored = [], None
+    for index, parts in enumerate(deltas):
+        last = parts[-1]
+        if last.finish == "error":
+            raise DeviceFault(last.error or "the request failed")
+        assert last.finish is not None and last.usage is not None
+        scored = next((d.prompt_logprobs for d in parts if d.prompt_logprobs is not None), scored)
+        asked = any(d.logprobs is not None for d in parts)
+        choices.append(
+            Choice(
+                index=index,
+                text="".join(d.text for d in parts),
+                tokens=tuple(t for d in parts for t in d.tokens),
+                finish=last.finish,
+                stop_reason=last.stop_reason,
+                logprobs=tuple(p for d in parts for p in d.logprobs or ()) if asked else None,
+                usage=last.usage,
+            )
+        )
+    return Completion(prompt, tuple(choices), scored)

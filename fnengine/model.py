@@ -1,0 +1,120 @@
+"""The forward that interprets a spec, in three pure parts: `embed`, `body`, `head_logits`; and `Model`, the data.
+
+The step puts its own work between the parts: it picks the rows whose logits somebody wants before the head runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fnengine import checkpoint
+from fnengine.layers import Angles, layer, rms_norm, rope_angles
+from fnengine.leaves import matmul
+from fnengine.spec import Layer, ModelSpec, Rope
+from fnengine.state import Pool, Where
+
+if TYPE_CHECKING:
+    from fnengine.kernels import Ops
+
+RunLayer = Callable[[Layer, Any, Pool, Where, Angles, "Ops", Tensor], Tensor]
+"""`layers.layer`, or anything that computes the same: a compiled form of it."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Spec and weights on a device: data, nothing that runs."""
+
+    spec: ModelSpec
+    params: dict[str, Any]
+    dtype: torch.dtype
+    """Of parameters, activations and KV."""
+    device: torch.device
+    folder: Path
+    """Where the config, the tokenizer and the weights came from."""
+    name: str = ""
+    """What a user calls it."""
+    notes: tuple[str, ...] = ()
+    """What was decided on the way, to be shown: dtype, layout of weights, dummy weights."""
+
+
+def load(
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    load_format: str = "auto",
+    seed: int = 0,
+    progress: checkpoint.Progress | None = None,
+) -> Model:
+    """The model in a local folder (see `hub.resolve` for names).
+
+    Args:
+        dtype: auto (the checkpoint's own, see `checkpoint.pick_dtype`), bfloat16, float16 or float32.
+        device: auto (cuda where torch finds one, else cpu), cpu, cuda or cuda:N.
+        load_format: auto or safetensors read the weights; dummy draws random ones from `seed` and needs only a
+            config.json.
+        progress: called with (bytes done, bytes in all) while weights are read.
+
+    Raises:
+        SpecError: the config cannot be built.
+        CheckpointError: weights are missing, damaged or of the wrong shape.
+        ConfigError: dtype, device or load_format has no meaning here.
+    """
+    device = checkpoint.pick_device(device)
+    spec = checkpoint.read_spec(folder)
+    torch_dtype, why = checkpoint.pick_dtype(spec, dtype, device)
+    params, notes = checkpoint.fill(folder, spec, torch_dtype, device, load_format, seed=seed, progress=progress)
+    return Model(spec, params, torch_dtype, device, Path(folder), Path(folder).name, (why, *notes))
+
+
+def forward(
+    spec: ModelSpec,
+    params: dict[str, Any],
+    pool: tuple[Pool, ...],
+    where: Where,
+    token_T: Tensor,
+    ops: Ops,
+    run_layer: RunLayer = layer,
+) -> Tensor:
+    """hidden_TD of all new tokens, before the final norm (`head_logits` applies it to the rows it is given).
+
+    Donates: `pool`.
+    """
+    return body(spec, params, pool, where, ops, embed(spec, params, token_T), run_layer)
+
+
+def embed(spec: ModelSpec, params: dict[str, Any], token_T: Tensor) -> Tensor:
+    """x_TD: the embedding of each token."""
+    return F.embedding(token_T, params["embed"].weight)
+
+
+def body(
+    spec: ModelSpec,
+    params: dict[str, Any],
+    pool: tuple[Pool, ...],
+    where: Where,
+    ops: Ops,
+    x_TD: Tensor,
+    run_layer: RunLayer = layer,
+) -> Tensor:
+    """x_TD after all layers. Donates `pool`."""
+    angles: dict[Rope, Angles] = {}
+    for kind in spec.layers:
+        if kind.mixer.rope not in angles:
+            angles[kind.mixer.rope] = rope_angles(kind.mixer.rope, where.position)
+    for kind, p, kv in zip(spec.layers, params["layers"], pool, strict=True):
+        x_TD = run_layer(kind, p, kv, where, angles[kind.mixer.rope], ops, x_TD)
+    return x_TD
+
+
+def head_logits(spec: ModelSpec, params: dict[str, Any], hidden_nD: Tensor) -> Tensor:
+    """logits_nV in float32 of any selection of hidden rows; a row's bits do not depend on the others."""
+    head = params["embed"] if params["head"] is None else params["head"]
+    return matmul(head, rms_norm(hidden_nD, params["norm"], spec.eps)).float()

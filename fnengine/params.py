@@ -1,0 +1,138 @@
+"""Parameters before they exist: shape, dtype, origin and initial distribution of every array of a spec.
+
+From this one tree come checkpoint loading, dummy weights and the memory plan, so they cannot disagree.
+
+    {"embed": Dense, "layers": ({"norm1", "qkv", "q_norm", "k_norm", "o", "norm2", "gate_up", "down"}, ...),
+     "norm": array, "head": Dense, or None when the embedding is the head}
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fnengine import tree
+from fnengine.families import FAMILIES
+from fnengine.leaves import Dense, Packing
+from fnengine.spec import Layer, ModelSpec
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """One array of the params tree, abstractly."""
+
+    shape: tuple[int, ...]
+    parts: tuple[tuple[str, int], ...]
+    """(checkpoint tensor, its size along dim 0): laid one after another along dim 0 they make the array."""
+    std: float | None
+    """Dummy weights: normal with this deviation; None means all `fill`."""
+    fill: float = 0.0
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+
+def abstract(spec: ModelSpec) -> dict[str, Any]:
+    """The params tree of a spec with an `ArrayInfo` in place of every tensor."""
+    names = FAMILIES[spec.family].names
+    embed = _linear(names["embed"], (spec.vocab,), spec.width, False)
+    return {
+        "embed": embed,
+        "layers": tuple(_layer(names, i, kind, spec.width) for i, kind in enumerate(spec.layers)),
+        "norm": _norm(names["norm"], spec.width),
+        "head": None if spec.tied else _linear(names["head"], (spec.vocab,), spec.width, False),
+    }
+
+
+def arrays(infos: dict[str, Any]) -> Iterator[tuple[str, ArrayInfo]]:
+    """(path, info) of every array of an abstract tree."""
+    return tree.items(infos, stop=ArrayInfo)
+
+
+def count(spec: ModelSpec) -> int:
+    """Number of parameters; a tied head counts once."""
+    return sum(info.size for _, info in arrays(abstract(spec)))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of weights on the device, before anything is loaded."""
+
+    weights: int
+    """Everything below together."""
+    packed_head: int
+    """Of `weights`: the packed copy of a tied embedding (which stays dense to be indexed)."""
+    peak: int
+    """Most bytes alive while loading: `weights`, and one array in both of its forms."""
+
+
+def memory_plan(spec: ModelSpec, dtype: torch.dtype, how: Packing) -> MemoryPlan:
+    """What the weights of a spec take in `dtype`, stored as `how` says."""
+    item = dtype.itemsize
+    sizes = [info.size * item for _, info in arrays(abstract(spec))]
+    head = spec.vocab * spec.width * item if spec.tied and how.packed else 0
+    return MemoryPlan(sum(sizes) + head, head, sum(sizes) + head + (max(sizes) if how.packed else 0))
+
+
+NOISE = 1_048_573
+"""Length of the noise that dummy weights repeat: a prime, so that no two rows of an array are equal before row 1,048,573,
+and short, because drawing 600 million normals takes ten seconds and copying them takes half of one."""
+
+
+def noise(seed: int) -> Tensor:
+    """[NOISE] standard normal float32, a function of the seed."""
+    return torch.randn(NOISE, generator=torch.Generator().manual_seed(seed))
+
+
+def dummy_array(path: str, info: ArrayInfo, dtype: torch.dtype, noise: Tensor) -> Tensor:
+    """A random array for `--load-format dummy`: the noise, scaled, from a place that depends on the path, repeated."""
+    out = torch.empty(info.shape, dtype=dtype)
+    if info.std is None:
+        return out.fill_(info.fill)
+    start = int.from_bytes(hashlib.blake2b(path.encode(), digest_size=6).digest(), "little") % NOISE
+    period = (noise * info.std).to(dtype).roll(-start)
+    for chunk in out.view(-1).split(NOISE):
+        chunk.copy_(period[: len(chunk)])
+    return out
+
+
+def _layer(names: dict[str, Any], i: int, kind: Layer, D: int) -> dict[str, Any]:
+    a, m = kind.mixer, kind.mlp
+
+    def name(key: str) -> Any:
+        n = names[key]
+        return n.format(i=i) if isinstance(n, str) else tuple(part.format(i=i) for part in n)
+
+    q, kv = a.heads * a.width, a.kv_heads * a.width
+    return {
+        "norm1": _norm(name("norm1"), D),
+        "qkv": _linear(name("qkv"), (q, kv, kv), D, a.qkv_bias),
+        "q_norm": _norm(name("q_norm"), a.width) if a.qk_norm else None,
+        "k_norm": _norm(name("k_norm"), a.width) if a.qk_norm else None,
+        "o": _linear(name("o"), (D,), q, a.out_bias),
+        "norm2": _norm(name("norm2"), D),
+        "gate_up": _linear(name("gate_up"), (m.width, m.width), D, m.bias),
+        "down": _linear(name("down"), (D,), m.width, m.bias),
+    }
+
+
+def _linear(names: str | tuple[str, ...], rows: tuple[int, ...], K: int, bias: bool) -> Any:
+    names = (names,) if isinstance(names, str) else names
+
+    def parts(suffix: str) -> tuple[tuple[str, int], ...]:
+        return tuple((f"{n}.{suffix}", r) for n, r in zip(names, rows, strict=True))
+
+    N = sum(rows)
+    b = ArrayInfo((N,), parts("bias"), None, 0.0) if bias else None
+    return Dense(ArrayInfo((N, K), parts("weight"), 0.02), b)  # type: ignore[arg-type]
+
+
+def _norm(name: str, width: int) -> ArrayInfo:
+    return ArrayInfo((width,), ((f"{name}.weight", width),), None, 1.0)

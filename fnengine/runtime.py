@@ -1,0 +1,401 @@
+"""The functional API: sequences as values and one verb, `extend`.
+
+    model = fn.load("demo")
+    rt = fn.Runtime(model)
+    seq, logits = rt.extend(rt.empty, model.encode("Once upon a time"))
+    token = fn.sample(logits, temperature=0.8, seed=7, position=len(seq))
+    seq, logits = rt.extend(seq, [token])
+
+A `Sequence` is immutable. Use it twice to fork it, slice it to roll it back, let it go to free it. It owns blocks of
+KV, never a row: a row is the device's cache of a sequence, found again when the same value is extended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fnengine.build import Built, build
+from fnengine.errors import ContextLengthError, OutOfBlocks, RequestError
+from fnengine.host.ask import pipeline_of
+from fnengine.host.blocks import Extension, Ledger, Path
+from fnengine.host.request import Sampling, fold_in
+from fnengine.host.step import BLOCK, Admission, Ask, StepInput
+from fnengine.model import Model
+from fnengine.settings import Settings
+
+Logits = Literal["last", "all"] | None
+
+ALL_LOGITS_BYTES = 1 << 30
+"""Most bytes of float32 logits that `logits="all"` may ask for in one call."""
+
+
+class Tokens:
+    """An append-only buffer of token ids, shared by every sequence along one line of growth."""
+
+    __slots__ = ("data", "used")
+
+    def __init__(self, data: np.ndarray, used: int):
+        self.data, self.used = data, used
+
+    def extend(self, at: int, tokens: np.ndarray) -> Tokens:
+        """The buffer holding `self[:at] + tokens`: this one when `at` is its end, a copy otherwise."""
+        if at != self.used:
+            return Tokens(self.data[:at].copy(), at).extend(at, tokens)
+        end = at + len(tokens)
+        if end > len(self.data):
+            grown = np.empty(max(2 * len(self.data), end, 64), np.int32)
+            grown[:at] = self.data[:at]
+            self.data = grown
+        self.data[at:end] = tokens
+        self.used = end
+        return self
+
+
+class Sequence:
+    """An immutable sequence of computed tokens. `seq[:n]` is a prefix, `len(seq)`, `seq.tokens`.
+
+    Its blocks return to the pool when the last reference goes, or at once with `close()` or `with`.
+    """
+
+    __slots__ = ("__weakref__", "_buffer", "_path", "_prompt_len", "_row", "_runtime")
+
+    def __init__(self, runtime: Runtime, path: Path, buffer: Tokens, prompt_len: int, row: int = -1):
+        self._runtime, self._path, self._buffer = runtime, path, buffer
+        self._prompt_len, self._row = prompt_len, row
+
+    def __len__(self) -> int:
+        return self._path.length
+
+    @property
+    def tokens(self) -> list[int]:
+        """The token ids, as a new list."""
+        return self._buffer.data[: len(self)].tolist()
+
+    def __getitem__(self, at: slice) -> Sequence:
+        """A prefix; raises `RequestError` for anything but `seq[:n]`."""
+        if not isinstance(at, slice) or at.start not in (None, 0) or at.step not in (None, 1):
+            raise RequestError("a sequence can only be cut to a prefix", where=f"seq[{at}]", remedy="write seq[:n]")
+        n = range(len(self))[at]
+        rt = self._runtime
+        rt._need_open(self)
+        return Sequence(rt, rt._ledger.cut(self._path, len(n)), self._buffer, min(self._prompt_len, len(n)))
+
+    def close(self) -> None:
+        """Lets the blocks go now; the value must not be used afterwards. Twice is harmless."""
+        path, self._path = self._path, _CLOSED
+        if path is not _CLOSED:
+            self._runtime._dropped.append(path)
+
+    def __enter__(self) -> Sequence:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self):
+        # A finalizer may run at any moment, so it only hands the path over; the ledger is touched at the next call.
+        with contextlib.suppress(AttributeError):  # construction failed, there is no path
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"Sequence({len(self)} tokens)"
+
+
+_CLOSED = Path(None, 0, "closed")
+
+
+@dataclass
+class _Part:
+    """One pair of a batched extend on its way."""
+
+    base: Path
+    """What is already computed: the given sequence, or what the prefix cache holds of it."""
+    seq: Sequence
+    tokens: np.ndarray
+    """Tokens still to compute."""
+    buffer: Tokens
+    extension: Extension
+    row: int
+    sampling: Sampling | None
+    seed: int
+    prompt_len: int
+    done: int = 0
+    admitted: bool = False
+
+
+class Runtime:
+    """The pool, the ledger and the step of one model, driven by `extend`. Not safe to call from two threads at once.
+
+    Args:
+        model: from `fnengine.load`.
+        settings: sizes; keyword arguments of `Settings` may be given instead.
+
+    Example:
+        >>> rt = Runtime(model, kv_cache_memory_bytes=1 << 20)
+        >>> seq, logits = rt.extend(rt.empty, [1, 2, 3])
+    """
+
+    def __init__(self, model: Model, settings: Settings | None = None, **options: Any):
+        self.model = model
+        self.settings = settings or Settings(**options)
+        self.built: Built = build(model, self.settings)
+        self._device = self.built.device
+        self._ledger = Ledger(self._device.blocks, BLOCK, caching=self.settings.enable_prefix_caching)
+        self._dropped: deque[Path] = deque()
+        self._rows: OrderedDict[int, tuple[weakref.ref[Sequence], Sampling | None, int] | None] = OrderedDict(
+            (r, None) for r in range(self._device.rows)
+        )
+        self._unseeded = 0
+
+    @property
+    def empty(self) -> Sequence:
+        """The sequence of no tokens."""
+        return Sequence(self, self._ledger.empty(), Tokens(np.empty(0, np.int32), 0), 0)
+
+    @property
+    def max_len(self) -> int:
+        """Longest sequence, in tokens."""
+        return self._device.max_len
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that could be had now, cached ones included."""
+        self._drain()
+        return self._ledger.available
+
+    def extend(
+        self,
+        seq: Sequence | Iterable[tuple[Sequence, Iterable[int]]],
+        tokens: Iterable[int] | None = None,
+        *,
+        logits: Logits | Literal["default"] = "default",
+        sample: Sampling | list[Sampling] | None = None,
+    ) -> Any:
+        """The sequence(s) with `tokens` computed, and what comes after them.
+
+        `extend(seq, tokens)` is one pair, `extend([(seq, tokens), ...])` a ragged batch, all or nothing; the same value
+        may appear twice. Each result is `(seq, logits)`: `logits="last"` gives [V], `"all"` [n, V] (one row per new
+        token), `None` none; float32 on the device, unprocessed. With `sample` each result is `(seq, token)`, the token
+        drawn inside the step for position `len(seq)`; with both, `(seq, token, logits)`. Tokens computed by the first
+        extend of `empty` are the prompt, later ones count as generated for penalties.
+
+        Raises:
+            RequestError: no tokens, a token outside the vocabulary, a closed or foreign sequence.
+            ContextLengthError: a sequence would exceed `max_len`.
+            OutOfBlocks: the pool is exhausted; nothing was changed.
+        """
+        single = tokens is not None
+        pairs = [(seq, tokens)] if single else list(seq)  # type: ignore[arg-type]
+        want: Logits = ("last" if sample is None else None) if logits == "default" else logits
+        if want not in ("last", "all", None):
+            raise RequestError(f"logits must be 'last', 'all' or None, got {want!r}", param="logits")
+        samplings = sample if isinstance(sample, list) else [sample] * len(pairs)
+        if len(samplings) != len(pairs):
+            raise RequestError(f"{len(pairs)} pairs but {len(samplings)} samplings", param="sample")
+        results = []
+        step = self._device.rows
+        if len(pairs) <= step:
+            results = self._extend(pairs, want, samplings)  # type: ignore[arg-type]
+        else:
+            # More pairs than rows: groups, made all or nothing by letting the finished ones go on failure.
+            for i in range(0, len(pairs), step):
+                results += self._extend(pairs[i : i + step], want, samplings[i : i + step])  # type: ignore[arg-type]
+        return results[0] if single else results
+
+    def _extend(
+        self, pairs: list[tuple[Sequence, Iterable[int]]], want: Logits, samplings: list[Sampling | None]
+    ) -> list[Any]:
+        parts = self._plan(pairs, want, samplings)
+        if not parts:
+            return []
+        tokens: list[int] = [0] * len(parts)
+        logits: list[list[Tensor]] = [[] for _ in parts]
+        try:
+            while any(p.done < len(p.tokens) for p in parts):
+                self._step(parts, want, tokens, logits)
+        except BaseException:
+            for p in parts:
+                self._ledger.free(p.extension.path)
+                self._rows[p.row] = None
+            raise
+        finally:
+            for p in parts:
+                self._ledger.free(p.base)
+            self._ledger.settle()  # the copies are done
+        results = []
+        for i, p in enumerate(parts):
+            path = p.extension.path
+            self._ledger.publish(path, p.buffer.data[: path.length])
+            new = Sequence(self, path, p.buffer, p.prompt_len, p.row)
+            self._rows[p.row] = (weakref.ref(new), p.sampling, p.seed)
+            value = (torch.cat(logits[i]) if want == "all" else logits[i][-1]) if want else None
+            results.append((new, value) if p.sampling is None else (new, tokens[i], *([value] if want else [])))
+        return results
+
+    def _plan(
+        self, pairs: list[tuple[Sequence, Iterable[int]]], want: Logits, samplings: list[Sampling | None]
+    ) -> list[_Part]:
+        """Blocks and rows for every pair, all or nothing."""
+        arrays = [self._check(s, t) for s, t in pairs]
+        vocab = self.model.spec.vocab
+        if want == "all" and 4 * vocab * sum(map(len, arrays)) > ALL_LOGITS_BYTES:
+            raise RequestError(
+                f"{sum(map(len, arrays))} x {vocab} logits take more than {ALL_LOGITS_BYTES} bytes",
+                param="logits",
+                remedy="extend by fewer tokens at a time",
+            )
+        self._drain()
+        ledger = self._ledger
+        bases = []
+        for (seq, _), array in zip(pairs, arrays, strict=True):
+            fresh = len(seq) == 0 and want != "all"
+            bases.append(ledger.match(array, "") if fresh else ledger.share(seq._path))
+        todo = [array[base.length - len(seq) :] for (seq, _), array, base in zip(pairs, arrays, bases, strict=True)]
+        ask = [(base, len(t)) for base, t in zip(bases, todo, strict=True)]
+        try:
+            try:
+                extensions = ledger.extend_many(ask)
+            except OutOfBlocks:
+                gc.collect()  # sequences in reference cycles hold blocks that nobody can use
+                self._drain()
+                extensions = ledger.extend_many(ask)
+        except OutOfBlocks:
+            for base in bases:
+                ledger.free(base)
+            raise
+        parts, taken = [], set()
+        for (seq, _), array, base, rest, ext, sampling in zip(
+            pairs, arrays, bases, todo, extensions, samplings, strict=True
+        ):
+            seed = 0
+            if sampling is not None:
+                seed = sampling.seed if sampling.seed is not None else fold_in(self.settings.seed, self._unseeded + 1)
+                self._unseeded += sampling.seed is None
+            row, admitted = self._row_for(seq, sampling, seed, taken)
+            taken.add(row)
+            parts.append(
+                _Part(
+                    base=base,
+                    seq=seq,
+                    tokens=rest,
+                    buffer=seq._buffer.extend(len(seq), array),
+                    extension=ext,
+                    row=row,
+                    sampling=sampling,
+                    seed=seed,
+                    prompt_len=seq._prompt_len or len(array),
+                    admitted=admitted,
+                )
+            )
+        return parts
+
+    def _row_for(self, seq: Sequence, sampling: Sampling | None, seed: int, taken: set[int]) -> tuple[int, bool]:
+        """(row, whether it already caches this very sequence with this sampling); least recently used otherwise."""
+        row = seq._row
+        held = self._rows.get(row) if row not in taken else None
+        if held is not None and held[0]() is seq and (sampling is None or held[1:] == (sampling, seed)):
+            self._rows.move_to_end(row)
+            return row, True
+        row = next(r for r in self._rows if r not in taken)
+        self._rows.move_to_end(row)
+        return row, False
+
+    def _step(self, parts: list[_Part], want: Logits, tokens: list[int], logits: list[list[Tensor]]) -> None:
+        """One device step: as many tokens of unfinished parts as the budget allows, at least one each."""
+        budget = max(self.built.mode.budget, 1)
+        live, sizes = [], []
+        for i, p in enumerate(parts):
+            n = min(len(p.tokens) - p.done, budget)
+            if n > 0:
+                live.append(i)
+                sizes.append(n)
+                budget -= n
+        first = [i for i in live if parts[i].done == 0]
+        admit, grow, copy = [], [], []
+        for i in first:
+            p = parts[i]
+            copy += p.extension.copy
+            if p.admitted:
+                grow += [(p.row, column, block) for column, block in p.extension.grown]
+            else:
+                admit.append(
+                    Admission(
+                        row=p.row,
+                        length=p.base.length,
+                        blocks=self._ledger.blocks_of(p.extension.path),
+                        tokens=p.buffer.data[: p.base.length],
+                        prompt_len=p.prompt_len,
+                        sampling=p.sampling or Sampling(),
+                        seed=p.seed,
+                    )
+                )
+        last = [parts[i].done + n == len(parts[i].tokens) for i, n in zip(live, sizes, strict=True)]
+        emit = [end and parts[i].sampling is not None for i, end in zip(live, last, strict=True)]
+        chosen = [parts[i].sampling for i, e in zip(live, emit, strict=True) if e]
+        names, noise = pipeline_of([(s, False) for s in chosen if s is not None])
+        out = self._device.launch(
+            StepInput(
+                row=np.array([parts[i].row for i in live], np.int32),
+                start=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32),
+                token=np.concatenate(
+                    [parts[i].tokens[parts[i].done : parts[i].done + n] for i, n in zip(live, sizes, strict=True)]
+                ).astype(np.int32),
+                emit=np.array(emit, np.int32),
+                copy=np.array(copy, np.int32).reshape(-1, 2),
+                grow=np.array(grow, np.int32).reshape(-1, 3),
+                admit=tuple(admit),
+                ask=Ask(pipeline=names, noise=noise, sample=any(emit), logits=want or "none"),
+            )
+        ).read()
+        offset = 0
+        for r, (i, n) in enumerate(zip(live, sizes, strict=True)):
+            parts[i].done += n
+            if emit[r]:
+                tokens[i] = int(out.token[r, 0])
+            if want == "all":
+                logits[i].append(out.logits[offset : offset + n])  # type: ignore[index]
+            elif want == "last" and last[r]:
+                logits[i].append(out.logits[r])  # type: ignore[index]
+            offset += n
+
+    def _check(self, seq: Sequence, tokens: Iterable[int]) -> np.ndarray:
+        self._need_open(seq)
+        array = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens))
+        if array.ndim != 1 or len(array) == 0:
+            raise RequestError("extend needs at least one token", param="tokens")
+        if not np.issubdtype(array.dtype, np.integer):
+            raise RequestError(f"tokens must be integers, got {array.dtype}", param="tokens")
+        vocab = self.model.spec.vocab
+        if array.min() < 0 or array.max() >= vocab:
+            bad = int(array[(array < 0) | (array >= vocab)][0])
+            raise RequestError(f"token {bad} is outside the vocabulary of {vocab}", param="tokens")
+        if len(seq) + len(array) > self.max_len:
+            raise ContextLengthError(
+                f"{len(seq)} + {len(array)} tokens exceed the context of {self.max_len}", param="tokens"
+            )
+        return array.astype(np.int32)
+
+    def _need_open(self, seq: Sequence) -> None:
+        if seq._runtime is not self:
+            raise RequestError("this sequence belongs to another Runtime", param="seq")
+        if seq._path is _CLOSED:
+            raise RequestError("this sequence was closed", param="seq")
+
+    def _drain(self) -> None:
+        while self._dropped:
+            self._ledger.free(self._dropped.popleft())
+
+    def check(self) -> None:
+        """Asserts that the ledger's books balance."""
+        self._drain()
+        self._ledger.check()

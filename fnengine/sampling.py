@@ -1,0 +1,302 @@
+"""Logits -> tokens and log-probabilities, as pure functions. What happens to logits on the way is in `processors`.
+
+`choose` is the step's sampler; `sample` and `verify` are the same for one's own loop, and give the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fnengine import kernels
+from fnengine.errors import RequestError
+from fnengine.host.request import Sampling
+from fnengine.host.step import PIPELINE, Ask
+from fnengine.kernels import Ops
+from fnengine.processors import PROCESSORS, View, leading
+from fnengine.state import Rows, Top
+
+STREAM = 0
+"""Noise stream of the target's own draws; other uses of a seed take other streams."""
+
+
+def choose(ask: Ask, logits_RV: Tensor, rows: Rows, row_R: Tensor, position_R: Tensor, ops: Ops) -> Tensor:
+    """[R] int32 token of each batch row, from raw logits.
+
+    Shapes: logits_RV float32; row_R int64 state rows; position_R int32, the index of the token being chosen.
+    """
+    view = View(rows, row_R, position_R)
+    for name in ask.pipeline:
+        logits_RV = PROCESSORS[name](logits_RV, view)
+    temperature_R = view.of("temperature")
+    if not ask.noise:
+        temperature_R = torch.zeros_like(temperature_R)
+    return ops.gumbel_argmax(logits_RV, temperature_R, view.of("seed"), position_R, STREAM)
+
+
+def logprobs(logits_nV: Tensor, chosen_n: Tensor, k: int, rows_at_once: int = 64) -> Top:
+    """Log-probabilities of the chosen tokens and of the k most likely ones, from raw logits in float32.
+
+    Both are read from one log_softmax, so that a chosen token which is also a top one has the same float. At most
+    `rows_at_once` rows of it are alive at a time.
+
+    Shapes: logits [n, V], chosen [n] integer -> Top with chosen [n], ids [n, k] and values [n, k]; k beyond V is V.
+    """
+    k = min(k, logits_nV.shape[1])
+    parts = []
+    for logits, chosen in zip(logits_nV.split(rows_at_once), chosen_n.split(rows_at_once), strict=True):
+        logp = logits.float().log_softmax(1)
+        value, id = leading(logp, k)
+        parts.append((logp.gather(1, chosen.long()[:, None])[:, 0], id.int(), value))
+    return Top(*(torch.cat(p) for p in zip(*parts, strict=True)))
+
+
+def sample(
+    logits: Tensor,
+    *,
+    position: Any,
+    seed: Any = 0,
+    temperature: Any = 1.0,
+    top_k: Any = 0,
+    top_p: Any = 1.0,
+    min_p: Any = 0.0,
+    frequency_penalty: Any = 0.0,
+    presence_penalty: Any = 0.0,
+    repetition_penalty: Any = 1.0,
+    logit_bias: Any = None,
+    tokens: Any = None,
+    prompt_len: Any = None,
+) -> Any:
+    """The token that the engine would choose from these logits at this position: a pure function, equal each time.
+
+    Shapes: logits [V] gives an int; [R, V] a list of R ints, every other argument then being one value for all rows or
+    a sequence (list, array, tensor) of R.
+
+    Args:
+        logits: unprocessed, as `extend` gives them.
+        position: index in the whole sequence of the token being chosen, `len(seq)`.
+        seed: 64 bits. Rows with equal seed and position share their noise; `fold_in` makes seeds for choices.
+        temperature, top_k, top_p, min_p: see `Sampling`.
+        frequency_penalty, presence_penalty, repetition_penalty: see `Sampling`; they need `tokens`.
+        logit_bias: {token id: bias}, clamped to [-100, 100]; for [R, V] one for all or a list of R (None: no bias).
+        tokens: the sequence so far, `seq.tokens`; for [R, V] a list of R of them.
+        prompt_len: how many of `tokens` are the prompt, which frequency and presence penalties do not count.
+
+    Raises:
+        RequestError: a value is out of range or missing; `param` names it.
+
+    Example:
+        >>> sample(torch.tensor([0.0, 5.0, 1.0]), temperature=0, position=3)
+        1
+    """
+    logits = torch.as_tensor(logits)
+    if logits.dim() not in (1, 2) or logits.shape[-1] == 0:
+        raise RequestError(f"logits must be [V] or [R, V], got {list(logits.shape)}", param="logits")
+    one = logits.dim() == 1
+    logits_RV = logits[None] if one else logits
+    R = len(logits_RV)
+    values = dict(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        position=position,
+        prompt_len=prompt_len,
+    )
+    columns = {name: _per_row(value, R, name) for name, value in values.items()}
+    columns["tokens"] = [tokens] if one else _per_row(tokens, R, "tokens", nested=True)
+    columns["logit_bias"] = _per_row(logit_bias, R, "logit_bias")
+    wishes = [_wish(logits_RV.shape[1], **{n: c[r] for n, c in columns.items()}) for r in range(R)]
+    chosen = _draw(logits_RV, wishes)
+    return chosen[0] if one else chosen
+
+
+def verify(logits: Tensor, draft: Any, *, position: Any, tokens: Any = None, **parameters: Any) -> Any:
+    """The accepted draft tokens followed by the target's own next token: 1 to k + 1 tokens, each the target's own draw.
+
+    At every draft position the target draws its own token with that position's noise, and a draft token is accepted
+    while it equals the draw. So any proposer will do, and the tokens are those of sampling one by one.
+
+    Shapes: logits [k+1, V], unprocessed: what the sequence so far and each draft token were followed by; draft [k].
+    Gives a list. With logits [R, k+1, V], draft [R, k], and per-row parameters as in `sample`: a list of R lists.
+
+    Args:
+        position: index in the whole sequence of the first draft token, `len(seq)` before the draft was appended.
+        tokens: the sequence before the draft (penalties only).
+        parameters: as in `sample`.
+
+    Raises:
+        RequestError: as in `sample`, or the draft does not fit the logits.
+
+    Example:
+        >>> verify(torch.eye(3), [0, 2], position=5, temperature=0)
+        [0, 1]
+    """
+    logits = torch.as_tensor(logits)
+    if logits.dim() not in (2, 3) or 0 in logits.shape[-2:]:
+        raise RequestError(f"logits must be [k+1, V] or [R, k+1, V], got {list(logits.shape)}", param="logits")
+    one = logits.dim() == 2
+    if one:
+        logits, draft, tokens = logits[None], [draft], [tokens]
+        parameters = {n: [v] if n == "logit_bias" else v for n, v in parameters.items()}
+    R, W, V = logits.shape
+    drafts = [_ids(d, V, "draft") for d in _per_row(draft, R, "draft", nested=True)]
+    for d in drafts:
+        if len(d) != W - 1:
+            raise RequestError(f"{W} rows of logits verify {W - 1} draft tokens, got {len(d)}", param="draft")
+    positions = [_integer(p, "position") for p in _per_row(position, R, "position")]
+    histories = _per_row(tokens, R, "tokens", nested=True)
+    before = [
+        None if h is None else [*_list(h), *d[:i]] for h, d in zip(histories, drafts, strict=True) for i in range(W)
+    ]
+    spread = {n: [x for x in _per_row(v, R, n) for _ in range(W)] for n, v in parameters.items()}
+    drawn = sample(
+        logits.reshape(R * W, V),
+        position=[p + i for p in positions for i in range(W)],
+        tokens=before,
+        **spread,
+    )
+    results = []
+    for r, d in enumerate(drafts):
+        own = drawn[r * W : (r + 1) * W]
+        accepted = next((i for i in range(W - 1) if own[i] != d[i]), W - 1)
+        results.append(own[: accepted + 1])
+    return results[0] if one else results
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What one row asks of `sample`, checked."""
+
+    sampling: Sampling
+    position: int
+    tokens: list[int]
+    prompt_len: int
+
+
+def _wish(
+    vocab: int, *, position: Any, tokens: Any, prompt_len: Any, logit_bias: Any, top_k: Any, seed: Any, **floats: Any
+) -> _Wish:
+    bias = dict(logit_bias or {})
+    for id in bias:
+        if not 0 <= _integer(id, "logit_bias") < vocab:
+            raise RequestError(f"token {id} is outside the vocabulary of {vocab}", param="logit_bias")
+    try:
+        floats = {name: float(value) for name, value in floats.items()}
+        pairs = tuple((int(id), max(-100.0, min(100.0, float(b)))) for id, b in bias.items())
+    except (TypeError, ValueError) as e:
+        names = ", ".join((*floats, "logit_bias"))
+        raise RequestError(f"{names} must be numbers: {e}") from e
+    s = Sampling(top_k=_integer(top_k, "top_k"), seed=_integer(seed, "seed"), logit_bias=pairs, **floats)
+    position = _integer(position, "position")
+    if not 0 <= position < 2**31:
+        raise RequestError(f"position must be at least 0, got {position}", param="position")
+    counts = s.frequency_penalty != 0 or s.presence_penalty != 0
+    if not counts and s.repetition_penalty == 1:
+        return _Wish(s, position, [], 0)
+    if tokens is None:
+        raise RequestError("penalties need the sequence so far", param="tokens", remedy="pass tokens=seq.tokens")
+    ids = _ids(tokens, vocab, "tokens")
+    if len(ids) != position:
+        raise RequestError(f"{len(ids)} tokens come before position {position}", param="tokens")
+    if prompt_len is None and counts:
+        raise RequestError(
+            "frequency and presence penalties count generated tokens only",
+            param="prompt_len",
+            remedy="pass prompt_len, the number of tokens of the prompt",
+        )
+    n = 0 if prompt_len is None else _integer(prompt_len, "prompt_len")
+    if not 0 <= n <= position:
+        raise RequestError(f"prompt_len must be between 0 and {position}, got {n}", param="prompt_len")
+    return _Wish(s, position, ids, n)
+
+
+def _draw(logits_RV: Tensor, wishes: list[_Wish]) -> list[int]:
+    """Tokens by way of `choose`, over rows made for the occasion."""
+    device = logits_RV.device
+
+    def put(values: list, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device)
+
+    def column(name: str, dtype: torch.dtype) -> Tensor:
+        return put([getattr(w.sampling, name) for w in wishes], dtype)
+
+    i32, f32, R = torch.int32, torch.float32, len(wishes)
+    history = np.zeros((R, 1 + max((len(w.tokens) for w in wishes), default=0)), np.int32)
+    J = max((len(w.sampling.logit_bias) for w in wishes), default=0)
+    bias_id, bias = np.full((R, J), -1, np.int32), np.zeros((R, J), np.float32)
+    for r, w in enumerate(wishes):
+        history[r, : len(w.tokens)] = w.tokens
+        for j, (id, value) in enumerate(w.sampling.logit_bias):
+            bias_id[r, j], bias[r, j] = id, value
+    position = put([w.position for w in wishes], i32)
+    rows = Rows(
+        length=position,
+        table=torch.zeros(R, 0, dtype=i32, device=device),
+        history=torch.from_numpy(history).to(device),
+        prompt_len=put([w.prompt_len for w in wishes], i32),
+        temperature=column("temperature", f32),
+        top_k=column("top_k", torch.int64).clamp(0, 2**31 - 1).int(),
+        top_p=column("top_p", f32),
+        min_p=column("min_p", f32),
+        frequency=column("frequency_penalty", f32),
+        presence=column("presence_penalty", f32),
+        repetition=column("repetition_penalty", f32),
+        seed=put([(w.sampling.seed + 2**63) % 2**64 - 2**63 for w in wishes], torch.int64),
+        bias_id=torch.from_numpy(bias_id).to(device),
+        bias=torch.from_numpy(bias).to(device),
+        bias_until=torch.full((R, J), 2**31 - 1, dtype=i32, device=device),
+    )
+    ops = kernels.ops(device, torch.float32)
+    return choose(
+        Ask(pipeline=PIPELINE, noise=True),
+        logits_RV.float(),
+        rows,
+        torch.arange(R, device=device),
+        position,
+        ops,
+    ).tolist()
+
+
+def _list(value: Any) -> list:
+    return value.tolist() if isinstance(value, (Tensor, np.ndarray)) else list(value)
+
+
+def _per_row(value: Any, R: int, name: str, nested: bool = False) -> list:
+    """One value per row; a scalar (or, for `nested` values, None) stands for all rows."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    if value is None or isinstance(value, Mapping) or not isinstance(value, (Sequence, Tensor, np.ndarray)):
+        if nested and value is not None:
+            raise RequestError(f"{name} must be a list of lists of token ids", param=name)
+        return [value] * R
+    if len(value) != R:
+        raise RequestError(f"{name} has {len(value)} entries for {R} rows of logits", param=name)
+    return _list(value)
+
+
+def _integer(value: Any, name: str) -> int:
+    try:
+        return value.__index__()
+    except AttributeError:
+        raise RequestError(f"{name} must be an integer, got {value!r}", param=name) from None
+
+
+def _ids(value: Any, vocab: int, name: str) -> list[int]:
+    try:
+        ids = [_integer(t, name) for t in _list(value)]
+    except TypeError:
+        raise RequestError(f"{name} must be a list of token ids, got {value!r}", param=name) from None
+    bad = [t for t in ids if not 0 <= t < vocab]
+    if bad:
+        raise RequestError(f"token {bad[0]} is outside the vocabulary of {vocab}", param=name)
+    return ids

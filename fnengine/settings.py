@@ -1,0 +1,156 @@
+"""How an engine is sized, as a frozen value, and the arithmetic that turns bytes into blocks. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fnengine.errors import ConfigError
+from fnengine.host.step import BLOCK
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What `--performance-mode` sets together."""
+
+    budget: int
+    """New tokens a step."""
+    rows: int
+    """Most sequences computed at once."""
+
+
+MODES: dict[tuple[str, str], Mode] = {
+    ("cpu", "interactivity"): Mode(budget=128, rows=16),
+    ("cpu", "balanced"): Mode(budget=512, rows=64),
+    ("cpu", "throughput"): Mode(budget=2048, rows=256),
+    ("cuda", "interactivity"): Mode(budget=2048, rows=64),
+    ("cuda", "balanced"): Mode(budget=8192, rows=256),
+    ("cuda", "throughput"): Mode(budget=16384, rows=512),
+}
+"""(device type, mode) -> sizes. Interactivity bounds how long a step keeps others waiting; throughput fills steps."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about an engine that is not the model. Names are those of the flags."""
+
+    performance_mode: str = "balanced"
+    max_model_len: int | None = None
+    """Longest sequence in tokens; None takes the model's own limit, or what fits the pool on CPU."""
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    """Bytes of the KV pool; None derives it (see `size_pool`)."""
+    gpu_memory_utilization: float = 0.9
+    swap_space: float = 0.0
+    """GiB of host memory for KV of preempted sequences."""
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    enforce_eager: bool = False
+    seed: int = 0
+    """Root of the seeds of requests that bring none."""
+    max_queue: int = 4096
+    """Most waiting sequences; more are refused with 429."""
+    max_logprobs: int = 20
+    """-1 means the vocabulary."""
+
+    def mode(self, device: str) -> Mode:
+        """Budget and rows for a device type, explicit settings winning over the table."""
+        known = sorted({m for _, m in MODES})
+        if self.performance_mode not in known:
+            raise ConfigError(
+                f"no performance mode is called {self.performance_mode!r}",
+                where="--performance-mode",
+                remedy=f"one of {', '.join(known)}",
+            )
+        m = MODES[device, self.performance_mode]
+        rows = m.rows if self.max_num_seqs is None else self.max_num_seqs
+        budget = m.budget if self.max_num_batched_tokens is None else self.max_num_batched_tokens
+        if rows < 1:
+            raise ConfigError(f"must be at least 1, got {rows}", where="--max-num-seqs")
+        if budget < rows:
+            if self.max_num_batched_tokens is not None and self.max_num_seqs is not None:
+                raise ConfigError(
+                    f"{budget} tokens a step cannot serve {rows} rows, each of which needs one",
+                    where="--max-num-batched-tokens",
+                    remedy=f"at least {rows}",
+                )
+            rows, budget = (min(rows, budget), budget) if self.max_num_seqs is None else (rows, rows)
+        return Mode(budget=budget, rows=rows)
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    blocks: int
+    """N, the null block included."""
+    max_len: int
+    """Tokens"""
+    bytes: int
+    reason: str
+    """Where the size came from, for `doctor` and the log."""
+
+
+def size_pool(
+    *,
+    settings: Settings,
+    model_len: int,
+    bytes_per_token: int,
+    rows: int,
+    device: str,
+    available: int,
+    total: int = 0,
+) -> PoolSize:
+    """Blocks of the KV pool and the longest sequence, from memory and flags.
+
+    On CPU a quarter of the available memory, or less when max rows x max length needs less; on CUDA what
+    `gpu_memory_utilization` of the card leaves beside what is in use. `available` and `total` are bytes, measured
+    after the weights are loaded.
+
+    Raises:
+        ConfigError: the pool cannot hold one sequence of the wanted length; names the largest that fits.
+    """
+    per_block = BLOCK * bytes_per_token
+    wanted = settings.max_model_len
+    if wanted is not None and wanted < 1:
+        raise ConfigError(f"must be at least 1, got {wanted}", where="--max-model-len")
+    if wanted is not None and wanted > model_len:
+        raise ConfigError(
+            f"{wanted} tokens asked for, the model knows positions up to {model_len}",
+            where="--max-model-len",
+            remedy=f"at most {model_len}",
+        )
+    if settings.kv_cache_memory_bytes is not None:
+        budget, reason = settings.kv_cache_memory_bytes, "--kv-cache-memory-bytes"
+    elif device == "cpu":
+        budget, reason = available // 4, "a quarter of the available memory"
+    else:
+        if not 0 < settings.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"must be in (0, 1], got {settings.gpu_memory_utilization}", where="--gpu-memory-utilization"
+            )
+        in_use = total - available
+        budget = int(total * settings.gpu_memory_utilization) - in_use
+        reason = f"--gpu-memory-utilization {settings.gpu_memory_utilization} of {total / 2**30:.1f} GiB"
+    fits = budget // per_block - 1
+    if fits < 1:
+        raise ConfigError(
+            f"{max(budget, 0)} bytes hold no block of KV beside the null block ({per_block} bytes each)",
+            where="KV pool",
+            remedy=f"at least --kv-cache-memory-bytes {2 * per_block}",
+        )
+    length = model_len if wanted is None else wanted
+    most = fits * BLOCK
+    if length > most:
+        if wanted is not None or settings.kv_cache_memory_bytes is not None:
+            raise ConfigError(
+                f"one sequence of {length} tokens needs {length * bytes_per_token} bytes, "
+                f"the pool has {budget} ({reason})",
+                where="KV pool",
+                remedy=f"the largest --max-model-len that fits is {most}",
+            )
+        length = most
+        reason += f"; length cut from {model_len} to what fits"
+    need = rows * -(-length // BLOCK)
+    if need < fits:
+        fits = need
+        reason = f"{rows} rows x {length} tokens, less than {reason}"
+    return PoolSize(fits + 1, length, (fits + 1) * per_block, reason)

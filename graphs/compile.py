@@ -1,0 +1,184 @@
+"""A pure function of tensors -> one compiled artifact, called without guards, kept on disk.
+
+`torch.compile` re-checks its guards at every call; here the function is traced once over fake tensors with the dynamic
+sizes named up front, handed to Inductor's standalone compiler, and the artifact is called directly. Nothing can
+recompile: sizes that were not declared dynamic are asserted by the caller's own types (a step's shapes come from one
+place), so a wrong one is a programmer's error, not a trace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("fnengine")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled function. Calling it costs its work and a thin Python wrapper."""
+
+    call: Callable[..., Any]
+    source: str
+    """`compiled` or `loaded`."""
+    seconds: float
+    key: str
+
+    def __call__(self, *args: Any) -> Any:
+        return self.call(*args)
+
+
+@dataclass
+class Traces:
+    """What was compiled and loaded since the process began, counted, so that a test can demand that nothing more is."""
+
+    compiled: int = 0
+    loaded: int = 0
+    seconds: float = 0.0
+    log: list[tuple[str, str, float]] = field(default_factory=list)
+    """(name, source, seconds)"""
+
+
+def missing_compiler() -> str | None:
+    """Why nothing can be compiled on CPU here, with the remedy, or None."""
+    import sysconfig
+
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        return "no C++ compiler found: apt install g++ (everything runs eagerly until then)"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "no Python headers found: apt install python3-dev (everything runs eagerly until then)"
+    return None
+
+
+def environment_key(device: str) -> dict[str, str]:
+    """The part of every artifact's key that the machine and the versions give; printable and diffable."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+        "isa": torch.backends.cpu.get_cpu_capability() if device == "cpu" else "",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def compile_flat(
+    fn: Callable[..., Tensor],
+    example: Sequence[Tensor],
+    dynamic: Sequence[tuple[int, ...]],
+    *,
+    name: str,
+    key: dict[str, str],
+    folder: Path | None,
+    traces: Traces,
+) -> Artifact:
+    """`fn(*tensors) -> tensor`, compiled.
+
+    Args:
+        example: tensors of the right dtypes; equal dynamic sizes stand for the same symbol, so sizes that may differ
+            must differ here, and none may be 0 or 1.
+        dynamic: for each tensor the dims whose size may vary.
+        key: what the function's meaning depends on beyond shapes; with `environment_key` it names the file.
+        folder: where artifacts are kept, None for nowhere.
+    """
+    t0 = time.perf_counter()
+    device = example[0].device.type
+    shapes = [
+        [f"s{s}" if d in dyn else s for d, s in enumerate(x.shape)] + [str(x.dtype)]
+        for x, dyn in zip(example, dynamic, strict=True)
+    ]
+    whole = {**environment_key(device), **key, "shapes": json.dumps(shapes)}
+    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:20]
+    path = None if folder is None else folder / f"{name}-{digest}.bin"
+    call, source = None, "loaded"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Inductor's own deprecations are not the user's business
+        if path is not None and path.exists():
+            call = _load(path)
+        if call is None:
+            source = "compiled"
+            call = _compile(fn, example, dynamic, path, whole)
+    seconds = time.perf_counter() - t0
+    if source == "compiled":
+        traces.compiled += 1
+    else:
+        traces.loaded += 1
+    traces.seconds += seconds
+    traces.log.append((name, source, seconds))
+    return Artifact(call, source, seconds, digest)
+
+
+def _load(path: Path) -> Callable[..., Any] | None:
+    from torch._inductor import CompiledArtifact  # type: ignore[attr-defined]
+
+    try:
+        artifact = CompiledArtifact.load(path=str(path), format="binary")
+    except Exception as e:
+        log.warning(
+            "compiled artifact %s could not be loaded (%s: %s); compiling again", path.name, type(e).__name__, e
+        )
+        return None
+    return _only(artifact)
+
+
+def _compile(
+    fn: Callable[..., Tensor],
+    example: Sequence[Tensor],
+    dynamic: Sequence[tuple[int, ...]],
+    path: Path | None,
+    key: dict[str, str],
+) -> Callable[..., Any]:
+    from torch._inductor import standalone_compile  # type: ignore[attr-defined]
+
+    graph, fakes = trace(fn, example, dynamic)
+    options = {"size_asserts": False, "alignment_asserts": False}
+    with torch._inductor.config.patch(options):  # type: ignore[attr-defined]
+        artifact = standalone_compile(graph, fakes, dynamic_shapes="from_graph")
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            artifact.save(path=str(path), format="binary")
+            path.with_suffix(".json").write_text(json.dumps(key, indent=1, sort_keys=True))
+        except Exception as e:
+            log.warning("compiled artifact %s could not be kept (%s: %s)", path.name, type(e).__name__, e)
+    return _only(artifact)
+
+
+def _only(artifact: Any) -> Callable[..., Any]:
+    """The artifact as a function returning its one output."""
+
+    def call(*args: Any) -> Any:
+        out = artifact(*args)
+        return out[0] if isinstance(out, (list, tuple)) else out
+
+    return call
+
+
+def trace(
+    fn: Callable[..., Tensor], example: Sequence[Tensor], dynamic: Sequence[tuple[int, ...]]
+) -> tuple[torch.fx.GraphModule, list[Tensor]]:
+    """The aten graph of `fn` over fake tensors whose dynamic dims are symbols; equal sizes share one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=True), allow_non_fake_inputs=False)
+    fakes = []
+    for x, dyn in zip(example, dynamic, strict=True):
+        sizes = [DimDynamic.DUCK if d in dyn else DimDynamic.STATIC for d in range(x.dim())]
+        fakes.append(mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
+    with torch.no_grad(), mode:
+        graph = make_fx(fn, tracing_mode="real", _allow_non_fake_inputs=False)(*fakes)
+    return graph, fakes

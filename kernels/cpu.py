@@ -1,0 +1,153 @@
+"""The native CPU backend: thin callers of the library that `native.py` builds from `csrc/`."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from fnengine.kernels import native
+from fnengine.kernels.attention import PAGED_ATTENTION
+from fnengine.kernels.contract import Backend, Contract
+from fnengine.kernels.library import register
+from fnengine.kernels.noise import GUMBEL_ARGMAX
+from fnengine.kernels.pool import COPY_BLOCKS, KV_WRITE
+
+CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""dtype -> its number in the library."""
+
+
+def _library() -> ctypes.CDLL:
+    library = native.load().library
+    assert library is not None, "the cpu backend was called without having been chosen"
+    return library
+
+
+def _packed(x: Tensor) -> Tensor:
+    """x with contiguous heads and channels; its tokens may be strided, as in a slice of a fused projection."""
+    C = x.shape[2]
+    return x if x.stride(2) == 1 and (x.stride(1) == C or x.shape[1] == 1) else x.contiguous()
+
+
+def _int32(x: Tensor) -> Tensor:
+    assert x.dtype == torch.int32, x.dtype
+    return x.contiguous()
+
+
+def _paged_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    table: Tensor,
+    row: Tensor,
+    start: Tensor,
+    length: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    assert q.dtype == k_pool.dtype == v_pool.dtype, (q.dtype, k_pool.dtype, v_pool.dtype)
+    assert k_pool.is_contiguous() and v_pool.is_contiguous() and k_pool.shape == v_pool.shape
+    q, table, row, start, length = _packed(q), _int32(table), _int32(row), _int32(start), _int32(length)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    N, B, K, C = k_pool.shape
+    bad = _library().fn_paged_attention(
+        q.data_ptr(),
+        k_pool.data_ptr(),
+        v_pool.data_ptr(),
+        out.data_ptr(),
+        table.data_ptr(),
+        row.data_ptr(),
+        start.data_ptr(),
+        length.data_ptr(),
+        q.stride(0),
+        row.shape[0],
+        table.shape[0],
+        table.shape[1],
+        N,
+        B,
+        q.shape[1],
+        K,
+        C,
+        scale,
+        window,
+        CODE[q.dtype],
+        torch.get_num_threads(),
+    )
+    assert not bad, f"a row, length or block is out of range: {row=} {start=} {length=} {N=}"
+    return out
+
+
+def _kv_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot: Tensor) -> None:
+    assert k_pool.is_contiguous() and v_pool.is_contiguous() and k_pool.shape == v_pool.shape
+    k, v, slot = _packed(k.to(k_pool.dtype)), _packed(v.to(v_pool.dtype)), _int32(slot)
+    N, B, K, C = k_pool.shape
+    size = k_pool.element_size()
+    bad = _library().fn_kv_write(
+        k.data_ptr(),
+        v.data_ptr(),
+        k_pool.data_ptr(),
+        v_pool.data_ptr(),
+        slot.data_ptr(),
+        slot.shape[0],
+        k.stride(0) * size,
+        v.stride(0) * size,
+        K * C * size,
+        N * B,
+        torch.get_num_threads(),
+    )
+    assert not bad, f"a slot is out of range: {slot=} {N=} {B=}"
+
+
+def _copy_blocks(pools: list[Tensor], pairs: Tensor) -> None:
+    if not pools:
+        return
+    assert all(p.is_contiguous() and p.shape[0] == pools[0].shape[0] for p in pools)
+    pairs = _int32(pairs)
+    n = len(pools)
+    address = (ctypes.c_void_p * n)(*(p.data_ptr() for p in pools))
+    size = (ctypes.c_int64 * n)(*(p.stride(0) * p.element_size() for p in pools))
+    bad = _library().fn_copy_blocks(
+        address, size, n, pairs.data_ptr(), pairs.shape[0], pools[0].shape[0], torch.get_num_threads()
+    )
+    assert not bad, f"a block is out of range: {pairs=}"
+
+
+def _gumbel_argmax(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, stream: int) -> Tensor:
+    assert logits.dtype == temperature.dtype == torch.float32 and seed.dtype == torch.int64
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    temperature, seed, position = temperature.contiguous(), seed.contiguous(), _int32(position)
+    R, V = logits.shape
+    token = torch.empty(R, dtype=torch.int32)
+    _library().fn_gumbel_argmax(
+        logits.data_ptr(),
+        temperature.data_ptr(),
+        seed.data_ptr(),
+        position.data_ptr(),
+        token.data_ptr(),
+        R,
+        V,
+        logits.stride(0),
+        stream,
+        torch.get_num_threads(),
+    )
+    return token
+
+
+def _supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"runs on cpu, not on {device.type}"
+    if dtype not in CODE:
+        return f"has no {dtype}"
+    found = native.load()
+    return None if found.library is not None else found.reason
+
+
+def _backend(op: Contract, fn) -> Backend:
+    return Backend("cpu", op, register(op.name, "cpu", fn, key="CPU"), _supports, invariant=True)
+
+
+paged_attention = _backend(PAGED_ATTENTION, _paged_attention)
+kv_write = _backend(KV_WRITE, _kv_write)
+copy_blocks = _backend(COPY_BLOCKS, _copy_blocks)
+gumbel_argmax = _backend(GUMBEL_ARGMAX, _gumbel_argmax)

@@ -1,0 +1,407 @@
+// Attention over the paged pool, for any mixture of prefill and decode, with one order of arithmetic for both.
+//
+// KV is walked in tiles of TILE tokens that start at multiples of TILE in the sequence. For each (query, head):
+//
+//     score[j]  = q . k[j]                       summed over channels from 0 up, in one lane
+//     m, l, o   = online softmax over the tiles, in order; within a tile over tokens from 0 up
+//
+// A lane holds one token (scores) or one channel (output), never a part of a sum, so how many queries are done
+// together, who does them and what else is in the batch cannot change a bit. Tokens that a query does not see get
+// the weight 0, and adding 0 * v leaves a sum as it was.
+//
+// K is packed channel-major (tokens in lanes), V token-major, both in "atoms" of 32 bits: a float, or with AVX512-BF16
+// a pair of bfloat16 (two channels of K, two tokens of V), which one instruction multiplies and adds.
+#include <cmath>
+#include <cstdlib>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace fn {
+namespace {
+
+constexpr int TILE = 64;           // KV tokens
+constexpr int QUERY_ROWS = 96;     // (query, head) pairs that share one packing of a KV tile
+constexpr float NONE = -INFINITY;  // score of a token that is not seen
+
+#if FN_AVX512 && defined(__AVX512BF16__)
+#define FN_PAIRS 1
+#endif
+
+// ---- atoms ----------------------------------------------------------------------------------------------------------
+
+template <bool PAIR>
+FN_INLINE vf madd(vf sum, uint32_t a, vu b) {
+#if FN_PAIRS
+    if constexpr (PAIR)
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
+    else
+#endif
+        return fma((vf)splat(a), (vf)b, sum);
+}
+
+// c[i][n] = c[i][n] * factor[i] + sum over k of a[i][k] * b[k][n] for MR rows i and NV vectors n, k from 0 up.
+// Without `factor` c starts at zero.
+template <bool PAIR, int MR, int NV>
+FN_INLINE void multiply_block(const uint32_t* a, int lda, const uint32_t* b, int ldb, float* c, int ldc, int depth,
+                              const float* factor) {
+    vf sum[MR][NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; n++)
+            sum[i][n] = factor ? load<vf>(c + i * ldc + n * W) * splat(factor[i]) : vf{};
+    for (int k = 0; k < depth; k++) {
+        vu bk[NV];
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; n++) bk[n] = load<vu>(b + k * ldb + n * W);
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; i++) {
+            uint32_t aik = a[i * lda + k];
+#pragma GCC unroll 4
+            for (int n = 0; n < NV; n++) sum[i][n] = madd<PAIR>(sum[i][n], aik, bk[n]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; n++) store(c + i * ldc + n * W, sum[i][n]);
+}
+
+template <bool PAIR, int NV>
+void multiply_columns(const uint32_t* a, int lda, const uint32_t* b, int ldb, float* c, int ldc, int rows, int depth,
+                      const float* factor) {
+    constexpr int MR = W == 16 ? 6 : 2;  // with NV = 4 the sums fill the registers
+    int i = 0;
+    for (; i + MR <= rows; i += MR)
+        multiply_block<PAIR, MR, NV>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth, factor ? factor + i : nullptr);
+    if constexpr (MR > 2)
+        for (; i + 2 <= rows; i += 2)
+            multiply_block<PAIR, 2, NV>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth, factor ? factor + i : nullptr);
+    for (; i < rows; i++)
+        multiply_block<PAIR, 1, NV>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth, factor ? factor + i : nullptr);
+}
+
+// The same for `vectors` vectors of columns.
+template <bool PAIR>
+void multiply(const uint32_t* a, int lda, const uint32_t* b, int ldb, float* c, int ldc, int rows, int vectors, int depth,
+              const float* factor) {
+    int n = 0;
+    for (; n + 4 <= vectors; n += 4)
+        multiply_columns<PAIR, 4>(a, lda, b + n * W, ldb, c + n * W, ldc, rows, depth, factor);
+    for (; n < vectors; n++)
+        multiply_columns<PAIR, 1>(a, lda, b + n * W, ldb, c + n * W, ldc, rows, depth, factor);
+}
+
+// ---- packing --------------------------------------------------------------------------------------------------------
+
+template <class T>
+FN_INLINE vu load_atoms(const T* p, int channels, bool pair) {  // W atoms; channels beyond the first `channels` are zero
+    if (pair) {
+        if (channels >= 2 * W) return load<vu>(p);
+        T a[2 * W] = {};
+        if (channels > 0) memcpy(a, p, sizeof(T) * channels);
+        return load<vu>(a);
+    }
+    if (channels >= W) return (vu)load_float(p);
+    return channels > 0 ? (vu)load_float_part(p, channels) : vu{};
+}
+
+// out[atom][token] = the atoms of `count` tokens' keys, zero for the rest of the vectors touched.
+template <class T, bool PAIR>
+void pack_keys(const T* pool, const int64_t* offset, int count, int C, uint32_t* out) {
+    constexpr int PER = PAIR ? 2 : 1;
+    const int atoms = (C + PER - 1) / PER;
+    for (int j = 0; j < count; j += W)
+        for (int c = 0; c < atoms; c += W) {
+            vu block[W];
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++)
+                block[i] = j + i < count ? load_atoms(pool + offset[j + i] + c * PER, C - c * PER, PAIR) : vu{};
+            transpose(block);
+            const int n = atoms - c < W ? atoms - c : W;
+            if (n == W) {
+#pragma GCC unroll 16
+                for (int i = 0; i < W; i++) store(out + (c + i) * TILE + j, block[i]);
+            } else {
+                for (int i = 0; i < n; i++) store(out + (c + i) * TILE + j, block[i]);
+            }
+        }
+}
+
+// out[token or pair of tokens][channel], `width` (a multiple of W) channels, zero beyond C.
+template <class T, bool PAIR>
+void pack_values(const T* pool, const int64_t* offset, int count, int C, int width, uint32_t* out) {
+    if constexpr (PAIR) {
+        for (int j = 0; j < count; j += 2) {
+            const T* a = pool + offset[j];
+            const T* b = j + 1 < count ? pool + offset[j + 1] : nullptr;
+            for (int c = 0; c < width; c += W) {
+                T x[W] = {}, y[W] = {};
+                vh even, odd = {};
+                if (C - c >= W) {
+                    even = load<vh>(a + c);
+                    if (b) odd = load<vh>(b + c);
+                } else {
+                    if (C > c) memcpy(x, a + c, sizeof(T) * (C - c));
+                    if (C > c && b) memcpy(y, b + c, sizeof(T) * (C - c));
+                    even = load<vh>(x), odd = load<vh>(y);
+                }
+                vu pair = __builtin_convertvector(even, vu) | (__builtin_convertvector(odd, vu) << 16);
+                store(out + (j / 2) * width + c, pair);
+            }
+        }
+    } else {
+        for (int j = 0; j < count; j++)
+            for (int c = 0; c < width; c += W)
+                store(out + j * width + c, load_atoms(pool + offset[j] + c, C - c, false));
+    }
+}
+
+// ---- softmax --------------------------------------------------------------------------------------------------------
+
+struct Running {  // online softmax of one (query, head)
+    float peak;   // largest score so far
+    vf total;     // sum of weights, token j in lane j % W
+};
+
+// Turns scores [first, last) of a tile into weights and the rest into 0; returns the factor of what was summed before.
+template <bool PAIR>
+FN_INLINE float weigh(float* score, uint32_t* weight, int vectors, int first, int last, float scale, Running& run) {
+    vf s[TILE / W];
+    vf top = splat(NONE);
+    for (int n = 0; n < vectors; n++) {
+        vi j = lanes() + n * W;
+        vf x = load<vf>(score + n * W) * splat(scale);
+        s[n] = ((j >= first) & (j < last)) ? x : splat(NONE);
+        top = max(top, s[n]);
+    }
+    float peak = max_lane(top);
+    peak = peak > run.peak ? peak : run.peak;
+    const float factor = exp_negative(splat(run.peak - peak))[0];
+    run.peak = peak;
+    run.total = run.total * splat(factor);
+    for (int n = 0; n < vectors; n++) {
+        vf w = exp_negative(s[n] - splat(peak));
+        run.total = run.total + w;
+        if constexpr (PAIR)
+            store((uint16_t*)weight + n * W, round_bf16(w));
+        else
+            store(weight + n * W, w);
+    }
+    return factor;
+}
+
+// ---- one piece of work ----------------------------------------------------------------------------------------------
+
+struct Call {
+    const void *q, *k, *v;
+    void* out;
+    const int32_t *table, *row, *start, *length;
+    int64_t q_stride, R, P, N;
+    int B, H, K, C, window, rows;  // rows: of the table
+    float scale;
+};
+
+struct Item {  // queries [from, to) of batch row r, KV heads [head, head_end)
+    int r, from, to, head, head_end;
+};
+
+struct Scratch {
+    uint32_t *keys, *values, *query, *weight;
+    float *score, *out, *factor;
+    Running* run;
+    int64_t* offset;
+};
+
+FN_INLINE size_t line(size_t n) { return (n + 63) & ~size_t(63); }
+
+struct Arena {  // a thread's scratch memory, kept between calls
+    char* memory = nullptr;
+    size_t size = 0;
+    ~Arena() { free(memory); }
+    char* reserve(size_t n) {
+        if (n > size) {
+            free(memory);
+            memory = static_cast<char*>(aligned_alloc(64, line(n)));
+            size = n;
+        }
+        return memory;
+    }
+};
+
+Scratch lay_out(int rows, int C, int width) {
+    static thread_local Arena arena;
+    const size_t sizes[] = {size_t(C) * TILE * 4,    size_t(TILE) * width * 4, size_t(rows) * C * 4,
+                            size_t(rows) * TILE * 4, size_t(rows) * TILE * 4,  size_t(rows) * width * 4,
+                            size_t(rows) * 4,        sizeof(Running) * rows,   size_t(TILE) * 8};
+    char* at[9];
+    size_t sum = 0;
+    for (size_t n : sizes) sum += line(n) + 64;
+    char* p = arena.reserve(sum);
+    if (!p) abort();
+    for (int i = 0; i < 9; i++) at[i] = p, p += line(sizes[i]) + 64;  // + 64 staggers the buffers over cache sets
+    return {(uint32_t*)at[0], (uint32_t*)at[1], (uint32_t*)at[2], (uint32_t*)at[3], (float*)at[4],
+            (float*)at[5],    (float*)at[6],    (Running*)at[7],  (int64_t*)at[8]};
+}
+
+// Rows of scratch are numbered (KV head, query, head of the group); queries are in order, so those that see a tile
+// are a contiguous range of each KV head's rows.
+template <class T, bool PAIR>
+void attend(const Call& a, const Item& it) {
+    constexpr int PER = PAIR ? 2 : 1;
+    const int G = a.H / a.K, C = a.C, atoms = (C + PER - 1) / PER, width = (C + W - 1) / W * W;
+    const int n = it.to - it.from, heads = it.head_end - it.head, group = n * G;
+    const int64_t length = a.length[it.r];
+    const int64_t position = length - (a.start[it.r + 1] - it.from);  // of the first query
+    const int64_t end = position + n;                                // of KV that some query sees
+    const int32_t* table = a.table + int64_t(a.row[it.r]) * a.P;
+    const T* q = static_cast<const T*>(a.q);
+    Scratch s = lay_out(heads * group, C, width);
+
+    for (int h = 0; h < heads; h++)
+        for (int i = 0; i < n; i++)
+            for (int g = 0; g < G; g++) {
+                const int m = h * group + i * G + g;
+                const T* from = q + (it.from + i) * a.q_stride + ((it.head + h) * G + g) * C;
+                if constexpr (PAIR) {
+                    s.query[m * atoms + atoms - 1] = 0;
+                    memcpy(s.query + m * atoms, from, sizeof(T) * C);
+                } else {
+                    float* to = (float*)(s.query + m * atoms);
+                    int c = 0;
+                    for (; c + W <= C; c += W) store(to + c, load_float(from + c));
+                    if (c < C) {
+                        vf tail = load_float_part(from + c, C - c);
+                        memcpy(to + c, &tail, sizeof(float) * (C - c));
+                    }
+                }
+                s.run[m] = {NONE, vf{}};
+            }
+    memset(s.out, 0, sizeof(float) * heads * group * width);
+
+    const int64_t oldest = a.window > 0 && position - a.window + 1 > 0 ? position - a.window + 1 : 0;
+    for (int64_t t = oldest / TILE * TILE; t < end; t += TILE) {
+        const int count = int(end - t < TILE ? end - t : TILE), vectors = (count + W - 1) / W;
+        // queries [lo, hi) see some of the tile
+        const int lo = t > position ? int(t - position) : 0;
+        int hi = n;
+        if (a.window > 0 && t + TILE - 1 + a.window - position < n) hi = int(t + TILE - 1 + a.window - position);
+        for (int j = 0; j < count; j++) {
+            const int64_t column = (t + j) / a.B, block = table[column < a.P ? column : a.P - 1];
+            s.offset[j] = (block * a.B + (t + j) % a.B) * a.K * C + it.head * C;
+        }
+        for (int h = 0; h < heads; h++) {
+            pack_keys<T, PAIR>(static_cast<const T*>(a.k) + h * C, s.offset, count, C, s.keys);
+            pack_values<T, PAIR>(static_cast<const T*>(a.v) + h * C, s.offset, count, C, width, s.values);
+            const int m = h * group + lo * G, rows = (hi - lo) * G;
+            multiply<PAIR>(s.query + m * atoms, atoms, s.keys, TILE, s.score + m * TILE, TILE, rows, vectors, atoms,
+                           nullptr);
+            for (int i = 0; i < rows; i++) {
+                const int64_t at = position + lo + i / G;
+                const int last = at + 1 - t < count ? int(at + 1 - t) : count;
+                const int first = a.window > 0 && at - a.window + 1 > t ? int(at - a.window + 1 - t) : 0;
+                s.factor[m + i] = weigh<PAIR>(s.score + (m + i) * TILE, s.weight + (m + i) * (TILE / PER), vectors, first,
+                                              last, a.scale, s.run[m + i]);
+            }
+            multiply<PAIR>(s.weight + m * (TILE / PER), TILE / PER, s.values, width, s.out + m * width, width, rows,
+                           width / W, (count + PER - 1) / PER, s.factor + m);
+        }
+    }
+
+    T* out = static_cast<T*>(a.out);
+    for (int h = 0; h < heads; h++)
+        for (int i = 0; i < n; i++)
+            for (int g = 0; g < G; g++) {
+                const int m = h * group + i * G + g;
+                T* to = out + (int64_t(it.from + i) * a.H + (it.head + h) * G + g) * C;
+                const vf inverse = splat(1.f / sum_lanes(s.run[m].total));
+                for (int c = 0; c < C; c += W) {
+                    vf o = load<vf>(s.out + m * width + c) * inverse;
+                    if (C - c >= W) {
+                        store_float(to + c, o);
+                    } else {
+                        T tail[W];
+                        store_float(tail, o);
+                        memcpy(to + c, tail, sizeof(T) * (C - c));
+                    }
+                }
+            }
+}
+
+// ---- sharing out the work -------------------------------------------------------------------------------------------
+
+// A row with few queries is one item (all KV heads: its KV is read front to back once), split by heads only when there
+// are fewer rows than threads can share; a row with many is split by KV head and into tiles of queries.
+template <class T, bool PAIR>
+void attend_all(const Call& a, int threads) {
+    const int G = a.H / a.K, tile = QUERY_ROWS / G > 0 ? QUERY_ROWS / G : 1, few = 4;
+    int64_t work = 0;  // KV tokens read, weighted by the queries that read them
+    for (int64_t r = 0; r < a.R; r++) work += int64_t(a.start[r + 1] - a.start[r]) * a.length[r];
+    if (work * a.H * a.C < 1 << 18) threads = 1;
+    int64_t short_rows = 0;
+    for (int64_t r = 0; r < a.R; r++) short_rows += a.start[r + 1] - a.start[r] <= few;
+    int parts = 1;  // that the KV heads of a short row fall into
+    while (threads > 1 && short_rows * parts < 4 * threads && parts < a.K) parts++;
+
+    int64_t total = 0;
+    auto items_of = [&](int64_t r) -> int64_t {
+        const int n = a.start[r + 1] - a.start[r];
+        return n == 0 ? 0 : n <= few ? parts : int64_t(a.K) * ((n + tile - 1) / tile);
+    };
+    for (int64_t r = 0; r < a.R; r++) total += items_of(r);
+    Item* items = static_cast<Item*>(malloc(sizeof(Item) * (total > 0 ? total : 1)));
+    if (!items) abort();
+    int64_t at = 0;
+    for (int pass = 0; pass < 2; pass++)  // long rows first, so that no thread ends with a large item
+        for (int64_t r = 0; r < a.R; r++) {
+            const int from = a.start[r], to = a.start[r + 1], n = to - from;
+            if (n == 0 || (n > few) != (pass == 0)) continue;
+            if (n <= few) {
+                for (int p = 0; p < parts; p++)
+                    items[at++] = {int(r), from, to, a.K * p / parts, a.K * (p + 1) / parts};
+            } else {
+                for (int i = (n - 1) / tile * tile; i >= 0; i -= tile)  // later queries see more
+                    for (int h = 0; h < a.K; h++)
+                        items[at++] = {int(r), from + i, from + (i + tile < n ? i + tile : n), h, h + 1};
+            }
+        }
+    each(total, threads, [&](int64_t i) { attend<T, PAIR>(a, items[i]); });
+    free(items);
+}
+
+}  // namespace
+}  // namespace fn
+
+// dtype: 0 float32, 1 bfloat16, 2 float16. q_stride in elements, heads and channels of q contiguous.
+// Returns 0, or 1 when a row or block lies outside of its array or a length is too small (nothing is computed then).
+extern "C" int fn_paged_attention(const void* q, const void* k, const void* v, void* out, const int32_t* table,
+                                  const int32_t* row, const int32_t* start, const int32_t* length, int64_t q_stride,
+                                  int64_t R, int64_t M, int64_t P, int64_t N, int64_t B, int64_t H, int64_t K, int64_t C,
+                                  double scale, int64_t window, int dtype, int threads) {
+    using namespace fn;
+    for (int64_t r = 0; r < R; r++) {
+        const int64_t n = start[r + 1] - start[r];
+        if (n == 0) continue;
+        if (n < 0 || row[r] < 0 || row[r] >= M || length[r] < n) return 1;
+        const int64_t first = length[r] - n - window + 1;
+        for (int64_t p = window > 0 && first > 0 ? first / TILE * TILE / B : 0; p * B < length[r] && p < P; p++) {
+            const int32_t block = table[row[r] * P + p];
+            if (block < 0 || block >= N) return 1;
+        }
+    }
+    const Call a{q,        k, v, out, table,  row,    start,  length,      q_stride,   R,
+                 P,        N, int(B), int(H), int(K), int(C), int(window), int(M), float(scale)};
+    if (dtype == 0)
+        attend_all<float, false>(a, threads);
+    else if (dtype == 2)
+        attend_all<f16, false>(a, threads);
+#if FN_PAIRS
+    else
+        attend_all<bf16, true>(a, threads);
+#else
+    else
+        attend_all<bf16, false>(a, threads);
+#endif
+    return 0;
+}

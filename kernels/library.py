@@ -1,0 +1,58 @@
+"""Names of the ops in torch's own registry, so that compilers and exporters carry them as one opaque call.
+
+`torch.library.define` and `impl` rather than the `custom_op` decorator: the decorator's checks cost several
+microseconds a call, and attention alone is called once a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "fnengine"
+
+SCHEMAS = {
+    "paged_attention": "(Tensor q, Tensor k_pool, Tensor v_pool, Tensor table, Tensor row, Tensor start, Tensor length, "
+    "float scale, int window) -> Tensor",
+    "kv_write": "(Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slot) -> ()",
+    "copy_blocks": "(Tensor(a!)[] pools, Tensor pairs) -> ()",
+    "gumbel_argmax": "(Tensor logits, Tensor temperature, Tensor seed, Tensor position, int stream) -> Tensor",
+}
+"""op -> its signature with what it mutates; the same for every backend of the op."""
+
+
+def _shape_of_attention(q: Tensor, *_: Any) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _shape_of_choice(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty(logits.shape[:1], dtype=torch.int32, device=logits.device)
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+SHAPES: dict[str, Callable[..., Any]] = {
+    "paged_attention": _shape_of_attention,
+    "kv_write": _nothing,
+    "copy_blocks": _nothing,
+    "gumbel_argmax": _shape_of_choice,
+}
+"""op -> what it gives back, without computing it (for tracing)."""
+
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def register(op: str, backend: str, fn: Callable[..., Any], key: str = "CompositeExplicitAutograd") -> Callable[..., Any]:
+    """The callable `torch.ops.fnengine.<op>_<backend>`, which runs `fn`; `key` is the dispatch key it serves."""
+    name = f"{op}_{backend}"
+    _LIBRARY.define(name + SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    _LIBRARY.impl(name, fn, key)
+    if key != "CompositeExplicitAutograd":
+        _LIBRARY.impl(name, SHAPES[op], "Meta")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", SHAPES[op], lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default

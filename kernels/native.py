@@ -1,0 +1,165 @@
+"""The native CPU library: compiled at first use for this machine, kept in the user's cache, loaded with ctypes.
+
+No torch headers and no Python headers: a build takes a few seconds and serves every version of either. Threads come
+from the OpenMP runtime that torch has loaded, through a pointer (`csrc/parallel.h`), so there is one pool of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+log = logging.getLogger("fnengine")
+
+SOURCE = Path(__file__).parent / "csrc"
+COMPILERS = ("g++", "clang++", "c++")
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-w")
+"""No contraction: which products are fused into additions is part of the arithmetic (`csrc/simd.h`)."""
+REMEDY = "install g++ or clang++ (Debian, Ubuntu: apt install g++)"
+
+
+class BuildFailed(Exception):
+    """The compiler is missing or refused; the message says which."""
+
+
+@dataclass(frozen=True)
+class Native:
+    """The loaded library, or why there is none."""
+
+    library: ctypes.CDLL | None
+    reason: str
+    """How it was built and where its threads come from, or what is missing and the remedy."""
+
+
+def find_compiler(path: str | None = None) -> str:
+    """Absolute path of a C++ compiler; `path` replaces the search path.
+
+    Raises:
+        BuildFailed: there is none.
+    """
+    for name in COMPILERS:
+        if found := shutil.which(name, path=path):
+            return found
+    raise BuildFailed(f"no C++ compiler found; {REMEDY}")
+
+
+def host_isa() -> tuple[str, ...]:
+    """Compiler flags for this machine's instructions."""
+    return ("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ("-mcpu=native",)
+
+
+def _cpu() -> str:
+    """What the processor can do, in words: part of the key, because a cache folder may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    kept = ("model name", "flags", "Features", "CPU part", "vendor_id", "cpu family", "model")
+    return "\n".join(sorted({line for line in lines if line.split("\t")[0].strip() in kept}))
+
+
+def key(compiler: str, isa: tuple[str, ...]) -> str:
+    """Name of the build: changes with the sources, the compiler, the flags and the processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+    h = hashlib.sha256()
+    for part in (version, *FLAGS, *isa, _cpu()):
+        h.update(part.encode() + b"\0")
+    for file in sorted(SOURCE.glob("*.[ch]*")):
+        h.update(file.name.encode() + b"\0" + file.read_bytes())
+    return h.hexdigest()[:16]
+
+
+def build(compiler: str, folder: Path, isa: tuple[str, ...]) -> Path:
+    """Path of the library, compiled unless it is there already. Processes may race: each renames a whole file.
+
+    Raises:
+        BuildFailed: the compiler refused, or the folder cannot be written.
+    """
+    target = folder / f"kernels-{key(compiler, isa)}.so"
+    if target.exists():
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            objects, jobs = [], []
+            for file in sorted(SOURCE.glob("*.cpp")):  # one process a file: the cores share the work
+                objects.append(str(Path(work) / f"{file.stem}.o"))
+                command = [compiler, *(f for f in FLAGS if f != "-shared"), *isa, "-c", str(file), "-o", objects[-1]]
+                jobs.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+            errors = [job.communicate(timeout=300)[1] for job in jobs]
+            made = str(Path(work) / "kernels.so")
+            if all(job.returncode == 0 for job in jobs):
+                link = subprocess.run([compiler, *FLAGS, *isa, *objects, "-o", made], capture_output=True, text=True)
+                errors.append(link.stderr)
+            if not Path(made).exists():
+                raise BuildFailed(f"{compiler} failed: {''.join(errors).strip()[-500:]}")
+            os.replace(made, target)
+    except (OSError, subprocess.SubprocessError) as e:
+        raise BuildFailed(f"cannot build in {folder}: {e}") from e
+    return target
+
+
+def openmp_runtime() -> str | None:
+    """Path of the OpenMP runtime that this process has loaded (torch's), or None."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if len(line.split(maxsplit=5)) == 6}
+    for stem in ("libgomp", "libiomp5", "libomp"):
+        for path in sorted(paths):
+            if Path(path).name.startswith(stem):
+                return path
+    return None
+
+
+P, I, N, D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
+SIGNATURES = {
+    "fn_use_threads": (None, [P]),
+    "fn_paged_attention": (I, [P] * 8 + [N] * 9 + [D, N, I, I]),
+    "fn_kv_write": (I, [P] * 5 + [N] * 5 + [I]),
+    "fn_copy_blocks": (I, [P, P, N, P, N, N, I]),
+    "fn_gumbel_argmax": (None, [P] * 5 + [N] * 4 + [I]),
+}
+"""C function -> (result, arguments); see `csrc/`."""
+
+
+def open_library(path: Path) -> tuple[ctypes.CDLL, str]:
+    """The library at `path` with its functions typed, and where its threads come from."""
+    library = ctypes.CDLL(str(path))
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    runtime = openmp_runtime()
+    if runtime is not None:
+        try:
+            fork = ctypes.cast(ctypes.CDLL(runtime).GOMP_parallel, P)
+        except (OSError, AttributeError):
+            pass
+        else:
+            library.fn_use_threads(fork)
+            return library, f"threads of {Path(runtime).name}"
+    return library, "one thread (torch's OpenMP runtime was not found)"
+
+
+@cache
+def load() -> Native:
+    """The library of this process: built or found, then kept."""
+    from fnengine.environment import cache_dir
+
+    try:
+        compiler = find_compiler()
+        library, threads = open_library(build(compiler, cache_dir() / "native", host_isa()))
+    except (BuildFailed, OSError) as e:
+        log.warning("native CPU kernels are not available, plain torch is used: %s", e)
+        return Native(None, str(e))
+    return Native(library, f"built by {Path(compiler).name} for this processor, {threads}")

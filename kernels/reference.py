@@ -1,0 +1,26 @@
+"""The contracts' own references as a backend: plain torch, on any device, where nothing better is found."""
+
+from __future__ import annotations
+
+import torch
+
+from fnengine.kernels.attention import PAGED_ATTENTION
+from fnengine.kernels.contract import Backend, Contract
+from fnengine.kernels.library import register
+from fnengine.kernels.noise import GUMBEL_ARGMAX
+from fnengine.kernels.pool import COPY_BLOCKS, KV_WRITE
+
+
+def _supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def _backend(op: Contract, invariant: bool) -> Backend:
+    return Backend("reference", op, register(op.name, "reference", op.reference), _supports, invariant)
+
+
+paged_attention = _backend(PAGED_ATTENTION, invariant=False)
+"""Not invariant: torch's matmul picks its order of summation by shape, hence by chunk and by neighbours."""
+kv_write = _backend(KV_WRITE, invariant=True)
+copy_blocks = _backend(COPY_BLOCKS, invariant=True)
+gumbel_argmax = _backend(GUMBEL_ARGMAX, invariant=True)

@@ -1,0 +1,233 @@
+"""Tiny random models, made by transformers from a seed and saved once per session, and a plain way to run them here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fnengine import model as fn_model
+from fnengine.host.step import BLOCK
+from fnengine.model import Model, embed, head_logits
+from fnengine.state import Batch, Pool, Rows, locate
+
+TINY: dict[str, dict[str, Any]] = {
+    "llama2": dict(
+        architecture="LlamaForCausalLM",
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "llama31": dict(
+        architecture="LlamaForCausalLM",
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "llama-linear-biased": dict(
+        architecture="LlamaForCausalLM",
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    ),
+    "mistral": dict(
+        architecture="MistralForCausalLM",
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        sliding_window=9,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "qwen2": dict(
+        architecture="Qwen2ForCausalLM",
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    ),
+    "qwen2-window": dict(
+        architecture="Qwen2ForCausalLM",
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        use_sliding_window=True,
+        sliding_window=7,
+        max_window_layers=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "qwen3": dict(
+        architecture="Qwen3ForCausalLM",
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    ),
+}
+"""Name -> what differs from the shape that all of them share."""
+
+SHARED = dict(
+    vocab_size=131,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    max_position_embeddings=256,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+
+
+def _config(name: str) -> tuple[Any, Any]:
+    import transformers
+
+    options = {**SHARED, **TINY[name]}
+    cls = getattr(transformers, options.pop("architecture"))
+    return cls, cls.config_class(**options)
+
+
+@functools.cache
+def tiny_folder(name: str, dtype: str = "float32") -> Path:
+    """A folder that transformers saved: config.json and model.safetensors. Made once a session."""
+    cls, config = _config(name)
+    torch.manual_seed(1234)
+    m = cls(config)
+    with torch.no_grad():  # norms and biases away from their 1 and 0, weights large enough to matter
+        for key, p in m.named_parameters():
+            if key.endswith("norm.weight"):
+                p.copy_(1 + 0.3 * torch.randn_like(p))
+            elif p.dim() == 1:
+                p.copy_(0.3 * torch.randn_like(p))
+            else:
+                p.copy_(torch.randn_like(p) * (0.15 if p.shape[1] > 90 else 0.2))
+    folder = Path(tempfile.mkdtemp(prefix=f"fnengine-tiny-{name}-"))
+    m.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def upstream(name: str) -> Any:
+    """transformers' own model from that folder, float32: the oracle."""
+    cls, _ = _config(name)
+    return cls.from_pretrained(tiny_folder(name), dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@functools.cache
+def tiny_model(name: str, dtype: str = "float32") -> Model:
+    """The same weights in this engine."""
+    return fn_model.load(tiny_folder(name), dtype=dtype, device="cpu")
+
+
+@dataclass
+class Paged:
+    """Sequences over a paged pool, driven by hand: no ledger, no scheduler, blocks handed out in order."""
+
+    model: Model
+    ops: Any
+    rows: Rows
+    pool: tuple[Pool, ...]
+    free: list[int]
+
+    @classmethod
+    def make(cls, model: Model, ops: Any, rows: int = 8, blocks: int = 64, max_len: int = 128) -> Paged:
+        M, P = rows + 1, -(-max_len // BLOCK)
+        z = torch.zeros
+        none: Any = None
+        at = [none] * len(dataclasses.fields(Rows))
+        state = Rows(*at)
+        state = dataclasses.replace(
+            state, length=z(M, dtype=torch.int32), table=z(M, P, dtype=torch.int32), history=z(M, max_len + 1)
+        )
+        pool = tuple(
+            Pool(*(z(blocks, BLOCK, la.mixer.kv_heads, la.mixer.width, dtype=model.dtype) for _ in "kv"))
+            for la in model.spec.layers
+        )
+        # Scattered blocks, so that a table read wrongly shows.
+        order = torch.randperm(blocks - 1, generator=torch.Generator().manual_seed(5)) + 1
+        return cls(model, ops, state, pool, order.tolist())
+
+    def extend(self, new: list[tuple[int, list[int]]], least: int = 4, spec: Any = None) -> list[Tensor]:
+        """Logits [n, V] of every new token of every (row, tokens), all in one forward, padded to `least` tokens."""
+        spec = self.model.spec if spec is None else spec
+        null = self.rows.length.shape[0] - 1
+        for row, tokens in new:
+            have, want = int(self.rows.length[row]), int(self.rows.length[row]) + len(tokens)
+            for column in range(-(-have // BLOCK), -(-want // BLOCK)):
+                self.rows.table[row, column] = self.free.pop()
+        flat = [t for _, tokens in new for t in tokens]
+        sizes = [len(tokens) for _, tokens in new]
+        row_ids = [row for row, _ in new]
+        if len(flat) < least:
+            sizes.append(least - len(flat))
+            flat += [0] * (least - len(flat))
+            row_ids.append(null)
+        start = [0]
+        for n in sizes:
+            start.append(start[-1] + n)
+        i32 = functools.partial(torch.tensor, dtype=torch.int32)
+        token, row = i32(flat), i32(row_ids)
+        batch = Batch(row, i32(start), token, torch.zeros_like(row), torch.zeros(0, 2, dtype=torch.int32), None)
+        where = locate(self.rows, batch, BLOCK)
+        hidden = fn_model.body(
+            spec, self.model.params, self.pool, where, self.ops, embed(spec, self.model.params, token)
+        )
+        logits = head_logits(spec, self.model.params, hidden)
+        self.rows.length[row.long()] = where.length
+        self.rows.length[null] = 0
+        return [logits[start[i] : start[i + 1]] for i in range(len(new))]
+
+
+def dense_ops() -> Any:
+    """The ops of a step in the plainest torch there is, one row and one head at a time: slow and easy to believe."""
+
+    def kv_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot: Tensor) -> None:
+        k_pool.view(-1, *k_pool.shape[2:])[slot.long()] = k
+        v_pool.view(-1, *v_pool.shape[2:])[slot.long()] = v
+
+    def paged_attention(q, k_pool, v_pool, table, row, start, length, scale, window):
+        out = torch.empty_like(q)
+        for r in range(len(row)):
+            lo, hi, n = int(start[r]), int(start[r + 1]), int(length[r])
+            if hi == lo:
+                continue
+            blocks = table[int(row[r])].long()
+            k = k_pool[blocks].flatten(0, 1)[:n].float()
+            v = v_pool[blocks].flatten(0, 1)[:n].float()
+            if k.shape[0] < n:  # padding tokens beyond the null row's table
+                out[lo:hi] = 0
+                continue
+            group = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+            at = torch.arange(n - (hi - lo), n)[:, None]
+            kv = torch.arange(n)[None, :]
+            seen = (kv <= at) & ((kv > at - window) if window else torch.ones_like(kv <= at))
+            score = torch.einsum("thc,shc->hts", q[lo:hi].float(), k) * scale
+            p = score.masked_fill(~seen, float("-inf")).softmax(-1)
+            out[lo:hi] = torch.einsum("hts,shc->thc", p, v).to(q.dtype)
+        return out
+
+    class Ops:
+        pass
+
+    ops: Any = Ops()
+    ops.kv_write, ops.paged_attention = kv_write, paged_attention
+    return ops
