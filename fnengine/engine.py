@@ -31,7 +31,8 @@ from fnengine.host.output import Delta, Finished, Gauges, StepFacts, Usage
 from fnengine.host.plan import Host, Planned, Policy, Run
 from fnengine.host.request import Request
 from fnengine.host.step import BLOCK, Device, Ticket
-from fnengine.host.text import TextStream, Tokenizer
+from fnengine.host.text import Piece, TextStream
+from fnengine.host.tokenizer import Tokenizer
 from fnengine.model import Model
 from fnengine.settings import Settings
 
@@ -156,14 +157,14 @@ class Engine:
         settings = settings or Settings(**options)
         built = build(model, settings)
         device = built.device
-        tokenizer = tokenizer or model.tokenizer()
+        tokenizer = tokenizer or model.tokenizer
         policy = Policy(
             budget=built.mode.budget,
             rows=built.mode.rows,
             queue=settings.max_queue,
             max_len=built.pool.max_len,
             vocab=model.spec.vocab,
-            eos=tuple(sorted({*model.spec.eos, *tokenizer.eos})),
+            eos=tuple(sorted({*model.spec.eos, *(() if tokenizer.eos is None else (tokenizer.eos,))})),
             caching=settings.enable_prefix_caching,
             chunked=settings.enable_chunked_prefill,
         )
@@ -173,7 +174,7 @@ class Engine:
             policy,
             names=names or (model.name,),
             seed=settings.seed,
-            defaults=model.generation_defaults() if generation_config == "auto" else {},
+            defaults=model.generation_defaults if generation_config == "auto" else {},
             fingerprint=_fingerprint(model, settings, built),
             max_logprobs=settings.max_logprobs,
             built=built,
@@ -221,10 +222,10 @@ class Engine:
             TextStream.start(
                 self.tokenizer,
                 request.prompt,
-                stops=stops.strings,
+                stops.strings,
                 include_stop=stops.include_stop,
+                from_token=max(0, stops.min_tokens - 1),
                 skip_special=request.skip_special_tokens,
-                min_tokens=stops.min_tokens,
             )
             for _ in runs
         ]
@@ -351,56 +352,41 @@ class Engine:
         if run.index == 0:
             live.cached = run.cached
         text = live.text[run.index]
-        finish, stop_reason = event.finish, None
-        parts: list[str] = []
-        ids: list[int] = []
-        logprobs: list[Any] = []
+        finish, stop_reason, piece = event.finish, None, Piece()
+        last = len(event.tokens) - 1
         for j, token in enumerate(event.tokens):
-            logprob = event.logprobs[j] if event.logprobs is not None else None
-            if event.stop_token is not None and j == len(event.tokens) - 1:
-                piece = text.push_silent(token, logprob)
-            else:
-                piece = text.push(token, logprob)
-            parts.append(piece.text)
-            ids += piece.tokens
-            logprobs += piece.logprobs
+            logprob = None if event.logprobs is None else event.logprobs[j]
+            piece += text.push(token, logprob, silent=event.stop_token is not None and j == last)
             if piece.stop is not None:
-                if event.finish is None:
-                    committing.finish(self.host, run, "stop")
-                finish, stop_reason = "stop", piece.stop
                 break
-        if finish is not None:
-            if stop_reason is None:
-                piece = text.finish()
-                parts.append(piece.text)
-                ids += piece.tokens
-                logprobs += piece.logprobs
-                if piece.stop is not None:
-                    finish, stop_reason = "stop", piece.stop
-            if event.stop_token is not None and event.stop_token not in self.policy.eos and stop_reason is None:
+        if piece.stop is None and finish is not None:
+            piece += text.finish()
+            if event.stop_token is not None and event.stop_token not in self.policy.eos:
                 stop_reason = event.stop_token
-        if not (parts or ids or finish or event.prompt_logprobs):
+        if piece.stop is not None:
+            if event.finish is None:
+                committing.finish(self.host, run, "stop")
+            finish, stop_reason = "stop", piece.stop
+        if not (piece.text or piece.tokens or finish is not None or event.prompt_logprobs is not None):
             return
         usage = None
         if finish is not None:
             generated = run.generated
             usage = Usage(prompt=len(live.request.prompt), cached=run.cached, completion=generated)
             live.completion += generated
-        joined = "".join(parts)
-        if joined or ids or finish is not None or event.prompt_logprobs is not None:
-            live.sink(
-                Delta(
-                    index=run.index,
-                    text=joined,
-                    tokens=tuple(ids),
-                    logprobs=tuple(logprobs) if live.request.logprobs is not None else None,
-                    prompt_logprobs=event.prompt_logprobs,
-                    finish=finish,  # type: ignore[arg-type]
-                    stop_reason=stop_reason,
-                    error=event.error,
-                    usage=usage,
-                )
+        live.sink(
+            Delta(
+                index=run.index,
+                text=piece.text,
+                tokens=piece.tokens,
+                logprobs=piece.logprobs if live.request.logprobs is not None else None,
+                prompt_logprobs=event.prompt_logprobs,
+                finish=finish,
+                stop_reason=stop_reason,
+                error=event.error,
+                usage=usage,
             )
+        )
         if finish is not None:
             live.open -= 1
             live.finish = finish

@@ -159,4 +159,5 @@ def place_head(params: dict[str, Any], place: Callable[[Dense], Leaf] | None) ->
 
 
 def _pad_rows(x: Tensor, least: int) -> Tensor:
-    return torch.cat([x, x.new_zeros(torch.sym_max(least - x.shape[0], 0), x.shape[1])])
+    missing: Any = torch.sym_max(least - x.shape[0], 0)
+    return torch.cat([x, x.new_zeros(missing, x.shape[1])])

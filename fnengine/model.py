@@ -5,8 +5,9 @@ The step puts its own work between the parts: it picks the rows whose logits som
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fnengine import checkpoint
+from fnengine.host.tokenizer import Tokenizer
 from fnengine.layers import Angles, layer, rms_norm, rope_angles
 from fnengine.leaves import matmul
 from fnengine.spec import Layer, ModelSpec, Rope
@@ -42,6 +44,30 @@ class Model:
     """What a user calls it."""
     notes: tuple[str, ...] = ()
     """What was decided on the way, to be shown: dtype, layout of weights, dummy weights."""
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Text to ids and back, read from the folder at first use. Raises CheckpointError when there is none."""
+        return Tokenizer.load(self.folder)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens the model expects."""
+        return self.tokenizer.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return self.tokenizer.decode(ids)
+
+    @cached_property
+    def generation_defaults(self) -> dict[str, Any]:
+        """The sampling values of generation_config.json, by the names of `Sampling`; empty when it has none.
+
+        A model that says `do_sample: false` is greedy unless asked otherwise.
+        """
+        says = checkpoint.generation_config(self.folder)
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        chosen = {k: says[k] for k in names if says.get(k) is not None}
+        return {**chosen, "temperature": 0.0} if says.get("do_sample") is False and chosen else chosen
 
 
 def load(

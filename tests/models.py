@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
 import functools
+import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,8 +105,23 @@ def _config(name: str) -> tuple[Any, Any]:
     import transformers
 
     options = {**SHARED, **TINY[name]}
+    if int(transformers.__version__.split(".")[0]) < 5:  # the old spelling of the same
+        rope = dict(options.pop("rope_parameters"))
+        options["rope_theta"] = rope.pop("rope_theta")
+        options["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     cls = getattr(transformers, options.pop("architecture"))
     return cls, cls.config_class(**options)
+
+
+@contextlib.contextmanager
+def threads(n: int) -> Iterator[None]:
+    """`n` threads for torch. Tiny models run fastest on one: waking the others costs more than their share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @functools.cache
@@ -120,6 +139,7 @@ def tiny_folder(name: str, dtype: str = "float32") -> Path:
             else:
                 p.copy_(torch.randn_like(p) * (0.15 if p.shape[1] > 90 else 0.2))
     folder = Path(tempfile.mkdtemp(prefix=f"fnengine-tiny-{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     m.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
 
