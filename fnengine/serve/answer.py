@@ -1,0 +1,345 @@
+"""From deltas to JSON: stream chunks as ready-made text, or one body.
+
+A chunk is assembled from strings, because with hundreds of streams this is the hottest text in the process: only the
+parts that can hold anything (text, log-probabilities) go through the JSON encoder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii as quote
+from typing import Any
+
+from fnengine.host.output import Delta, TokenLogprob, Usage
+from fnengine.serve.engine_port import Text
+from fnengine.serve.translate import Shape
+
+LOWEST = -9999.0
+"""Stands for minus infinity, which JSON does not have."""
+
+
+def dump(value: Any) -> str:
+    """One line of ASCII JSON: no client's line splitter finds a line end in it."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+# --- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+def _number(logprob: float) -> float:
+    return logprob if logprob > LOWEST else LOWEST
+
+
+def _name(text: Text, id: int, as_ids: bool) -> str:
+    return f"token_id:{id}" if as_ids else text.token_text(id)
+
+
+def chat_logprobs(text: Text, entries: Sequence[TokenLogprob], top: int, as_ids: bool) -> list[dict[str, Any]]:
+    """`choices[].logprobs.content`: for each token its text, bytes, and exactly the `top` most likely tokens."""
+
+    def one(id: int, logprob: float) -> dict[str, Any]:
+        return {"token": _name(text, id, as_ids), "logprob": _number(logprob), "bytes": list(text.token_bytes(id))}
+
+    return [one(e.id, e.logprob) | {"top_logprobs": [one(id, logprob) for id, logprob in e.top[:top]]} for e in entries]
+
+
+def text_logprobs(
+    text: Text, ids: Sequence[int], entries: Sequence[TokenLogprob | None], top: int, as_ids: bool, offsets: list[int]
+) -> dict[str, Any]:
+    """`choices[].logprobs` of a completion: four lists of equal length.
+
+    A position without an entry (the first of a prompt) has null in both lists of log-probabilities. A chosen token
+    outside the `top` most likely ones is added to them. Two tokens of equal text keep both entries: the less likely
+    one is named `token_id:<n>`.
+    """
+    maps: list[dict[str, float] | None] = []
+    for e in entries:
+        if e is None:
+            maps.append(None)
+            continue
+        likely = list(e.top[:top])
+        if all(id != e.id for id, _ in likely):
+            likely.append((e.id, e.logprob))
+        found: dict[str, float] = {}
+        for id, logprob in likely:
+            name = _name(text, id, as_ids)
+            found[f"token_id:{id}" if name in found else name] = _number(logprob)
+        maps.append(found)
+    return {
+        "tokens": [_name(text, id, as_ids) for id in ids],
+        "token_logprobs": [None if e is None else _number(e.logprob) for e in entries],
+        "top_logprobs": maps,
+        "text_offset": offsets,
+    }
+
+
+def prompt_logprobs(text: Text, entries: Sequence[TokenLogprob | None], as_ids: bool) -> list[dict[str, Any] | None]:
+    """The extension `prompt_logprobs`: per token a map from id to log-probability, rank and text; null for the first.
+
+    A token outside the most likely ones has no known rank: null.
+    """
+
+    def one(id: int, logprob: float, rank: int | None) -> dict[str, Any]:
+        return {"logprob": _number(logprob), "rank": rank, "decoded_token": _name(text, id, as_ids)}
+
+    out: list[dict[str, Any] | None] = []
+    for e in entries:
+        if e is None:
+            out.append(None)
+            continue
+        found = {str(id): one(id, logprob, r) for r, (id, logprob) in enumerate(e.top, 1)}
+        found.setdefault(str(e.id), one(e.id, e.logprob, None))
+        out.append(found)
+    return out
+
+
+def offsets(text: Text, ids: Sequence[int], within: str, base: int, skip_special: bool = True) -> list[int]:
+    """Where each token starts in the returned text, in characters, for the tokens whose text is `within`.
+
+    A token that starts inside a character gets that character's offset, one whose text is not shown the offset of what
+    follows it. Never past the end of `within`.
+    """
+    if len(ids) == 1:
+        return [base]
+    raw = [b"" if skip_special and id in text.special_ids else text.token_bytes(id) for id in ids]
+    whole = b"".join(raw).decode("utf-8", "replace")
+    # a tokenizer that marks words with a leading space drops the first one of a text
+    begun = len(within) - len(whole) if within and whole.endswith(within) else 0
+    out, open_character = [], False
+    for piece in raw:
+        inside = open_character and bool(piece) and (piece[0] & 0xC0) == 0x80
+        out.append(base + min(len(within), max(0, begun - inside)))
+        begun += sum((b & 0xC0) != 0x80 for b in piece)
+        open_character = open_character or bool(piece)
+    return out
+
+
+# --- usage ------------------------------------------------------------------------------------------------------------
+
+
+def usage_of(shape: Shape, completion: int, cached: int) -> dict[str, Any]:
+    """Tokens of the whole HTTP request: every prompt once, every choice's output."""
+    prompt = sum(map(len, shape.prompts))
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+@dataclass
+class _Choice:
+    """What the answer remembers of one choice."""
+
+    prompt: int
+    """Which prompt it continues."""
+    index: int
+    """In the answer: prompt * n + sample."""
+    opened: bool = False
+    length: int = 0
+    """Characters sent, the echoed prompt included."""
+    tokens: int = 0
+    held: list[Delta] = field(default_factory=list)
+    """Deltas that wait for the log-probabilities of the echoed prompt, which come with choice 0."""
+    usage: Usage | None = None
+    ended: bool = False
+
+
+class Answer:
+    """The state of one answer while deltas arrive: what was sent of each choice, and the tokens counted.
+
+    Feed every delta in order of arrival; `chunks` (streaming) and `body` (at the end) read the same pieces, so the
+    concatenated stream is the body.
+    """
+
+    def __init__(self, shape: Shape, text: Text):
+        self.shape, self.text = shape, text
+        self.choices = [_Choice(p, p * shape.n + i) for p in range(len(shape.prompts)) for i in range(shape.n)]
+        self.scored: dict[int, tuple[TokenLogprob | None, ...]] = {}
+        self._waits = shape.echo is not None and shape.logprobs is not None
+        self._parts: list[list[dict[str, Any]]] = [[] for _ in self.choices]
+        object_name = "text_completion" if shape.kind == "completion" else "chat.completion.chunk"
+        self._head = (
+            f'{{"id":{quote(shape.id)},"object":"{object_name}","created":{shape.created},'
+            f'"model":{quote(shape.model)},"choices":['
+        )
+
+    @property
+    def done(self) -> bool:
+        return all(c.ended for c in self.choices)
+
+    def _pieces(self, prompt: int, delta: Delta) -> Iterator[tuple[_Choice, dict[str, Any]]]:
+        """The parts of choices that a delta releases: dicts with text, and what else the shape asks for."""
+        if delta.prompt_logprobs is not None:
+            self.scored[prompt] = delta.prompt_logprobs
+        mine = self.choices[prompt * self.shape.n + delta.index]
+        if self._waits and prompt not in self.scored:
+            mine.held.append(delta)
+            return
+        if self._waits:
+            for c in self.choices[prompt * self.shape.n : (prompt + 1) * self.shape.n]:
+                held, c.held = c.held, []
+                for d in held:
+                    yield from self._piece(c, d)
+        yield from self._piece(mine, delta)
+
+    def _piece(self, c: _Choice, delta: Delta) -> Iterator[tuple[_Choice, dict[str, Any]]]:
+        shape = self.shape
+        if not c.opened:
+            c.opened = True
+            opening = self._opening(c)
+            if opening is not None:
+                yield c, opening
+        if not (delta.text or delta.tokens or delta.finish):
+            return
+        piece: dict[str, Any] = {"text": delta.text}
+        if shape.logprobs is not None and delta.logprobs is not None:
+            if shape.kind == "chat":
+                piece["logprobs"] = chat_logprobs(self.text, delta.logprobs, shape.logprobs, shape.as_ids)
+            else:
+                ids = [e.id for e in delta.logprobs]
+                where = offsets(self.text, ids, delta.text, c.length, shape.skip_special)
+                piece["logprobs"] = text_logprobs(self.text, ids, delta.logprobs, shape.logprobs, shape.as_ids, where)
+        if shape.return_ids:
+            piece["token_ids"] = list(delta.tokens)
+        c.length += len(delta.text)
+        c.tokens += len(delta.tokens)
+        if delta.finish is not None:
+            c.ended, c.usage = True, delta.usage
+            piece["finish"], piece["stop_reason"] = delta.finish, delta.stop_reason
+        yield c, piece
+
+    def _opening(self, c: _Choice) -> dict[str, Any] | None:
+        """What stands before the first generated text: a role, or the echoed prompt."""
+        shape = self.shape
+        if shape.kind == "chat":
+            return {"role": shape.role, "text": ""}
+        if shape.echo is None:
+            return None
+        echoed = shape.echo[c.prompt]
+        piece: dict[str, Any] = {"text": echoed}
+        if shape.logprobs is not None:
+            ids = shape.prompts[c.prompt]
+            where = offsets(self.text, ids, echoed, 0, shape.skip_special)
+            piece["logprobs"] = text_logprobs(
+                self.text, ids, self.scored[c.prompt], shape.logprobs, shape.as_ids, where
+            )
+        if shape.return_ids:
+            piece["token_ids"] = []
+        c.length = len(echoed)
+        return piece
+
+    # --- streaming ----------------------------------------------------------------------------------------------------
+
+    def chunks(self, prompt: int, delta: Delta) -> str:
+        """Server-sent events for one delta; empty when there is nothing to show yet."""
+        return "".join([self._chunk(c, piece) for c, piece in self._pieces(prompt, delta)])
+
+    def _chunk(self, c: _Choice, piece: dict[str, Any]) -> str:
+        shape = self.shape
+        text, finish = piece["text"], piece.get("finish")
+        logprobs = piece.get("logprobs")
+        if not text and finish is None and not logprobs and "role" not in piece and not piece.get("token_ids"):
+            return ""
+        if shape.kind == "chat":
+            if "role" in piece:
+                body = f'"delta":{{"role":{quote(piece["role"])},"content":""}}'
+            elif text or finish is None:
+                body = f'"delta":{{"content":{quote(text)}}}'
+            else:
+                body = '"delta":{}'
+            lp = "null" if logprobs is None else f'{{"content":{dump(logprobs)},"refusal":null}}'
+        else:
+            body = f'"text":{quote(text)}'
+            lp = "null" if logprobs is None else dump(logprobs)
+        out = [
+            "data: ",
+            self._head,
+            f'{{"index":{c.index},{body},"logprobs":{lp},"finish_reason":{"null" if finish is None else quote(finish)}',
+        ]
+        if finish is not None:
+            out.append(f',"stop_reason":{dump(piece["stop_reason"])}')
+        if "token_ids" in piece:
+            out.append(f',"token_ids":{dump(piece["token_ids"])}')
+        out.append("}]")
+        if finish is not None:
+            out.append(f',"system_fingerprint":{quote(shape.fingerprint)}')
+        if shape.return_ids and not c.tokens and shape.kind == "chat" and "role" in piece:
+            out.append(f',"prompt_token_ids":{dump(shape.prompts[c.prompt])}')
+        if shape.continuous_usage:
+            out.append(f',"usage":{dump(self.usage())}')
+        elif shape.include_usage:
+            out.append(',"usage":null')
+        out.append("}\n\n")
+        return "".join(out)
+
+    def last_chunk(self) -> str:
+        """The usage chunk, when it was asked for."""
+        if not self.shape.include_usage:
+            return ""
+        fingerprint = quote(self.shape.fingerprint)
+        return f'data: {self._head}],"system_fingerprint":{fingerprint},"usage":{dump(self.usage())}}}\n\n'
+
+    # --- one body -----------------------------------------------------------------------------------------------------
+
+    def take(self, prompt: int, delta: Delta) -> None:
+        """Keeps what a delta releases for `body`."""
+        for c, piece in self._pieces(prompt, delta):
+            self._parts[c.index].append(piece)
+
+    def usage(self) -> dict[str, Any]:
+        """Counted so far; exact once every choice has ended."""
+        n = self.shape.n
+        completion = sum(c.tokens if c.usage is None else c.usage.completion for c in self.choices)
+        cached = sum(c.usage.cached for c in self.choices[::n] if c.usage is not None)
+        return usage_of(self.shape, completion, cached)
+
+    def body(self) -> dict[str, Any]:
+        """The whole answer, after every choice has ended."""
+        shape = self.shape
+        chat = shape.kind == "chat"
+        out: dict[str, Any] = {
+            "id": shape.id,
+            "object": "chat.completion" if chat else "text_completion",
+            "created": shape.created,
+            "model": shape.model,
+            "choices": [self._whole(c) for c in self.choices],
+            "usage": self.usage(),
+            "system_fingerprint": shape.fingerprint,
+        }
+        if chat and shape.prompt_logprobs is not None:
+            out["prompt_logprobs"] = prompt_logprobs(self.text, self.scored[0], shape.as_ids)
+        if chat and shape.return_ids:
+            out["prompt_token_ids"] = list(shape.prompts[0])
+        return out
+
+    def _whole(self, c: _Choice) -> dict[str, Any]:
+        shape, parts = self.shape, self._parts[c.index]
+        text = "".join(p["text"] for p in parts)
+        last = parts[-1]
+        scored = [p["logprobs"] for p in parts if p.get("logprobs") is not None]
+        logprobs: Any = None
+        if shape.kind == "chat":
+            if shape.logprobs is not None:
+                logprobs = {"content": [e for content in scored for e in content], "refusal": None}
+            out: dict[str, Any] = {
+                "index": c.index,
+                "message": {"role": shape.role, "content": text, "refusal": None},
+            }
+        else:
+            if shape.logprobs is not None:
+                names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+                logprobs = {name: [e for part in scored for e in part[name]] for name in names}
+            out = {"index": c.index, "text": text}
+        out |= {"logprobs": logprobs, "finish_reason": last["finish"], "stop_reason": last["stop_reason"]}
+        if shape.return_ids:
+            out["token_ids"] = [id for p in parts for id in p.get("token_ids", ())]
+        if shape.kind == "completion":
+            if shape.return_ids:
+                out["prompt_token_ids"] = list(shape.prompts[c.prompt])
+            if shape.prompt_logprobs is not None:
+                out["prompt_logprobs"] = prompt_logprobs(self.text, self.scored[c.prompt], shape.as_ids)
+        return out

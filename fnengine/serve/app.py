@@ -1,0 +1,466 @@
+"""The HTTP application over one engine: routes, and what is the same for all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import math
+import re
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from json.encoder import encode_basestring_ascii as quote
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from fnengine import __version__
+from fnengine.errors import FnError, NotFound, QueueFull, RequestError, Unauthorized
+from fnengine.serve import metrics as measuring
+from fnengine.serve import protocol, translate
+from fnengine.serve.answer import Answer, dump
+from fnengine.serve.engine_port import EnginePort
+from fnengine.serve.flight import Batch, Flight, Thinning, open_flight
+from fnengine.serve.sse import DONE, SILENCE, EventStream, until_gone
+
+OPEN = frozenset({"/health", "/ping", "/version"})
+"""Routes that need no key."""
+LARGE = 1 << 16
+"""Bytes of a body from which on parsing and tokenizing leave the event loop, which other streams need."""
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class BodyTooLarge(FnError):
+    """The body is larger than the server takes."""
+
+    code, type = 413, "RequestTooLargeError"
+
+
+class Unavailable(FnError):
+    """The engine cannot serve now, or ended this request from outside."""
+
+    code, type = 503, "ServiceUnavailableError"
+
+
+class Aborted(Unavailable):
+    """Somebody ended this request on purpose; asking again would undo that."""
+
+
+class Fault(FnError):
+    """The engine failed while it served this request."""
+
+
+def complain(text: str) -> None:
+    """Where faults go when nobody says otherwise."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def make_app(
+    engine: EnginePort,
+    *,
+    api_keys: Sequence[str] = (),
+    strict: bool = False,
+    metrics: Sequence[str] = ("fnengine",),
+    metrics_open: bool = False,
+    allowed_origins: Sequence[str] = (),
+    root_path: str = "",
+    response_role: str = "assistant",
+    max_body: int = 64 << 20,
+    shutdown_timeout: float = 0.0,
+    stream_interval: int = 1,
+    silence: float = SILENCE,
+    version: str = __version__,
+    log: Callable[[str], None] = complain,
+    wall: Callable[[], float] = time.time,
+) -> FastAPI:
+    """An application that serves one engine, which it starts and stops with itself.
+
+    Args:
+        api_keys: any of them opens all routes but `OPEN`; none means no keys are asked for.
+        strict: unknown fields are a 400 instead of a name in the header `x-fnengine-ignored`.
+        metrics: prefixes under which every metric appears; ("fnengine", "vllm") keeps vLLM's dashboards working.
+        metrics_open: /metrics needs no key.
+        allowed_origins: for browsers (CORS).
+        max_body: bytes.
+        shutdown_timeout: seconds the engine may take to finish what runs.
+        stream_interval: tokens a chunk holds at least, the first and last of a choice excepted.
+        silence: seconds without an event before a keep-alive comment.
+        log: takes a text about a fault; users never see stack traces.
+        wall: Unix seconds, for `created`.
+    """
+    flights: dict[str, Flight] = {}
+    meter = measuring.Meter(engine, prefixes=tuple(metrics))
+    born = int(wall())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI):
+        try:
+            await engine.start()
+        except Exception as e:
+            app.state.fault = e  # the server only says that starting failed; `run.serve` says why
+            raise
+        try:
+            yield
+        finally:
+            cut(app, "the server is shutting down")
+            await engine.stop(shutdown_timeout)
+
+    app = FastAPI(title="fnengine", version=version, root_path=root_path, lifespan=lifespan, redirect_slashes=False)
+    app.state.flights = flights
+    app.state.fault = None
+
+    # --- one request ----------------------------------------------------------------------------------------------
+
+    async def read(request: Request, model: type[protocol.M]) -> tuple[protocol.M, tuple[str, ...]]:
+        size, parts = 0, []
+        announced = request.headers.get("content-length", "")
+        if announced.isdigit() and len(announced) < 20 and int(announced) > max_body:
+            size = int(announced)
+        else:
+            async for part in request.stream():
+                size += len(part)
+                if size > max_body:
+                    break
+                parts.append(part)
+        if size > max_body:
+            raise BodyTooLarge(f"the body is larger than {max_body} bytes", where="body")
+        raw = b"".join(parts)
+
+        def work():
+            return protocol.parse(model, protocol.read_json(raw), strict=strict)
+
+        return await asyncio.to_thread(work) if size > LARGE else work()
+
+    def named(body: Any) -> str:
+        name = translate.choose_model(engine, body.model)
+        if name is None:
+            raise NotFound(
+                f"no model is called {body.model[:200]!r}",
+                param="model",
+                remedy=f"served here: {', '.join(engine.names)}",
+            )
+        return name
+
+    async def generate(request: Request, model: type[protocol.M], make: Callable[..., translate.Job]) -> Response:
+        body, ignored = await read(request, model)
+        name = named(body)
+        why = engine.healthy()
+        if why is not None:
+            raise Unavailable(f"the engine cannot serve: {why}")
+        flight = open_flight(flights, body.request_id or request.scope.get("fnengine.id"))
+        try:
+
+            def work():
+                return make(body, engine, id=flight.id, created=int(wall()), model=name)
+
+            job = await asyncio.to_thread(work) if _large(body) else work()
+            flight.submit(engine, job.requests)
+        except BaseException:
+            flight.close()
+            raise
+        answer = Answer(job.shape, engine.tokenizer)
+        headers = {"x-fnengine-ignored": _header(ignored)} if ignored else {}
+        if job.shape.stream:
+            return EventStream(_events(flight, answer, Thinning(stream_interval), log), flight.close, headers, silence)
+        return await _whole(request, flight, answer, headers)
+
+    async def completions(request: Request) -> Response:
+        return await generate(request, protocol.CompletionBody, translate.from_completion)
+
+    async def chat(request: Request) -> Response:
+        def make(body, engine, **kw):
+            return translate.from_chat(body, engine, role=response_role, **kw)
+
+        return await generate(request, protocol.ChatBody, make)
+
+    async def tokenize(request: Request) -> Response:
+        body, ignored = await read(request, protocol.TokenizeBody)
+        named(body)
+        text = engine.tokenizer
+        ids = await asyncio.to_thread(translate.from_tokenize, body, text)
+        strings = [text.token_text(i) for i in ids] if body.return_token_strs else None
+        out = {"count": len(ids), "max_model_len": engine.max_len, "tokens": list(ids), "token_strs": strings}
+        return _json(out, headers={"x-fnengine-ignored": _header(ignored)} if ignored else None)
+
+    async def detokenize(request: Request) -> Response:
+        body, ignored = await read(request, protocol.DetokenizeBody)
+        named(body)
+        vocab = engine.tokenizer.vocab_size
+        for i in body.tokens:
+            if not 0 <= i < vocab:
+                raise RequestError(f"token id {i} is not in the vocabulary of {vocab}", where="tokens", param="tokens")
+        text = await asyncio.to_thread(engine.tokenizer.decode, body.tokens, skip_special=False)
+        return _json({"prompt": text}, headers={"x-fnengine-ignored": _header(ignored)} if ignored else None)
+
+    # --- readings -------------------------------------------------------------------------------------------------
+
+    def card(name: str) -> dict[str, Any]:
+        may = {"allow_sampling": True, "allow_logprobs": True, "allow_view": True}
+        may |= {"allow_create_engine": False, "allow_search_indices": False, "allow_fine_tuning": False}
+        permission = {"id": f"modelperm-{name}", "object": "model_permission", "created": born, **may}
+        permission |= {"organization": "*", "group": None, "is_blocking": False}
+        return {
+            "id": name,
+            "object": "model",
+            "created": born,
+            "owned_by": "fnengine",
+            "root": engine.name,
+            "parent": None,
+            "max_model_len": engine.max_len,
+            "permission": [permission],
+        }
+
+    async def models(request: Request) -> Response:
+        return _json({"object": "list", "data": [card(name) for name in engine.names]})
+
+    async def one_model(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in engine.names:
+            raise NotFound(
+                f"no model is called {name[:200]!r}", param="model", remedy=f"served here: {', '.join(engine.names)}"
+            )
+        return _json(card(name))
+
+    async def health(request: Request) -> Response:
+        why = engine.healthy()
+        return Response(status_code=200) if why is None else _problem(Unavailable(why))
+
+    async def show_version(request: Request) -> Response:
+        return _json({"version": version})
+
+    async def show_metrics(request: Request) -> Response:
+        text, kind = meter.text()
+        return Response(text, headers={"content-type": kind})
+
+    async def load(request: Request) -> Response:
+        return _json({"server_load": len(flights)})
+
+    async def reset_prefix_cache(request: Request) -> Response:
+        engine.reset_prefix_cache()
+        return Response(status_code=200)
+
+    async def abort_requests(request: Request) -> Response:
+        body, _ = await read(request, protocol.AbortBody)
+        aborted = []
+        for wanted in body.request_ids:
+            flight = flights.get(wanted) or flights.get(wanted.partition("cmpl-")[2])
+            if flight is not None:
+                flight.close(Aborted("the request was aborted through /abort_requests"))
+                aborted.append(wanted)
+        return _json({"aborted": aborted})
+
+    # --- the table of routes --------------------------------------------------------------------------------------
+
+    def route(path: str, methods: str, endpoint: Callable[[Request], Awaitable[Response]], model: Any = None):
+        async def answered(request: Request) -> Response:
+            try:
+                return await endpoint(request)
+            except FnError as e:
+                if e.code >= 500 and not isinstance(e, Unavailable):
+                    log(f"{path}: {e}")
+                return _problem(e)
+            except ClientDisconnect:
+                return Response(status_code=499)
+            except Exception:
+                log(f"{path}: {traceback.format_exc()}")
+                return _problem(Fault("internal error; the server's log says more"), retry=False)
+
+        answered.__name__, answered.__doc__ = endpoint.__name__, endpoint.__doc__
+        extra = None
+        if model is not None:
+            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            schema.pop("$defs", None)
+            extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+        for method in methods.split():
+            app.add_api_route(
+                path,
+                answered,
+                methods=[method],
+                openapi_extra=extra,
+                response_model=None,
+                operation_id=re.sub(r"\W+", "_", f"{method}{path}").lower().rstrip("_"),
+            )
+
+    route("/v1/completions", "POST", completions, protocol.CompletionBody)
+    route("/v1/chat/completions", "POST", chat, protocol.ChatBody)
+    route("/v1/models", "GET", models)
+    route("/v1/models/{name:path}", "GET", one_model)
+    route("/tokenize", "POST", tokenize, protocol.TokenizeBody)
+    route("/detokenize", "POST", detokenize, protocol.DetokenizeBody)
+    route("/health", "GET", health)
+    route("/ping", "GET POST", health)
+    route("/version", "GET", show_version)
+    route("/metrics", "GET", show_metrics)
+    route("/load", "GET", load)
+    route("/reset_prefix_cache", "POST", reset_prefix_cache)
+    route("/abort_requests", "POST", abort_requests, protocol.AbortBody)
+
+    async def refused(request: Request, e: Exception) -> Response:
+        assert isinstance(e, HTTPException)
+        what = f"{request.method} {request.url.path[:200]}"
+        if e.status_code == 404:
+            return _problem(NotFound(f"there is no route {what}"))
+        kind = "MethodNotAllowedError" if e.status_code == 405 else "BadRequestError"
+        return _error(e.status_code, f"{what}: {e.detail}", kind, None, e.status_code, dict(e.headers or {}))
+
+    app.add_exception_handler(HTTPException, refused)
+    open_routes = OPEN | {"/metrics"} if metrics_open else OPEN
+    app.add_middleware(guard, keys=tuple(api_keys), open_routes=open_routes)
+    if allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(allowed_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-fnengine-ignored", "retry-after"],
+        )
+    return app
+
+
+def cut(app: FastAPI, reason: str) -> int:
+    """Ends every open request with an error that says why; their number."""
+    flights = list(app.state.flights.values())
+    for flight in flights:
+        flight.close(Unavailable(reason))
+    return len(flights)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def _check(batch: Batch) -> None:
+    for _, delta in batch:
+        if delta.finish == "error":
+            raise Fault(delta.error or "the engine failed")
+        if delta.finish == "abort":
+            raise Unavailable(delta.error or "the request was aborted")
+
+
+async def _events(
+    flight: Flight, answer: Answer, thin: Thinning, log: Callable[[str], None]
+) -> AsyncGenerator[str, None]:
+    """The events of one stream; an error is its last event but [DONE]."""
+    try:
+        async for batch in flight.batches():
+            _check(batch)
+            text = "".join([answer.chunks(prompt, delta) for prompt, delta in thin(batch)])
+            if answer.done:
+                yield text + answer.last_chunk() + DONE
+                return
+            if text:
+                yield text
+        raise flight.reason or Unavailable("the request was aborted")
+    except FnError as e:
+        yield f"data: {dump(_error_value(str(e), e.type, e.param, e.code))}\n\n{DONE}"
+    except Exception:
+        log(f"stream {flight.id}: {traceback.format_exc()}")
+        value = _error_value("internal error; the server's log says more", Fault.type, None, Fault.code)
+        yield f"data: {dump(value)}\n\n{DONE}"
+
+
+async def _whole(request: Request, flight: Flight, answer: Answer, headers: dict[str, str]) -> Response:
+    """The one body of a request that does not stream; a client that goes away ends it early."""
+    listener = asyncio.ensure_future(until_gone(request.receive))
+    listener.add_done_callback(lambda task: None if task.cancelled() else flight.close())
+    try:
+        async for batch in flight.batches():
+            _check(batch)
+            for prompt, delta in batch:
+                answer.take(prompt, delta)
+    finally:
+        listener.cancel()
+        flight.close()
+    if not answer.done:
+        raise flight.reason or Unavailable("the client has gone")
+    return _json(answer.body(), headers=headers)
+
+
+def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(dump(value), status_code=status, headers=headers, media_type="application/json")
+
+
+def _error_value(message: str, type: str, param: str | None, code: int | str | None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def _error(
+    status: int, message: str, type: str, param: str | None, code: int | str | None, headers: dict[str, str]
+) -> Response:
+    return _json(_error_value(message, type, param, code), status, headers)
+
+
+def _problem(e: FnError, retry: bool = True) -> Response:
+    """An error as OpenAI's clients expect it."""
+    headers: dict[str, str] = {}
+    if isinstance(e, QueueFull):
+        headers["retry-after"] = str(max(1, math.ceil(e.retry_after)))
+    if not retry or isinstance(e, Aborted):
+        headers["x-should-retry"] = "false"
+    code: int | str = e.code
+    if isinstance(e, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+        code = "invalid_api_key"
+    return _error(e.code, str(e), e.type, e.param, code, headers)
+
+
+def _header(names: Sequence[str]) -> str:
+    """Names in one header line, whatever characters a client put into them."""
+    shown = [quote(name)[1:-1].replace(",", "\\u002c")[:64] for name in names[:32]]
+    return ", ".join(shown + ["..."] * (len(names) > 32))
+
+
+def _large(body: Any) -> bool:
+    if isinstance(body, protocol.ChatBody):
+        return len(body.messages) > 64 or sum(len(str(m.get("content"))) for m in body.messages) > LARGE
+    prompt = body.prompt
+    return (
+        len(prompt) > LARGE
+        if isinstance(prompt, str)
+        else sum(len(p) for p in prompt if not isinstance(p, int)) > LARGE
+    )
+
+
+# --- before every route -----------------------------------------------------------------------------------------------
+
+
+def guard(app: Any, *, keys: tuple[str, ...], open_routes: frozenset[str]):
+    """An ASGI application that asks for a key, and gives every request an id that its answer carries."""
+    digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def allowed(headers: dict[bytes, bytes]) -> bool:
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        given = hashlib.sha256(token.strip()).digest()
+        matches = [hmac.compare_digest(given, d) for d in digests]  # all of them, so that time tells nothing
+        return scheme.lower() == b"bearer" and any(matches)
+
+    async def guarded(scope, receive, send):
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        wanted = headers.get(b"x-request-id", b"").decode("latin-1")
+        id = wanted if _REQUEST_ID.fullmatch(wanted) else uuid.uuid4().hex
+        scope["fnengine.id"] = id
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+
+        async def answer(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", id.encode("latin-1"))]
+            await send(message)
+
+        if digests and path not in open_routes and scope["method"] != "OPTIONS" and not allowed(headers):
+            what = "the API key is wrong" if b"authorization" in headers else "an API key is needed"
+            problem = Unauthorized(what, remedy="send the header Authorization: Bearer KEY")
+            await _problem(problem)(scope, receive, answer)
+            return
+        await app(scope, receive, answer)
+
+    return guarded

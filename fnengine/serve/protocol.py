@@ -1,0 +1,310 @@
+"""Request bodies as typed values. Wrong types are RequestErrors that name the field; nothing is silently ignored.
+
+Four kinds of field:
+- typed below: understood;
+- `REFUSED`: understood by others, not by us: a 400 that names the field, unless the value asks for nothing;
+- `HINTS`: accepted, without effect on the answer, and named in the header `x-fnengine-ignored`;
+- anything else: named in that header too, and a 400 under `strict`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from fnengine.errors import RequestError
+
+
+def _whole(value: Any) -> Any:
+    """5 for 5.0: JSON has one kind of number, and some clients write integers with a point."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Int = Annotated[int, BeforeValidator(_whole), Field(ge=-(2**63), lt=2**64)]
+Bool = bool | None
+_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
+
+
+class StreamOptions(BaseModel):
+    model_config = _config
+
+    include_usage: Bool = None
+    continuous_usage_stats: Bool = None
+    include_obfuscation: Bool = None
+
+
+class Generate(BaseModel):
+    """Fields that completions and chat share."""
+
+    model_config = _config
+
+    model: str | None = None
+    stream: Bool = None
+    stream_options: StreamOptions | None = None
+    n: Int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: Int | None = None
+    logit_bias: dict[str, float] | None = None
+    max_tokens: Int | None = None
+    min_tokens: Int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Int] | None = None
+    include_stop_str_in_output: Bool = None
+    ignore_eos: Bool = None
+    skip_special_tokens: Bool = None
+    add_special_tokens: Bool = None
+    prompt_logprobs: Int | None = None
+    return_tokens_as_token_ids: Bool = None
+    return_token_ids: Bool = None
+    priority: Int | None = None
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=128)
+    request_id: str | None = Field(default=None, min_length=1, max_length=128)
+
+
+class CompletionBody(Generate):
+    prompt: str | list[str] | list[Int] | list[list[Int]]
+    echo: Bool = None
+    logprobs: Int | None = None
+
+
+class ChatBody(Generate):
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: Int | None = None
+    logprobs: Bool = None
+    top_logprobs: Int | None = None
+    add_generation_prompt: Bool = None
+    continue_final_message: Bool = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeBody(BaseModel):
+    model_config = _config
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = Field(default=None, min_length=1)
+    add_special_tokens: Bool = None
+    add_generation_prompt: Bool = None
+    continue_final_message: Bool = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: Bool = None
+
+
+class DetokenizeBody(BaseModel):
+    model_config = _config
+
+    model: str | None = None
+    tokens: list[Int]
+
+
+class AbortBody(BaseModel):
+    model_config = _config
+
+    request_ids: list[str]
+
+
+HINTS = frozenset(
+    (
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "verbosity",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "prediction",
+        "session_id",
+        "include_reasoning",
+        "parallel_tool_calls",
+        "spaces_between_special_tokens",
+    )
+)
+"""No effect on the answer of a server without tools, reasoning or speculation."""
+
+_NONE = (None,)
+REFUSED: dict[str, tuple] = {
+    "best_of": (None, 1),
+    "suffix": (None, ""),
+    "response_format": (None, {"type": "text"}),
+    "tools": _NONE,
+    "tool_choice": (None, "none", "auto"),
+    "functions": _NONE,
+    "function_call": (None, "none", "auto"),
+    "structured_outputs": _NONE,
+    "guided_json": _NONE,
+    "guided_regex": _NONE,
+    "guided_choice": _NONE,
+    "guided_grammar": _NONE,
+    "guided_decoding_backend": _NONE,
+    "guided_whitespace_pattern": _NONE,
+    "grammar": (None, ""),
+    "json_schema": _NONE,
+    "regex": _NONE,
+    "ebnf": _NONE,
+    "logits_processors": (None, []),
+    "custom_logit_processor": _NONE,
+    "custom_params": _NONE,
+    "vllm_xargs": (None, {}),
+    "use_beam_search": (None, False),
+    "beam_width": (None, 1),
+    "length_penalty": (None, 1),
+    "early_stopping": (None, False),
+    "prompt_embeds": _NONE,
+    "audio": _NONE,
+    "modalities": (None, [], ["text"]),
+    "mm_processor_kwargs": (None, {}),
+    "media_io_kwargs": (None, {}),
+    "allowed_token_ids": _NONE,
+    "bad_words": (None, []),
+    "logprob_token_ids": (None, []),
+    "logprobs_mode": (None, "raw_logprobs"),
+    "no_repeat_ngram_size": (None, 0),
+    "stop_regex": (None, []),
+    "repetition_detection": _NONE,
+    "thinking_token_budget": _NONE,
+    "reasoning_effort": (None, "none"),
+    "truncate_prompt_tokens": _NONE,
+    "truncation_side": _NONE,
+    "chat_template": _NONE,
+    "documents": (None, []),
+    "web_search_options": _NONE,
+    "kv_transfer_params": _NONE,
+    "lora": _NONE,
+    "typical_p": (None, 1),
+    "top_n_sigma": (None, -1, 0),
+    "xtc_probability": (None, 0),
+    "dry_multiplier": (None, 0),
+    "mirostat": (None, 0),
+    "repeat_penalty": (None, 1),
+    "min_new_tokens": (None, 0),
+    "watermarking": (None, False),
+    "flat_logprobs": (None, False),
+}
+"""Name -> values that ask for nothing. Every other value is a 400."""
+
+_REMEDY = {
+    "best_of": "send n and choose yourself",
+    "chat_template": "start the server with --chat-template FILE",
+    "repeat_penalty": "the field is called repetition_penalty here",
+    "min_new_tokens": "the field is called min_tokens here",
+    "guided_json": "describe the format in the prompt",
+}
+
+_COMPLETION_ONLY = {"prompt": _NONE, "echo": (None, False)}
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_json(raw: bytes) -> dict[str, Any]:
+    """The JSON object in a request body.
+
+    Raises:
+        RequestError: invalid UTF-8, malformed JSON, NaN or Infinity, lone surrogates, or no object.
+    """
+
+    def constant(name: str):
+        raise RequestError(f"the body holds {name}, which JSON does not have", where="body")
+
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise RequestError(f"not UTF-8 at byte {e.start}", where="body", remedy="encode the JSON as UTF-8") from None
+    try:
+        value = json.loads(text, parse_constant=constant)
+    except json.JSONDecodeError as e:
+        raise RequestError(f"not JSON: {e.msg} at line {e.lineno} column {e.colno}", where="body") from None
+    except RecursionError:
+        raise RequestError("nested too deeply", where="body") from None
+    except ValueError as e:  # an integer of thousands of digits
+        raise RequestError(f"not readable as JSON: {str(e)[:200]}", where="body") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"must be a JSON object, got {_kind(value)}", where="body")
+    if "\\u" in text:  # only an escape can smuggle in half a surrogate pair
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise RequestError("a string holds half of a surrogate pair", where="body") from None
+        except RecursionError:
+            raise RequestError("nested too deeply", where="body") from None
+    return value
+
+
+def parse(model: type[M], data: dict[str, Any], *, strict: bool = False) -> tuple[M, tuple[str, ...]]:
+    """A typed body from a JSON object, and the names of its fields that have no effect.
+
+    Raises:
+        RequestError: a field has the wrong type or range, asks for something that is not implemented, or (with
+            `strict`) is unknown; `param` names it.
+    """
+    refused = REFUSED if model is ChatBody or model is CompletionBody else {}
+    if model is ChatBody:
+        refused = refused | _COMPLETION_ONLY
+    for name in data.keys() & refused.keys():
+        value = data[name]
+        if not any(_same(value, ok) for ok in refused[name]):
+            if name == "response_format" and isinstance(value, dict) and value.get("type") == "text":
+                continue
+            what = "must not be an empty list" if name == "tools" and value == [] else "is not implemented"
+            raise RequestError(what, where=name, param=name, remedy=_REMEDY.get(name, "leave it out"))
+    try:
+        body = model.model_validate(data)
+    except ValidationError as e:
+        raise _first(e) from None
+    nothing: dict[str, Any] = body.model_extra or {}
+    unknown = [k for k, v in nothing.items() if k not in HINTS and k not in refused]
+    hints = [k for k, v in nothing.items() if k in HINTS and v is not None]
+    if isinstance(body, Generate) and body.stream_options is not None:
+        unknown += [f"stream_options.{k}" for k in body.stream_options.model_extra or {}]
+    if strict and unknown:
+        raise RequestError("unknown field", where=unknown[0][:80], param=unknown[0][:80], remedy="leave it out")
+    return body, tuple(sorted(unknown + hints))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equality that keeps true and 1 apart, and 1 and 1.0 together."""
+    if type(a) in (int, float) and type(b) in (int, float):
+        return a == b
+    return type(a) is type(b) and a == b
+
+
+_TAGS = ("str", "list[", "function-", "constrained-", "int", "dict[", "nullable")
+
+
+def _first(error: ValidationError) -> RequestError:
+    """The first complaint, in words, with the field as `param` (without pydantic's names of union members)."""
+    found = error.errors(include_url=False, include_context=False, include_input=True)
+    e = found[0]
+    loc = [str(p) for i, p in enumerate(e["loc"]) if i == 0 or not str(p).startswith(_TAGS)]
+    param = ".".join(loc)
+    if loc[0] == "prompt" and e["type"] != "missing":
+        return RequestError(
+            "must be a string, a list of strings, a list of token ids, or a list of lists of token ids",
+            where="prompt",
+            param="prompt",
+        )
+    if loc[0] == "stop":
+        return RequestError("must be a string or a list of strings", where="stop", param="stop")
+    if e["type"] == "missing":
+        return RequestError("is required", where=param, param=param)
+    message = e["msg"].replace("Input should be", "must be")
+    return RequestError(f"{message}, got {_kind(e['input'])}", where=param, param=param)
+
+
+def _kind(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return str(value) if abs(value) < 1e18 else "a huge number"
+    if isinstance(value, str):
+        return f"the string {value[:40]!r}"
+    return "a list" if isinstance(value, list) else "an object"

@@ -1,0 +1,388 @@
+"""From a typed body to what the engine is asked and what the answer must look like. Pure functions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from fnengine.errors import ContextLengthError, RequestError
+from fnengine.host.request import Request, Sampling, Stop
+from fnengine.serve.engine_port import EnginePort, Text
+from fnengine.serve.protocol import ChatBody, CompletionBody, Generate, TokenizeBody
+
+COMPLETION_TOKENS = 16
+"""max_tokens of a completion that names none (OpenAI's legacy default)."""
+MOST_CHOICES = 128
+"""Largest n, as OpenAI's."""
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_RESERVED = frozenset(
+    {
+        "messages",
+        "tools",
+        "template",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final",
+        "continue_final_message",
+        "tokenize",
+        "bos_token",
+        "eos_token",
+        "self",
+    }
+)
+"""Names that `chat_template_kwargs` may not set."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How an answer looks: everything that its writer needs beside the deltas."""
+
+    kind: Literal["chat", "completion"]
+    id: str
+    created: int
+    """Unix seconds"""
+    model: str
+    fingerprint: str
+    prompts: tuple[tuple[int, ...], ...]
+    """Token ids of each prompt."""
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    logprobs: int | None = None
+    """Most likely tokens beside the chosen one; None for no log-probabilities."""
+    prompt_logprobs: int | None = None
+    """Asked for by its own name (an extension), not by echo."""
+    echo: tuple[str, ...] | None = None
+    """Text of each prompt, put before each of its choices."""
+    as_ids: bool = False
+    """Name tokens `token_id:<n>` in log-probabilities."""
+    return_ids: bool = False
+    role: str = "assistant"
+    skip_special: bool = True
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one HTTP request becomes: one engine request per prompt, and the shape of the answer."""
+
+    requests: tuple[Request, ...]
+    shape: Shape
+
+
+def choose_model(engine: EnginePort, name: str | None) -> str | None:
+    """The served name that a request means; None when it is not served here."""
+    return engine.name if not name else name if name in engine.names else None
+
+
+def from_completion(body: CompletionBody, engine: EnginePort, *, id: str, created: int, model: str) -> Job:
+    """Requests and shape of /v1/completions.
+
+    Raises:
+        RequestError: a value is out of range or conflicts with another; `param` names it.
+        ContextLengthError: a prompt leaves no room.
+    """
+    text = engine.tokenizer
+    prompts = _prompts(body.prompt)
+    special = body.add_special_tokens is not False
+    ids = [tuple(text.encode(p, add_special=special)) if isinstance(p, str) else tuple(p) for p in prompts]
+    echo = bool(body.echo)
+    skip = body.skip_special_tokens is not False
+    _check_ids(ids, text.vocab_size)
+    if body.max_tokens == 0 and not echo:
+        _refuse("max_tokens", "must be at least 1 unless echo is true, got 0")
+    most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    logprobs = _limit_logprobs(body.logprobs, "logprobs", engine)
+    shape = Shape(
+        kind="completion",
+        id=f"cmpl-{id}",
+        created=created,
+        model=model,
+        fingerprint=engine.fingerprint,
+        prompts=tuple(ids),
+        logprobs=logprobs,
+        echo=tuple(p if isinstance(p, str) else text.decode(p, skip_special=skip) for p in prompts) if echo else None,
+        **_common_shape(body, engine),
+    )
+    prompt_k = shape.prompt_logprobs
+    if echo and logprobs is not None:
+        prompt_k = max(logprobs, prompt_k or 0)
+    return Job(_requests(body, engine, shape, ids, id=id, most=most, explicit=True, prompt_logprobs=prompt_k), shape)
+
+
+def from_chat(body: ChatBody, engine: EnginePort, *, id: str, created: int, model: str, role: str = "assistant") -> Job:
+    """Requests and shape of /v1/chat/completions. Raises as `from_completion` does."""
+    text = engine.tokenizer
+    ids = [tuple(_render(body, text))]
+    if body.top_logprobs and not body.logprobs:
+        _refuse("top_logprobs", "needs logprobs: true")
+    top = _limit_logprobs(body.top_logprobs, "top_logprobs", engine)
+    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    if asked is not None and asked < 1:
+        name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
+        _refuse(name, f"must be at least 1, got {asked}")
+    most = asked if asked is not None else engine.defaults.get("max_new_tokens")
+    shape = Shape(
+        kind="chat",
+        id=f"chatcmpl-{id}",
+        created=created,
+        model=model,
+        fingerprint=engine.fingerprint,
+        prompts=tuple(ids),
+        logprobs=(top or 0) if body.logprobs else None,
+        role=role,
+        **_common_shape(body, engine),
+    )
+    explicit = asked is not None
+    requests = _requests(
+        body, engine, shape, ids, id=id, most=most, explicit=explicit, prompt_logprobs=shape.prompt_logprobs
+    )
+    return Job(requests, shape)
+
+
+def from_tokenize(body: TokenizeBody, text: Text) -> list[int]:
+    """Token ids of a prompt or of a rendered conversation."""
+    if (body.prompt is None) == (body.messages is None):
+        _refuse("prompt", "exactly one of prompt and messages is needed")
+    if body.prompt is not None:
+        return text.encode(body.prompt, add_special=body.add_special_tokens is not False)
+    return _render(body, text)
+
+
+def _refuse(param: str, what: str, remedy: str | None = None):
+    raise RequestError(what, where=param, param=param, remedy=remedy)
+
+
+def _prompts(prompt: Any) -> list[str | Sequence[int]]:
+    """A list of prompts out of the four forms."""
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        prompt = [prompt]
+    if not prompt or any(len(p) == 0 for p in prompt):
+        _refuse("prompt", "must not be empty")
+    return prompt
+
+
+def _check_ids(prompts: Sequence[Sequence[int]], vocab: int):
+    for ids in prompts:
+        if not ids:
+            _refuse("prompt", "has no tokens")
+        if min(ids) < 0 or max(ids) >= vocab:
+            bad = next(i for i in ids if not 0 <= i < vocab)
+            _refuse("prompt", f"holds token id {bad}, the vocabulary has {vocab} tokens")
+
+
+def _limit_logprobs(k: int | None, param: str, engine: EnginePort) -> int | None:
+    if k is None:
+        return None
+    most = engine.tokenizer.vocab_size if engine.max_logprobs < 0 else engine.max_logprobs
+    if k == -1 and most >= engine.tokenizer.vocab_size:
+        return most
+    if not 0 <= k <= most:
+        _refuse(param, f"must be between 0 and {most}, got {k}", "the limit is --max-logprobs")
+    return k
+
+
+def _common_shape(body: Generate, engine: EnginePort) -> dict[str, Any]:
+    n = 1 if body.n is None else body.n
+    if not 1 <= n <= MOST_CHOICES:
+        _refuse("n", f"must be between 1 and {MOST_CHOICES}, got {n}")
+    options = body.stream_options
+    stream = bool(body.stream)
+    if options is not None and not stream and (options.model_fields_set):
+        _refuse("stream_options", "needs stream: true")
+    if body.prompt_logprobs is not None and stream:
+        _refuse("prompt_logprobs", "cannot be streamed", "leave stream out")
+    return {
+        "n": n,
+        "stream": stream,
+        "include_usage": bool(options and (options.include_usage or options.continuous_usage_stats)),
+        "continuous_usage": bool(options and options.continuous_usage_stats),
+        "prompt_logprobs": _limit_logprobs(body.prompt_logprobs, "prompt_logprobs", engine),
+        "as_ids": bool(body.return_tokens_as_token_ids),
+        "return_ids": bool(body.return_token_ids),
+        "skip_special": body.skip_special_tokens is not False,
+    }
+
+
+def _requests(
+    body: Generate,
+    engine: EnginePort,
+    shape: Shape,
+    ids: Sequence[tuple[int, ...]],
+    *,
+    id: str,
+    most: int | None,
+    explicit: bool,
+    prompt_logprobs: int | None,
+) -> tuple[Request, ...]:
+    sampling = _sampling(body, engine)
+    stop = _stop(body, most, engine.tokenizer.vocab_size, explicit)
+    for prompt in ids:
+        _check_room(len(prompt), most, engine.max_len)
+    now = engine.clock()
+    return tuple(
+        Request(
+            id=id if len(ids) == 1 else f"{id}-{i}",
+            prompt=np.asarray(prompt, dtype=np.int32),
+            sampling=sampling,
+            stop=stop,
+            n=shape.n,
+            logprobs=shape.logprobs,
+            prompt_logprobs=prompt_logprobs,
+            priority=0 if body.priority is None else body.priority,
+            salt=body.cache_salt or "",
+            skip_special_tokens=shape.skip_special,
+            arrival=now,
+        )
+        for i, prompt in enumerate(ids)
+    )
+
+
+def _check_room(length: int, most: int | None, context: int):
+    if length > context or (length == context and most != 0):
+        raise ContextLengthError(
+            f"the prompt has {length} tokens and the context holds {context}, with at least one for the answer",
+            param="prompt",
+            remedy="shorten the prompt",
+        )
+
+
+def _sampling(body: Generate, engine: EnginePort) -> Sampling:
+    values: dict[str, Any] = {}
+    for name in (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "frequency_penalty",
+        "presence_penalty",
+        "repetition_penalty",
+    ):
+        value = getattr(body, name)
+        if value is None:
+            value = engine.defaults.get(name)
+        if value is not None:
+            values[name] = value
+    return Sampling(logit_bias=_bias(body.logit_bias, engine.tokenizer.vocab_size), seed=body.seed, **values)
+
+
+def _bias(bias: Mapping[str, float] | None, vocab: int) -> tuple[tuple[int, float], ...]:
+    """(id, bias) pairs; keys are strings of integers, values are clamped to [-100, 100]."""
+    pairs: dict[int, float] = {}
+    for key, value in (bias or {}).items():
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            _refuse("logit_bias", f"keys must be token ids written as strings, got {key[:40]!r}")
+        id = int(key)
+        if id >= vocab:
+            _refuse("logit_bias", f"holds token id {id}, the vocabulary has {vocab} tokens")
+        if id in pairs:
+            _refuse("logit_bias", f"holds token id {id} twice")
+        pairs[id] = min(100.0, max(-100.0, value))
+    return tuple(sorted(pairs.items()))
+
+
+def _stop(body: Generate, most: int | None, vocab: int, explicit: bool) -> Stop:
+    stop = body.stop
+    strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    if any(not s for s in strings):
+        _refuse("stop", "strings must not be empty")
+    for i in body.stop_token_ids or ():
+        if not 0 <= i < vocab:
+            _refuse("stop_token_ids", f"holds token id {i}, the vocabulary has {vocab} tokens")
+    if most is not None and most < 0:
+        _refuse("max_tokens", f"must be at least 0, got {most}")
+    least = body.min_tokens or 0
+    if least < 0 or (most is not None and least > most):
+        limit = "" if most is None else f" and max_tokens ({most}{'' if explicit else ', the default'})"
+        _refuse("min_tokens", f"must be between 0{limit}, got {least}" if limit else f"must be at least 0, got {least}")
+    return Stop(
+        max_tokens=most,
+        min_tokens=least,
+        strings=strings,
+        ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos),
+        include_stop=bool(body.include_stop_str_in_output),
+    )
+
+
+def _render(body: ChatBody | TokenizeBody, text: Text) -> list[int]:
+    """Token ids of a conversation. The template writes BOS itself, so special tokens are not added again."""
+    going_on = bool(body.continue_final_message)
+    if going_on and body.add_generation_prompt:
+        _refuse("continue_final_message", "cannot be combined with add_generation_prompt: true")
+    opening = not going_on if body.add_generation_prompt is None else body.add_generation_prompt
+    extra = body.chat_template_kwargs or {}
+    for name in extra:
+        if name in _RESERVED or not name.isidentifier():
+            _refuse("chat_template_kwargs", f"cannot set {name[:40]!r}")
+    assert body.messages is not None
+    messages = [_message(m, f"messages.{i}") for i, m in enumerate(body.messages)]
+    if going_on and messages[-1]["role"] != "assistant":
+        _refuse("continue_final_message", "needs an assistant message at the end")
+    rendered = text.render_chat(messages, add_generation_prompt=opening, continue_final=going_on, **extra)
+    ids = text.encode(rendered, add_special=bool(body.add_special_tokens))
+    if not ids:
+        _refuse("messages", "give an empty prompt with this model's chat template")
+    return ids
+
+
+def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """One turn, checked, as chat templates expect it: `developer` becomes `system`, tool arguments become objects."""
+    out = dict(message)
+    role = message.get("role")
+    if role not in ROLES:
+        got = repr(role)[:40]
+        _refuse(f"{where}.role", f"must be one of {', '.join(ROLES)}, got {got}")
+    if role == "developer":  # OpenAI's newer name for system; templates in the wild know only the older one
+        out["role"] = "system"
+    content = message.get("content")
+    calls = message.get("tool_calls")
+    if content is None:
+        if role != "assistant":
+            _refuse(f"{where}.content", "is required")
+        if not calls:
+            _refuse(f"{where}.content", "is required in an assistant turn without tool_calls")
+        out["content"] = None
+    elif isinstance(content, list):
+        out["content"] = [_part(p, f"{where}.content.{i}") for i, p in enumerate(content)]
+    elif not isinstance(content, str):
+        _refuse(f"{where}.content", "must be a string or a list of parts")
+    if calls is not None:
+        if not isinstance(calls, list) or role != "assistant":
+            _refuse(f"{where}.tool_calls", "must be a list, in an assistant turn")
+        out["tool_calls"] = [_call(c, f"{where}.tool_calls.{i}") for i, c in enumerate(calls)]
+    return out
+
+
+def _part(part: Any, where: str) -> dict[str, str]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind == "refusal" and isinstance(part.get("refusal"), str):
+        return {"type": "text", "text": part["refusal"]}
+    if kind == "text" or not isinstance(kind, str):
+        _refuse(where, 'must be {"type": "text", "text": "..."}')
+    raise RequestError(
+        f"{kind[:40]!r} parts are not implemented, this model reads text", where=f"{where}.type", param=f"{where}.type"
+    )
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        _refuse(f"{where}.function.name", "is required")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            _refuse(f"{where}.function.arguments", "must be a JSON object in a string")
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        _refuse(f"{where}.function.arguments", "must be a JSON object in a string")
+    return {**call, "function": {**function, "arguments": arguments}}
