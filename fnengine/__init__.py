@@ -6,8 +6,13 @@ Names below are loaded on first use, so that `import fnengine` costs millisecond
 from __future__ import annotations
 
 import importlib
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fnengine import environment, errors
 
 __version__ = "0.1.0"
 
@@ -29,7 +34,24 @@ _HOME = {
 }
 """Public name -> the module it lives in."""
 
-__all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "LLM",
+    "Choice",
+    "Completion",
+    "Engine",
+    "Model",
+    "Request",
+    "Runtime",
+    "Sampling",
+    "Sequence",
+    "Settings",
+    "Stop",
+    "__version__",
+    "errors",
+    "load",
+    "sample",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from fnengine.engine import Engine
@@ -41,12 +63,29 @@ if TYPE_CHECKING:
     from fnengine.sampling import sample, verify
     from fnengine.settings import Settings
 
-# `kernels/` and `graphs/` stand beside this folder in a checkout and inside it once installed. In a checkout the
-# package's search path gets the checkout's root as well, so that `fnengine.kernels` is found there; nothing becomes
-# importable under a bare top-level name by this.
 _ROOT = Path(__file__).resolve().parent.parent
-if not (_ROOT / "fnengine" / "kernels").is_dir() and (_ROOT / "kernels" / "contract.py").is_file():
-    __path__.append(str(_ROOT))
+_BESIDE = {"fnengine.kernels": "contract.py", "fnengine.graphs": "compile.py"}
+"""Package -> a file that tells our folder from any other of that name."""
+
+
+class _Beside:
+    """Finds `fnengine.kernels` and `fnengine.graphs` beside this folder, where a checkout has them.
+
+    An installation has them inside it, or its own finder for an editable one; but in a checkout's root `fnengine/`
+    hides any installation. Only the two full names are answered, so nothing becomes importable under a bare name
+    (Hugging Face has a package called `kernels`, which transformers looks for).
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        folder = _ROOT / name.rpartition(".")[2]
+        if name not in _BESIDE or not (folder / _BESIDE[name]).is_file():
+            return None
+        return spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+
+
+sys.meta_path.append(_Beside)  # last: an installation's own finder comes first
+environment.prepare()  # before torch, which nothing above imports
 
 
 def __getattr__(name: str) -> Any:

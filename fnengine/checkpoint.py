@@ -77,16 +77,20 @@ def generation_config(folder: Path) -> dict[str, Any]:
 
 def pick_device(device: str | torch.device) -> torch.device:
     """The device to run on; `auto` is cuda where torch finds one. Raises ConfigError when it is not there."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(device)
+        device = torch.device(name)
     except RuntimeError as e:
         raise ConfigError(f"no such device: {e}", where="--device", remedy="auto, cpu or cuda") from None
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"{device.type} is not supported", where="--device", remedy="auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("torch finds no CUDA device", where="--device", remedy="cpu, or a torch built for CUDA")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ConfigError(f"there is no {device}", where="--device", remedy=f"cuda:0 to cuda:{last}")
     return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 

@@ -225,7 +225,7 @@ def _bias(a: Admission) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The row's sparse (id, bias, until) list: logit_bias without end, suppressed ids until their position."""
     ids, value = np.full(MAX_BIAS, -1, np.int32), np.zeros(MAX_BIAS, np.float32)
     until = np.zeros(MAX_BIAS, np.int32)
-    entries = [(i, b, np.iinfo(np.int32).max) for i, b in a.sampling.logit_bias]
+    entries = [(i, min(max(b, -100.0), 100.0), np.iinfo(np.int32).max) for i, b in a.sampling.logit_bias]
     entries += [(i, -np.inf, a.suppress_until) for i in a.suppress]
     assert len(entries) <= MAX_BIAS, f"{len(entries)} bias entries, a row holds {MAX_BIAS}"
     for j, (i, b, u) in enumerate(entries):

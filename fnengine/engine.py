@@ -255,6 +255,8 @@ class Engine:
         try:
             ticket = self.device.launch(planned.input)
         except Exception as e:
+            while self._flight:  # steps are committed, or failed, in order
+                self.collect()
             self._fault(planned, e)
             return True
         self._flight.append((planned, ticket, now))

@@ -1,23 +1,130 @@
-"""The only module that reads or sets the process's environment; imported before torch, and free of it."""
+"""The only module that reads or sets the process's environment; imported before torch, and free of it.
+
+A value that the user set always stands: `prepare` only fills in what is missing.
+"""
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 from pathlib import Path
+
+from fnengine.errors import ConfigError
+
+OWN = {
+    "FNENGINE_API_KEY": "key that clients of `fnengine serve` must send, as if given with --api-key",
+    "FNENGINE_CACHE": "folder of compiled artifacts and native kernels (default: ~/.cache/fnengine)",
+    "FNENGINE_THREADS": "threads a step may use (default: the cores this process may run on)",
+}
+"""Our own variables and what they mean, for `--help` and `doctor`."""
+
+SHOWN = (
+    *OWN,
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "KMP_BLOCKTIME",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TORCHINDUCTOR_COMPILE_THREADS",
+    "TRITON_CACHE_DIR",
+    "TOKENIZERS_PARALLELISM",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "CUDA_VISIBLE_DEVICES",
+    "LD_PRELOAD",
+)
+"""Variables that change what an engine does; `doctor` prints those that are set."""
 
 
 def cache_dir() -> Path:
     """Where compiled artifacts and native kernels are kept: FNENGINE_CACHE, else XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("FNENGINE_CACHE")
     if own:
-        return Path(own)
+        return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "fnengine"
 
 
 def threads() -> int:
-    """Threads a step may use: FNENGINE_THREADS, else the processors this process may run on."""
+    """Threads a step may use: FNENGINE_THREADS, else the cores this process may run on.
+
+    Hyperthreads of one core count once, for they share its vector units; a cgroup's CPU quota is a limit too, because
+    more threads than quota are stopped in the middle of a step.
+
+    Raises:
+        ConfigError: FNENGINE_THREADS is not a positive integer.
+    """
     own = os.environ.get("FNENGINE_THREADS")
-    if own:
-        return max(1, int(own))
-    return len(os.sched_getaffinity(0))
+    if not own:
+        return min(cores(), quota() or sys.maxsize)
+    if not own.strip().isdigit() or int(own) < 1:
+        raise ConfigError(f"must be a positive integer, got {own!r}", where="FNENGINE_THREADS")
+    return int(own)
+
+
+def cores(root: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Physical cores among the processors this process may run on."""
+    usable = os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
+    seen = set()
+    for cpu in usable:
+        try:
+            seen.add((root / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip())
+        except OSError:
+            seen.add(str(cpu))
+    return max(1, len(seen))
+
+
+def quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Processors that the cgroup's CPU quota pays for, rounded up; None without a quota."""
+    try:
+        limit, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else max(1, math.ceil(int(limit) / int(period)))
+
+
+def prepare() -> dict[str, str]:
+    """Sets what torch, Inductor, Triton and tokenizers read when they load; what was set, by name.
+
+    Call it before torch is imported (`import fnengine` does). Idempotent; a user's own values stand.
+    """
+    kept = cache_dir()
+    wanted = {
+        # libgomp reads it once, when torch loads. Both pools (torch's and our kernels', which borrow it) then agree.
+        "OMP_NUM_THREADS": _threads_or_nothing(),
+        # Inductor's and Triton's own caches live in /tmp and in ~/.triton otherwise, where reboots and other users
+        # reach them; one folder is also what a container has to mount to start warm.
+        "TORCHINDUCTOR_CACHE_DIR": str(kept / "inductor"),
+        "TRITON_CACHE_DIR": str(kept / "triton"),
+        # The Rust threads of tokenizers would compete with a step for its cores, and forking after they ran warns.
+        "TOKENIZERS_PARALLELISM": "false",
+        # Serving a model is nobody else's business. Offline mode (HF_HUB_OFFLINE) is left to the user.
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    new = {name: value for name, value in wanted.items() if value and name not in os.environ}
+    os.environ.update(new)
+    return new
+
+
+def _threads_or_nothing() -> str:
+    """`threads()`, or nothing where FNENGINE_THREADS is malformed: importing must not fail, using it will say so."""
+    try:
+        return str(threads())
+    except ConfigError:
+        return ""
+
+
+def set_threads(n: int) -> None:
+    """Makes `n` the number of threads of this process, if torch is not loaded yet, and of those it starts."""
+    os.environ["FNENGINE_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(n)
+
+
+def api_keys() -> tuple[str, ...]:
+    """The keys in FNENGINE_API_KEY, separated by commas."""
+    return tuple(k for k in os.environ.get("FNENGINE_API_KEY", "").split(",") if k)
+
+
+def shown() -> dict[str, str]:
+    """Variables of `SHOWN` that are set, for `doctor`; keys are not printed."""
+    return {name: "(set)" if name == "FNENGINE_API_KEY" else os.environ[name] for name in SHOWN if name in os.environ}

@@ -82,7 +82,7 @@ def memory_plan(spec: ModelSpec, dtype: torch.dtype, how: Packing) -> MemoryPlan
 
 
 NOISE = 1_048_573
-"""Length of the noise that dummy weights repeat: a prime, so that no two rows of an array are equal before row 1,048,573,
+"""Length of the noise that dummy weights repeat: a prime, so that no two of an array's first 1,048,573 rows are equal,
 and short, because drawing 600 million normals takes ten seconds and copying them takes half of one."""
 
 
@@ -134,5 +134,6 @@ def _linear(names: str | tuple[str, ...], rows: tuple[int, ...], K: int, bias: b
     return Dense(ArrayInfo((N, K), parts("weight"), 0.02), b)  # type: ignore[arg-type]
 
 
-def _norm(name: str, width: int) -> ArrayInfo:
+def _norm(name: str | tuple[str, ...], width: int) -> ArrayInfo:
+    assert isinstance(name, str), name
     return ArrayInfo((width,), ((f"{name}.weight", width),), None, 1.0)

@@ -43,6 +43,12 @@ class View:
         return View(self.rows, self.row_R[index], self.position_R[index])
 
 
+def fixed_work(x: Tensor) -> bool:
+    """Whether the work may not depend on the data: away from the CPU, reading a value waits for the device, and a
+    captured step must be the same each time. On CPU rows that need nothing cost nothing."""
+    return x.device.type != "cpu"
+
+
 Processor = Callable[[Tensor, View], Tensor]
 """(logits_RV float32, view) -> logits_RV; the input is left alone, and may be returned when nothing changes."""
 
@@ -73,7 +79,7 @@ def penalize(logits_RV: Tensor, view: View) -> Tensor:
 def _penalize(logits_RV: Tensor, view: View) -> Tensor:
     position = view.position_R[:, None]
     S = view.rows.history.shape[1]
-    if logits_RV.device.type == "cpu":
+    if not fixed_work(logits_RV):
         S = int(view.position_R.max())  # elsewhere reading it would wait for the device
     token_RS = view.rows.history[view.row_R, :S].long()
     at_S = torch.arange(S, device=token_RS.device)
@@ -93,7 +99,7 @@ def keep_min_p(logits_RV: Tensor, view: View) -> Tensor:
 
     def keep(logits: Tensor, v: View) -> Tensor:
         floor = logits.amax(1) + v.of("temperature") * v.of("min_p").log()  # p / p_max = exp((x - x_max) / T)
-        if logits.device.type != "cpu":
+        if fixed_work(logits):
             return torch.where(logits >= floor[:, None], logits, -torch.inf)
         out = torch.empty_like(logits)  # `where` takes up to 0.6 ms a row of 151,936, `threshold` 0.03 ms
         below = floor.nextafter(torch.tensor(-torch.inf)).tolist()
@@ -110,13 +116,13 @@ def keep_top_k(logits_RV: Tensor, view: View) -> Tensor:
 
     def keep(logits: Tensor, v: View) -> Tensor:
         k = v.of("top_k").clamp(max=V)[:, None]
-        n = int(k.max()) if logits.device.type == "cpu" else V
+        n = int(k.max()) if not fixed_work(logits) else V
         value, id = leading(logits, n)
         return _only(logits, id, torch.where(torch.arange(n, device=k.device) < k, value, -torch.inf))
 
     k = view.of("top_k")
     active = (view.of("temperature") > 0) & (k > 0) & (k < V)
-    if logits_RV.device.type != "cpu":
+    if fixed_work(logits_RV):
         return _where(active, keep, logits_RV, view)
     # One row with a large k must not make the others sort everything.
     logits_RV = _where(active & (k <= FEW), keep, logits_RV, view)
@@ -133,25 +139,30 @@ def keep_top_p(logits_RV: Tensor, view: View) -> Tensor:
 
 
 def _keep_top_p(logits_RV: Tensor, view: View) -> Tensor:
-    V = logits_RV.shape[1]
-    T = view.of("temperature")[:, None]
+    T, top_p = view.of("temperature")[:, None], view.of("top_p").double()[:, None]
     p_RV = (logits_RV / torch.where(T > 0, T, 1.0)).softmax(1)
-    top_p = view.of("top_p").double()[:, None]
+    R, V = logits_RV.shape
 
-    def keep(n: int, logits: Tensor, p: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    def keep(n: int, logits: Tensor, p: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(id, value) of the kept ones among the n leading tokens, and whether these were enough."""
         value, id = leading(logits, n)
         mass = p.gather(1, id).cumsum(1, dtype=torch.float64)
         before = torch.nn.functional.pad(mass[:, :-1], (1, 0))
-        done = (mass[:, -1:] >= top_p) | (value[:, -1:] == -torch.inf)
-        return _only(logits, id, torch.where(before < top_p, value, -torch.inf)), done[:, 0]
+        enough = (mass[:, -1:] >= top_p) | (value[:, -1:] == -torch.inf)
+        return id, torch.where(before < top_p, value, -torch.inf), enough[:, 0]
 
-    if logits_RV.device.type != "cpu":
-        return keep(V, logits_RV, p_RV, top_p)[0]
-    out, done = keep(min(FEW // 4, V), logits_RV, p_RV, top_p)
-    for n in (4 * FEW, V):  # a flat distribution needs more tokens, and pays for them alone
-        rest = (~done).nonzero()[:, 0]
-        if len(rest):
-            out[rest], done[rest] = keep(min(n, V), logits_RV[rest], p_RV[rest], top_p[rest])
+    out = torch.full_like(logits_RV, -torch.inf)
+    if fixed_work(logits_RV):
+        id, value, _ = keep(V, logits_RV, p_RV, top_p)
+        return out.scatter_(1, id, value)
+    rest = torch.arange(R)
+    for n in (FEW // 16, FEW, V):  # a flat distribution needs more tokens, and pays for them alone
+        part = (logits_RV, p_RV, top_p) if len(rest) == R else (logits_RV[rest], p_RV[rest], top_p[rest])
+        id, value, enough = keep(min(n, V), *part)
+        out[rest[enough][:, None], id[enough]] = value[enough]
+        rest = rest[~enough]
+        if n >= V or len(rest) == 0:
+            break
     return out
 
 
@@ -171,7 +182,7 @@ def leading(x_RV: Tensor, n: int) -> tuple[Tensor, Tensor]:
     Shapes: [R, V] -> values [R, n], ids [R, n] int64.
     """
     V = x_RV.shape[1]
-    if x_RV.device.type != "cpu" or n > 4 * FEW or n >= V // 4:
+    if fixed_work(x_RV) or n > 4 * FEW or n >= V // 4:
         value, id = x_RV.sort(dim=1, descending=True, stable=True)
         return value[:, :n], id[:, :n]
     if n == 0:
@@ -195,8 +206,8 @@ def leading(x_RV: Tensor, n: int) -> tuple[Tensor, Tensor]:
 def _topk(x_RV: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The n largest of each row, unordered, by way of the n groups with the largest maxima: they hold them all.
 
-    Group g is the ids g, g + G, g + 2G, ..., so that the maxima are a vertical reduction. Three times faster than `topk`
-    on 151,936 logits at n = 78.
+    Group g is the ids g, g + G, g + 2G, ..., so that the maxima are a vertical reduction. Three times faster than
+    `topk` on 151,936 logits at n = 78.
     """
     V = x_RV.shape[1]
     G = V // GROUP
@@ -211,12 +222,8 @@ def _topk(x_RV: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _where(active_R: Tensor, fn: Processor, logits_RV: Tensor, view: View) -> Tensor:
-    """`fn` applied to active rows, the others as they are.
-
-    On CPU the others cost nothing. Elsewhere all rows are computed, because asking which are active would wait for the
-    device, and a captured step must do the same work each time.
-    """
-    if logits_RV.device.type != "cpu":
+    """`fn` applied to active rows, the others as they are."""
+    if fixed_work(logits_RV):
         return torch.where(active_R[:, None], fn(logits_RV, view), logits_RV)
     index = active_R.nonzero()[:, 0]
     if len(index) == 0:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +16,19 @@ from torch import Tensor
 
 from fnengine import kernels
 from fnengine.errors import RequestError
+from fnengine.host.ask import pipeline_of
 from fnengine.host.request import Sampling
-from fnengine.host.step import PIPELINE, Ask
+from fnengine.host.step import Ask
 from fnengine.kernels import Ops
-from fnengine.processors import PROCESSORS, View, leading
+from fnengine.processors import PROCESSORS, View, fixed_work, leading
 from fnengine.state import Rows, Top
 
 STREAM = 0
 """Noise stream of the target's own draws; other uses of a seed take other streams."""
+
+AT_ONCE = 16
+"""Rows that go through the processors together on CPU. It bounds what is alive between them, and halves the time of 32
+rows of 151,936 (18 ms of one core against 35 ms for all five processors): fresh memory costs page faults."""
 
 
 def choose(ask: Ask, logits_RV: Tensor, rows: Rows, row_R: Tensor, position_R: Tensor, ops: Ops) -> Tensor:
@@ -30,13 +36,19 @@ def choose(ask: Ask, logits_RV: Tensor, rows: Rows, row_R: Tensor, position_R: T
 
     Shapes: logits_RV float32; row_R int64 state rows; position_R int32, the index of the token being chosen.
     """
-    view = View(rows, row_R, position_R)
-    for name in ask.pipeline:
-        logits_RV = PROCESSORS[name](logits_RV, view)
-    temperature_R = view.of("temperature")
-    if not ask.noise:
-        temperature_R = torch.zeros_like(temperature_R)
-    return ops.gumbel_argmax(logits_RV, temperature_R, view.of("seed"), position_R, STREAM)
+    temperature_R = rows.temperature[row_R] if ask.noise else torch.zeros_like(rows.temperature[row_R])
+    seed_R = rows.seed[row_R]
+
+    def tokens(part: slice) -> Tensor:
+        logits, view = logits_RV[part], View(rows, row_R[part], position_R[part])
+        for name in ask.pipeline:
+            logits = PROCESSORS[name](logits, view)
+        return ops.gumbel_argmax(logits, temperature_R[part], seed_R[part], position_R[part], STREAM)
+
+    R = len(logits_RV)
+    if not ask.pipeline or fixed_work(logits_RV) or R <= AT_ONCE:
+        return tokens(slice(R))
+    return torch.cat([tokens(slice(i, i + AT_ONCE)) for i in range(0, R, AT_ONCE)])
 
 
 def logprobs(logits_nV: Tensor, chosen_n: Tensor, k: int, rows_at_once: int = 64) -> Top:
@@ -178,6 +190,7 @@ class _Wish:
     """What one row asks of `sample`, checked."""
 
     sampling: Sampling
+    seed: int
     position: int
     tokens: list[int]
     prompt_len: int
@@ -190,19 +203,16 @@ def _wish(
     for id in bias:
         if not 0 <= _integer(id, "logit_bias") < vocab:
             raise RequestError(f"token {id} is outside the vocabulary of {vocab}", param="logit_bias")
-    try:
-        floats = {name: float(value) for name, value in floats.items()}
-        pairs = tuple((int(id), max(-100.0, min(100.0, float(b)))) for id, b in bias.items())
-    except (TypeError, ValueError) as e:
-        names = ", ".join((*floats, "logit_bias"))
-        raise RequestError(f"{names} must be numbers: {e}") from e
-    s = Sampling(top_k=_integer(top_k, "top_k"), seed=_integer(seed, "seed"), logit_bias=pairs, **floats)
+    pairs = tuple((int(id), max(-100.0, min(100.0, _number(b, "logit_bias")))) for id, b in bias.items())
+    numbers = {name: _number(value, name) for name, value in floats.items()}
+    seed = _integer(seed, "seed")
+    s = Sampling(top_k=_integer(top_k, "top_k"), seed=seed, logit_bias=pairs, **numbers)
     position = _integer(position, "position")
     if not 0 <= position < 2**31:
         raise RequestError(f"position must be at least 0, got {position}", param="position")
     counts = s.frequency_penalty != 0 or s.presence_penalty != 0
     if not counts and s.repetition_penalty == 1:
-        return _Wish(s, position, [], 0)
+        return _Wish(s, seed, position, [], 0)
     if tokens is None:
         raise RequestError("penalties need the sequence so far", param="tokens", remedy="pass tokens=seq.tokens")
     ids = _ids(tokens, vocab, "tokens")
@@ -217,7 +227,7 @@ def _wish(
     n = 0 if prompt_len is None else _integer(prompt_len, "prompt_len")
     if not 0 <= n <= position:
         raise RequestError(f"prompt_len must be between 0 and {position}, got {n}", param="prompt_len")
-    return _Wish(s, position, ids, n)
+    return _Wish(s, seed, position, ids, n)
 
 
 def _draw(logits_RV: Tensor, wishes: list[_Wish]) -> list[int]:
@@ -251,20 +261,15 @@ def _draw(logits_RV: Tensor, wishes: list[_Wish]) -> list[int]:
         frequency=column("frequency_penalty", f32),
         presence=column("presence_penalty", f32),
         repetition=column("repetition_penalty", f32),
-        seed=put([(w.sampling.seed + 2**63) % 2**64 - 2**63 for w in wishes], torch.int64),
+        seed=put([(w.seed + 2**63) % 2**64 - 2**63 for w in wishes], torch.int64),
         bias_id=torch.from_numpy(bias_id).to(device),
         bias=torch.from_numpy(bias).to(device),
         bias_until=torch.full((R, J), 2**31 - 1, dtype=i32, device=device),
     )
+    names, noise = pipeline_of((w.sampling, False) for w in wishes)
     ops = kernels.ops(device, torch.float32)
-    return choose(
-        Ask(pipeline=PIPELINE, noise=True),
-        logits_RV.float(),
-        rows,
-        torch.arange(R, device=device),
-        position,
-        ops,
-    ).tolist()
+    row_R = torch.arange(R, device=device)
+    return choose(Ask(pipeline=names, noise=noise), logits_RV.detach().float(), rows, row_R, position, ops).tolist()
 
 
 def _list(value: Any) -> list:
@@ -289,6 +294,16 @@ def _integer(value: Any, name: str) -> int:
         return value.__index__()
     except AttributeError:
         raise RequestError(f"{name} must be an integer, got {value!r}", param=name) from None
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RequestError(f"{name} must be a finite number, got {value!r}", param=name)
+    return number
 
 
 def _ids(value: Any, vocab: int, name: str) -> list[int]:

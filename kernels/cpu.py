@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
-
 from fnengine.kernels import native
 from fnengine.kernels.attention import PAGED_ATTENTION
 from fnengine.kernels.contract import Backend, Contract
 from fnengine.kernels.library import register
 from fnengine.kernels.noise import GUMBEL_ARGMAX
 from fnengine.kernels.pool import COPY_BLOCKS, KV_WRITE
+from torch import Tensor
 
 CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """dtype -> its number in the library."""
@@ -143,8 +144,12 @@ def _supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if found.library is not None else found.reason
 
 
-def _backend(op: Contract, fn) -> Backend:
-    return Backend("cpu", op, register(op.name, "cpu", fn, key="CPU"), _supports, invariant=True)
+def _note() -> str:
+    return native.load().reason
+
+
+def _backend(op: Contract, fn: Callable[..., Any]) -> Backend:
+    return Backend("cpu", op, register(op.name, "cpu", fn, key="CPU"), _supports, True, _note)
 
 
 paged_attention = _backend(PAGED_ATTENTION, _paged_attention)

@@ -15,8 +15,8 @@ from torch import Tensor
 NAMESPACE = "fnengine"
 
 SCHEMAS = {
-    "paged_attention": "(Tensor q, Tensor k_pool, Tensor v_pool, Tensor table, Tensor row, Tensor start, Tensor length, "
-    "float scale, int window) -> Tensor",
+    "paged_attention": "(Tensor q, Tensor k_pool, Tensor v_pool, Tensor table, Tensor row, Tensor start, "
+    "Tensor length, float scale, int window) -> Tensor",
     "kv_write": "(Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slot) -> ()",
     "copy_blocks": "(Tensor(a!)[] pools, Tensor pairs) -> ()",
     "gumbel_argmax": "(Tensor logits, Tensor temperature, Tensor seed, Tensor position, int stream) -> Tensor",
@@ -47,7 +47,9 @@ SHAPES: dict[str, Callable[..., Any]] = {
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def register(op: str, backend: str, fn: Callable[..., Any], key: str = "CompositeExplicitAutograd") -> Callable[..., Any]:
+def register(
+    op: str, backend: str, fn: Callable[..., Any], key: str = "CompositeExplicitAutograd"
+) -> Callable[..., Any]:
     """The callable `torch.ops.fnengine.<op>_<backend>`, which runs `fn`; `key` is the dispatch key it serves."""
     name = f"{op}_{backend}"
     _LIBRARY.define(name + SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))

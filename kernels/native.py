@@ -124,6 +124,7 @@ def openmp_runtime() -> str | None:
 
 P, I, N, D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
 SIGNATURES = {
+    "fn_instructions": (ctypes.c_char_p, []),
     "fn_use_threads": (None, [P]),
     "fn_paged_attention": (I, [P] * 8 + [N] * 9 + [D, N, I, I]),
     "fn_kv_write": (I, [P] * 5 + [N] * 5 + [I]),
@@ -162,4 +163,5 @@ def load() -> Native:
     except (BuildFailed, OSError) as e:
         log.warning("native CPU kernels are not available, plain torch is used: %s", e)
         return Native(None, str(e))
-    return Native(library, f"built by {Path(compiler).name} for this processor, {threads}")
+    instructions = library.fn_instructions().decode()
+    return Native(library, f"native code built by {Path(compiler).name} for {instructions}, {threads}")

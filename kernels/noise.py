@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from fnengine.kernels.contract import Contract
 from fnengine.kernels.philox import (
     KEY0,
@@ -20,6 +18,7 @@ from fnengine.kernels.philox import (
     ROUNDS,
     SQRT_HALF,
 )
+from torch import Tensor
 
 _LOW = 0xFFFFFFFF
 
@@ -70,9 +69,11 @@ def gumbel_argmax(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, posi
     logits = logits_RV.float()
     if logits.device.type == "cpu":
         token = logits.argmax(1)
-        for r in (temperature_R > 0).nonzero()[:, 0].tolist():  # row by row: the words of one row fit the cache
-            noise = gumbel_noise(seed_R[r : r + 1], position_R[r : r + 1], stream, V)
-            token[r] = (logits[r] / temperature_R[r] + noise[0]).argmax()
+        warm = (temperature_R > 0).nonzero()[:, 0]
+        for r in warm.split(max(1, 2**17 // V)):  # few enough rows that their words stay in cache
+            token[r] = (logits[r] / temperature_R[r, None] + gumbel_noise(seed_R[r], position_R[r], stream, V)).argmax(
+                1
+            )
         return token.int()
     warm = (temperature_R > 0)[:, None]
     scaled = logits / torch.where(warm, temperature_R[:, None], 1.0)

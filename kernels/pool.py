@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from fnengine.kernels.contract import Contract
+from torch import Tensor
 
 
 def kv_write(k_TKC: Tensor, v_TKC: Tensor, k_pool: Tensor, v_pool: Tensor, slot_T: Tensor) -> None:

@@ -202,8 +202,8 @@ class Ledger:
         """A new path with `n` more tokens, held; the old one stays held by whoever has it.
 
         The tail block is written in place if the path ends at its frontier, or if nobody else holds it and it is not
-        indexed; otherwise its tokens are copied to a new block. What is copied is the block as it stands *before* the
-        step, so a path must have been written by an earlier step (or swapped in) before a copy of its tail is asked for.
+        indexed; otherwise its tokens are copied to a new block. A copy takes the block as it stands *before* the step,
+        so a path's tail must have been written by an earlier step (or be swapped in) when a copy of it is asked for.
 
         Raises:
             OutOfBlocks: nothing was changed.
@@ -269,18 +269,20 @@ class Ledger:
             node.key = key
             self._index[key] = node
 
-    def unpublish(self, path: Path, from_length: int) -> set[int]:
-        """Block ids that are no longer indexed: those of the path that hold tokens from `from_length` on, and all on them.
+    def unpublish(self, path: Path, from_length: int) -> set[Node]:
+        """The blocks of the path that hold tokens from `from_length` on and all indexed ones that stand on them, none of
+        them indexed any more.
 
-        For tokens that were never computed after all (their step failed). Costs O(index).
+        For tokens that were not computed after all (their step failed). The path may have been let go since. Costs
+        O(index).
         """
-        gone: set[int] = set()
+        gone: set[Node] = set()
         dead: set[int] = set()
         node = path.tip
         while node is not None and (node.column + 1) * self.block > from_length:
+            gone.add(node)
             if node.key is not None:
                 dead.add(node.content)
-                gone.add(node.block)
                 self._forget(node)
             node.content = PRIVATE
             node = node.parent
@@ -289,9 +291,16 @@ class Ledger:
             assert other.key is not None
             if other.key[0] in dead:
                 dead.add(other.content)
-                gone.add(other.block)
+                gone.add(other)
                 self._forget(other)
         return gone
+
+    def stands_on(self, path: Path, nodes: set[Node]) -> bool:
+        """Whether any block of the path is among `nodes`."""
+        node = path.tip
+        while node is not None and node not in nodes:
+            node = node.parent
+        return node is not None
 
     def reset_cache(self) -> None:
         """Forgets every cached block that nobody holds."""
@@ -372,6 +381,7 @@ class Ledger:
         node, _ = self._cached.popitem(last=False)
         assert node.key is not None
         del self._index[node.key]
+        node.key = None
         self._vacate(node)
 
     def _forget(self, node: Node) -> None:
@@ -390,7 +400,7 @@ class Ledger:
     # --- audit ----------------------------------------------------------------------------------------------------
 
     def check(self, paths: Iterable[Path] | None = None) -> None:
-        """Asserts every law of the books; with `paths`, that exactly these are held. O(blocks), for tests and audits."""
+        """Asserts every law of the books; with `paths`, that exactly these are held. Costs O(blocks)."""
         nodes = [n for n in self._nodes if n is not None]
         held = [n for n in nodes if n.holds]
         assert self.unused + self.cached + self.held == self.total, (

@@ -93,7 +93,7 @@ class Tokenizer:
         """Token ids of `text`; special tokens written in it count as such.
 
         Args:
-            add_special: put BOS or EOS around it where the checkpoint says so. False for a rendered chat, whose
+            add_special: put BOS or EOS around it where tokenizer.json says so. False for a rendered chat, whose
                 template has written them already.
 
         Raises: RequestError when the text is no Unicode text (a lone surrogate, possible in JSON).
@@ -159,12 +159,14 @@ class Tokenizer:
     def piece_bytes(self, id: int) -> bytes:
         """The bytes that the id adds to a text; none outside the vocabulary."""
         found = self._bytes.get(id)
-        if found is None:
-            found = self._bytes[id] = self._spell(id) if self.token(id) is not None else b""
-        return found
+        if found is None and 0 <= id < MAX_ID:
+            found = self._bytes[id] = self._spell(id)
+        return found or b""
 
     def _spell(self, id: int) -> bytes:
-        token = self.backend.id_to_token(id)
+        token = self.token(id)
+        if token is None:
+            return b""
         if id in self.special_ids:
             return token.encode()
         if self.decoding.kind == "byte_level":
@@ -254,7 +256,7 @@ def load(folder: Path) -> Tokenizer:
             special_ids.add(i)
     specials = {name: text for name, text in specials.items() if backend.token_to_id(text) is not None}
 
-    _set_bos_eos(backend, config, specials)
+    notes += _check_ends(backend, config, specials)
     backend.no_truncation()
     backend.no_padding()
     model = type(backend.model).__name__
@@ -336,23 +338,16 @@ def _add_missing(backend: tokenizers.Tokenizer, added: Mapping[int, Any], folder
         backend.add_tokens([tokenizers.AddedToken(text, **{k: bool(token[k]) for k in flags if k in token})])
 
 
-def _set_bos_eos(backend: tokenizers.Tokenizer, config: Mapping[str, Any], specials: Mapping[str, str]) -> None:
-    """Makes `encode(add_special=True)` follow add_bos_token and add_eos_token where the config states them."""
-    now = backend.encode("", add_special_tokens=True).tokens
-    want: dict[str, bool] = {}
-    for which in ("bos", "eos"):
-        text = specials.get(f"{which}_token")
-        stated = config.get(f"add_{which}_token")
-        want[which] = text is not None and (text in now if stated is None else bool(stated))
-    if all(want[w] == (specials.get(f"{w}_token") in now) for w in want):
-        return
-    ends = {w: specials[f"{w}_token"] for w in want if want[w]}
-    single = [f"{ends['bos']}:0"] * want["bos"] + ["$A:0"] + [f"{ends['eos']}:0"] * want["eos"]
-    backend.post_processor = tokenizers.processors.TemplateProcessing(  # type: ignore[reportAttributeAccessIssue]
-        single=single,
-        pair=[*single, *(piece.replace("$A", "$B").replace(":0", ":1") for piece in single)],
-        special_tokens=[(text, backend.token_to_id(text)) for text in dict.fromkeys(ends.values())],
-    )
+def _check_ends(backend: tokenizers.Tokenizer, config: Mapping[str, Any], specials: Mapping[str, str]) -> list[str]:
+    """Where add_bos_token and add_eos_token contradict tokenizer.json, which wins (as in transformers 5)."""
+    added = backend.encode("", add_special_tokens=True).tokens
+    return [
+        f"add_{which}_token is {stated}, but tokenizer.json does otherwise and was followed"
+        for which in ("bos", "eos")
+        if (stated := config.get(f"add_{which}_token")) is not None
+        and f"{which}_token" in specials
+        and bool(stated) != (specials[f"{which}_token"] in added)
+    ]
 
 
 def _read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

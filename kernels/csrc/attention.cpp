@@ -23,6 +23,9 @@ namespace {
 constexpr int TILE = 64;           // KV tokens
 constexpr int QUERY_ROWS = 96;     // (query, head) pairs that share one packing of a KV tile
 constexpr float NONE = -INFINITY;  // score of a token that is not seen
+#if FN_AVX512
+using vh32 = uint16_t __attribute__((vector_size(64)));
+#endif
 
 #if FN_AVX512 && defined(__AVX512BF16__)
 #define FN_PAIRS 1
@@ -93,68 +96,198 @@ void multiply(const uint32_t* a, int lda, const uint32_t* b, int ldb, float* c, 
         multiply_columns<PAIR, 1>(a, lda, b + n * W, ldb, c + n * W, ldc, rows, depth, factor);
 }
 
+// ---- memory that will be read next -----------------------------------------------------------------------------------
+
+// Lines of KV on their way to the second-level cache, a few at a time among the arithmetic: a burst would fill the miss
+// buffers and stall it. Heads are read one by one, a stride that the hardware does not foresee.
+class Ahead {
+  public:
+    Ahead(const void* k, const void* v, const int64_t* offset, int tokens, int itemsize, int elements)
+        : k_((const char*)k), v_((const char*)v), offset_(offset), tokens_(tokens), itemsize_(itemsize),
+          bytes_(itemsize * elements) {}
+
+    FN_INLINE void fetch() {  // LINES of K and as many of V
+        if (token_ >= tokens_) return;
+        const int64_t at = offset_[token_] * itemsize_ + byte_;
+#pragma GCC unroll 4
+        for (int i = 0; i < LINES; i++) {
+            __builtin_prefetch(k_ + at + i * 64, 0, 2);
+            __builtin_prefetch(v_ + at + i * 64, 0, 2);
+        }
+        if ((byte_ += LINES * 64) >= bytes_) byte_ = 0, token_++;
+    }
+
+    static constexpr int LINES = 4;
+
+  private:
+    const char *k_, *v_;
+    const int64_t* offset_;
+    int tokens_, itemsize_, bytes_, token_ = 0, byte_ = 0;
+};
+
 // ---- packing --------------------------------------------------------------------------------------------------------
 
-template <class T>
-FN_INLINE vu load_atoms(const T* p, int channels, bool pair) {  // W atoms; channels beyond the first `channels` are zero
-    if (pair) {
-        if (channels >= 2 * W) return load<vu>(p);
-        T a[2 * W] = {};
-        if (channels > 0) memcpy(a, p, sizeof(T) * channels);
-        return load<vu>(a);
-    }
-    if (channels >= W) return (vu)load_float(p);
-    return channels > 0 ? (vu)load_float_part(p, channels) : vu{};
+template <class T, bool PAIR>
+FN_INLINE vu load_atoms(const T* p) {
+    if constexpr (PAIR)
+        return load<vu>(p);
+    else
+        return (vu)load_float(p);
+}
+
+template <class T, bool PAIR>
+FN_INLINE vu load_atoms_part(const T* p, int channels) {  // zero beyond the first `channels`
+    T a[W * (PAIR ? 2 : 1)] = {};
+    memcpy(a, p, sizeof(T) * channels);
+    return load_atoms<T, PAIR>(a);
 }
 
 // out[atom][token] = the atoms of `count` tokens' keys, zero for the rest of the vectors touched.
 template <class T, bool PAIR>
-void pack_keys(const T* pool, const int64_t* offset, int count, int C, uint32_t* out) {
+void pack_keys(const T* pool, const int64_t* offset, int count, int C, uint32_t* out, Ahead& ahead) {
     constexpr int PER = PAIR ? 2 : 1;
-    const int atoms = (C + PER - 1) / PER;
     for (int j = 0; j < count; j += W)
-        for (int c = 0; c < atoms; c += W) {
+        for (int c = 0; c < C; c += W * PER) {
             vu block[W];
+            const T* from = pool + c;
+            uint32_t* to = out + c / PER * TILE + j;
+            ahead.fetch();
+            if (count - j >= W && C - c >= W * PER) {
 #pragma GCC unroll 16
-            for (int i = 0; i < W; i++)
-                block[i] = j + i < count ? load_atoms(pool + offset[j + i] + c * PER, C - c * PER, PAIR) : vu{};
-            transpose(block);
-            const int n = atoms - c < W ? atoms - c : W;
-            if (n == W) {
+                for (int i = 0; i < W; i++) block[i] = load_atoms<T, PAIR>(from + offset[j + i]);
+                transpose(block);
 #pragma GCC unroll 16
-                for (int i = 0; i < W; i++) store(out + (c + i) * TILE + j, block[i]);
+                for (int i = 0; i < W; i++) store(to + i * TILE, block[i]);
             } else {
-                for (int i = 0; i < n; i++) store(out + (c + i) * TILE + j, block[i]);
+                const int channels = C - c < W * PER ? C - c : W * PER;
+                for (int i = 0; i < W; i++)
+                    block[i] = j + i < count ? load_atoms_part<T, PAIR>(from + offset[j + i], channels) : vu{};
+                transpose(block);
+                for (int i = 0; i < (channels + PER - 1) / PER; i++) store(to + i * TILE, block[i]);
             }
         }
 }
 
+// Channels of two tokens side by side: the atoms of values in pairs.
+FN_INLINE void interleave(const uint16_t* even, const uint16_t* odd, uint32_t* out) {
+    store(out, widen(load<vh>(even)) | (widen(load<vh>(odd)) << 16));
+}
+
 // out[token or pair of tokens][channel], `width` (a multiple of W) channels, zero beyond C.
 template <class T, bool PAIR>
-void pack_values(const T* pool, const int64_t* offset, int count, int C, int width, uint32_t* out) {
+void pack_values(const T* pool, const int64_t* offset, int count, int C, int width, uint32_t* out,
+                 Ahead& ahead) {
     if constexpr (PAIR) {
-        for (int j = 0; j < count; j += 2) {
-            const T* a = pool + offset[j];
-            const T* b = j + 1 < count ? pool + offset[j + 1] : nullptr;
-            for (int c = 0; c < width; c += W) {
-                T x[W] = {}, y[W] = {};
-                vh even, odd = {};
-                if (C - c >= W) {
-                    even = load<vh>(a + c);
-                    if (b) odd = load<vh>(b + c);
-                } else {
-                    if (C > c) memcpy(x, a + c, sizeof(T) * (C - c));
-                    if (C > c && b) memcpy(y, b + c, sizeof(T) * (C - c));
-                    even = load<vh>(x), odd = load<vh>(y);
-                }
-                vu pair = __builtin_convertvector(even, vu) | (__builtin_convertvector(odd, vu) << 16);
-                store(out + (j / 2) * width + c, pair);
+        static const uint16_t zeros[W] = {};
+        for (int j = 0; j < count; j += 2, out += width) {
+            const uint16_t* a = (const uint16_t*)(pool + offset[j]);
+            ahead.fetch();
+            const uint16_t* b = j + 1 < count ? (const uint16_t*)(pool + offset[j + 1]) : nullptr;
+            int c = 0;
+#if FN_AVX512
+            const __m512i low = (__m512i)vh32{0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                                              8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+            const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+            for (; c + 2 * W <= C; c += 2 * W) {
+                const __m512i x = _mm512_loadu_si512(a + c), y = b ? _mm512_loadu_si512(b + c) : __m512i{};
+                _mm512_store_si512(out + c, _mm512_permutex2var_epi16(x, low, y));
+                _mm512_store_si512(out + c + W, _mm512_permutex2var_epi16(x, high, y));
+            }
+#endif
+            for (; c + W <= C; c += W) interleave(a + c, b ? b + c : zeros, out + c);
+            if (c < C) {
+                uint16_t x[W] = {}, y[W] = {};
+                memcpy(x, a + c, 2 * (C - c));
+                if (b) memcpy(y, b + c, 2 * (C - c));
+                interleave(x, y, out + c);
             }
         }
     } else {
-        for (int j = 0; j < count; j++)
-            for (int c = 0; c < width; c += W)
-                store(out + j * width + c, load_atoms(pool + offset[j] + c, C - c, false));
+        for (int j = 0; j < count; j++, out += width) {
+            const T* from = pool + offset[j];
+            ahead.fetch();
+            int c = 0;
+            for (; c + W <= C; c += W) store(out + c, load_atoms<T, false>(from + c));
+            if (c < C) store(out + c, load_atoms_part<T, false>(from + c, C - c));
+        }
+    }
+}
+
+// ---- few rows: the same arithmetic straight from the pool ------------------------------------------------------------
+
+// A packed tile pays when many rows share it. A decode step has as many rows as query heads share a KV head; these two
+// do for at most FEW rows what pack and multiply do, in the same order, and store nothing in between.
+constexpr int FEW = 4;
+constexpr int NVF = W == 16 ? 4 : 2;  // vectors of channels at a time
+
+template <class T, bool PAIR, int MR>
+void score_few(const T* pool, const int64_t* offset, int count, int C, const uint32_t* query, int atoms, float* score,
+               Ahead& ahead) {
+    constexpr int PER = PAIR ? 2 : 1;
+    for (int j = 0; j < count; j += W) {
+        vf sum[MR] = {};
+        const int last = count - j < W ? count - j - 1 : W - 1;  // stands in for tokens beyond it, which get no weight
+        for (int c = 0; c < C; c += W * PER) {
+            vu block[W];
+            const T* from = pool + c;
+            ahead.fetch();
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++) block[i] = load_atoms<T, PAIR>(from + offset[j + (i < last ? i : last)]);
+            transpose(block);
+            const uint32_t* q = query + c / PER;
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++)
+#pragma GCC unroll 4
+                for (int r = 0; r < MR; r++) sum[r] = madd<PAIR>(sum[r], q[r * atoms + i], block[i]);
+        }
+        for (int r = 0; r < MR; r++) store(score + r * TILE + j, sum[r]);
+    }
+}
+
+template <class T, bool PAIR>
+FN_INLINE void load_values(const T* a, const T* b, vu (&out)[NVF]) {  // atoms of NVF * W channels
+    if constexpr (PAIR) {
+#if FN_AVX512
+        const __m512i low = (__m512i)vh32{0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                                          8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+#pragma GCC unroll 4
+        for (int n = 0; n < NVF; n += 2) {
+            const __m512i x = _mm512_loadu_si512(a + n * W), y = b ? _mm512_loadu_si512(b + n * W) : __m512i{};
+            out[n] = (vu)_mm512_permutex2var_epi16(x, low, y);
+            out[n + 1] = (vu)_mm512_permutex2var_epi16(x, high, y);
+        }
+#endif
+    } else {
+#pragma GCC unroll 4
+        for (int n = 0; n < NVF; n++) out[n] = load_atoms<T, false>(a + n * W);
+    }
+}
+
+template <class T, bool PAIR, int MR>
+void sum_few(const T* pool, const int64_t* offset, int count, int C, const uint32_t* weight, float* out, int width,
+             const float* factor, Ahead& ahead) {
+    constexpr int PER = PAIR ? 2 : 1;
+    for (int c = 0; c < C; c += NVF * W) {
+        vf sum[MR][NVF];
+#pragma GCC unroll 4
+        for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+            for (int n = 0; n < NVF; n++) sum[r][n] = load<vf>(out + r * width + c + n * W) * splat(factor[r]);
+        for (int j = 0; j < count; j += PER) {
+            vu v[NVF];
+            ahead.fetch();
+            load_values<T, PAIR>(pool + offset[j] + c, j + 1 < count ? pool + offset[j + 1] + c : nullptr, v);
+#pragma GCC unroll 4
+            for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+                for (int n = 0; n < NVF; n++)
+                    sum[r][n] = madd<PAIR>(sum[r][n], weight[r * (TILE / PER) + j / PER], v[n]);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+            for (int n = 0; n < NVF; n++) store(out + r * width + c + n * W, sum[r][n]);
     }
 }
 
@@ -207,11 +340,28 @@ struct Item {  // queries [from, to) of batch row r, KV heads [head, head_end)
     int r, from, to, head, head_end;
 };
 
+// First token of the first tile that some query of the item sees.
+FN_INLINE int64_t first_tile(const Call& a, const Item& it) {
+    const int64_t position = a.length[it.r] - (a.start[it.r + 1] - it.from);
+    return a.window > 0 && position >= a.window ? (position - a.window + 1) / TILE * TILE : 0;
+}
+
+// Where the KV of the tile's tokens [t, end) begins in the pool, for the item's first head; returns how many they are.
+FN_INLINE int place(const Call& a, const Item& it, int64_t t, int64_t end, int64_t* offset) {
+    const int count = int(end - t < TILE ? end - t : TILE);
+    const int32_t* table = a.table + int64_t(a.row[it.r]) * a.P;
+    for (int j = 0; j < count; j++) {
+        const int64_t column = (t + j) / a.B, block = table[column < a.P ? column : a.P - 1];
+        offset[j] = ((block * a.B + (t + j) % a.B) * a.K + it.head) * a.C;
+    }
+    return count;
+}
+
 struct Scratch {
     uint32_t *keys, *values, *query, *weight;
     float *score, *out, *factor;
     Running* run;
-    int64_t* offset;
+    int64_t *offset, *next;
 };
 
 FN_INLINE size_t line(size_t n) { return (n + 63) & ~size_t(63); }
@@ -234,28 +384,29 @@ Scratch lay_out(int rows, int C, int width) {
     static thread_local Arena arena;
     const size_t sizes[] = {size_t(C) * TILE * 4,    size_t(TILE) * width * 4, size_t(rows) * C * 4,
                             size_t(rows) * TILE * 4, size_t(rows) * TILE * 4,  size_t(rows) * width * 4,
-                            size_t(rows) * 4,        sizeof(Running) * rows,   size_t(TILE) * 8};
-    char* at[9];
+                            size_t(rows) * 4,        sizeof(Running) * rows,   size_t(TILE) * 8,
+                            size_t(TILE) * 8};
+    char* at[10];
     size_t sum = 0;
     for (size_t n : sizes) sum += line(n) + 64;
     char* p = arena.reserve(sum);
     if (!p) abort();
-    for (int i = 0; i < 9; i++) at[i] = p, p += line(sizes[i]) + 64;  // + 64 staggers the buffers over cache sets
+    for (int i = 0; i < 10; i++) at[i] = p, p += line(sizes[i]) + 64;  // + 64 staggers the buffers over cache sets
     return {(uint32_t*)at[0], (uint32_t*)at[1], (uint32_t*)at[2], (uint32_t*)at[3], (float*)at[4],
-            (float*)at[5],    (float*)at[6],    (Running*)at[7],  (int64_t*)at[8]};
+            (float*)at[5],    (float*)at[6],    (Running*)at[7],  (int64_t*)at[8],
+            (int64_t*)at[9]};
 }
 
 // Rows of scratch are numbered (KV head, query, head of the group); queries are in order, so those that see a tile
 // are a contiguous range of each KV head's rows.
 template <class T, bool PAIR>
-void attend(const Call& a, const Item& it) {
+void attend(const Call& a, const Item& it, const Item* next) {
     constexpr int PER = PAIR ? 2 : 1;
     const int G = a.H / a.K, C = a.C, atoms = (C + PER - 1) / PER, width = (C + W - 1) / W * W;
     const int n = it.to - it.from, heads = it.head_end - it.head, group = n * G;
     const int64_t length = a.length[it.r];
     const int64_t position = length - (a.start[it.r + 1] - it.from);  // of the first query
     const int64_t end = position + n;                                // of KV that some query sees
-    const int32_t* table = a.table + int64_t(a.row[it.r]) * a.P;
     const T* q = static_cast<const T*>(a.q);
     Scratch s = lay_out(heads * group, C, width);
 
@@ -280,32 +431,57 @@ void attend(const Call& a, const Item& it) {
             }
     memset(s.out, 0, sizeof(float) * heads * group * width);
 
-    const int64_t oldest = a.window > 0 && position - a.window + 1 > 0 ? position - a.window + 1 : 0;
-    for (int64_t t = oldest / TILE * TILE; t < end; t += TILE) {
+    const int64_t begin = first_tile(a, it);
+    place(a, it, begin, end, s.offset);
+    for (int64_t t = begin; t < end; t += TILE) {
         const int count = int(end - t < TILE ? end - t : TILE), vectors = (count + W - 1) / W;
         // queries [lo, hi) see some of the tile
         const int lo = t > position ? int(t - position) : 0;
         int hi = n;
         if (a.window > 0 && t + TILE - 1 + a.window - position < n) hi = int(t + TILE - 1 + a.window - position);
-        for (int j = 0; j < count; j++) {
-            const int64_t column = (t + j) / a.B, block = table[column < a.P ? column : a.P - 1];
-            s.offset[j] = (block * a.B + (t + j) % a.B) * a.K * C + it.head * C;
-        }
+        if (t > begin) memcpy(s.offset, s.next, sizeof(int64_t) * count);
+        int coming = 0;  // tokens of what is to be read next: this item's next tile, or the next item's first
+        if (t + TILE < end)
+            coming = place(a, it, t + TILE, end, s.next);
+        else if (next)
+            coming = place(a, *next, first_tile(a, *next), a.length[next->r], s.next);
+        Ahead ahead(a.k, a.v, s.next, coming, sizeof(T), heads * C);
         for (int h = 0; h < heads; h++) {
-            pack_keys<T, PAIR>(static_cast<const T*>(a.k) + h * C, s.offset, count, C, s.keys);
-            pack_values<T, PAIR>(static_cast<const T*>(a.v) + h * C, s.offset, count, C, width, s.values);
+            const T *k = static_cast<const T*>(a.k) + h * C, *v = static_cast<const T*>(a.v) + h * C;
             const int m = h * group + lo * G, rows = (hi - lo) * G;
-            multiply<PAIR>(s.query + m * atoms, atoms, s.keys, TILE, s.score + m * TILE, TILE, rows, vectors, atoms,
-                           nullptr);
+            const uint32_t *query = s.query + m * atoms, *weight = s.weight + m * (TILE / PER);
+            float *score = s.score + m * TILE, *out = s.out + m * width, *factor = s.factor + m;
+            const bool few = rows <= FEW && C % (NVF * W) == 0;
+            if (few) {
+                switch (rows) {
+                    case 1: score_few<T, PAIR, 1>(k, s.offset, count, C, query, atoms, score, ahead); break;
+                    case 2: score_few<T, PAIR, 2>(k, s.offset, count, C, query, atoms, score, ahead); break;
+                    case 3: score_few<T, PAIR, 3>(k, s.offset, count, C, query, atoms, score, ahead); break;
+                    case 4: score_few<T, PAIR, 4>(k, s.offset, count, C, query, atoms, score, ahead); break;
+                }
+            } else {
+                pack_keys<T, PAIR>(k, s.offset, count, C, s.keys, ahead);
+                multiply<PAIR>(query, atoms, s.keys, TILE, score, TILE, rows, vectors, atoms, nullptr);
+            }
             for (int i = 0; i < rows; i++) {
                 const int64_t at = position + lo + i / G;
                 const int last = at + 1 - t < count ? int(at + 1 - t) : count;
                 const int first = a.window > 0 && at - a.window + 1 > t ? int(at - a.window + 1 - t) : 0;
-                s.factor[m + i] = weigh<PAIR>(s.score + (m + i) * TILE, s.weight + (m + i) * (TILE / PER), vectors, first,
-                                              last, a.scale, s.run[m + i]);
+                factor[i] = weigh<PAIR>(score + i * TILE, s.weight + (m + i) * (TILE / PER), vectors, first, last,
+                                        a.scale, s.run[m + i]);
             }
-            multiply<PAIR>(s.weight + m * (TILE / PER), TILE / PER, s.values, width, s.out + m * width, width, rows,
-                           width / W, (count + PER - 1) / PER, s.factor + m);
+            if (few) {
+                switch (rows) {
+                    case 1: sum_few<T, PAIR, 1>(v, s.offset, count, C, weight, out, width, factor, ahead); break;
+                    case 2: sum_few<T, PAIR, 2>(v, s.offset, count, C, weight, out, width, factor, ahead); break;
+                    case 3: sum_few<T, PAIR, 3>(v, s.offset, count, C, weight, out, width, factor, ahead); break;
+                    case 4: sum_few<T, PAIR, 4>(v, s.offset, count, C, weight, out, width, factor, ahead); break;
+                }
+            } else {
+                pack_values<T, PAIR>(v, s.offset, count, C, width, s.values, ahead);
+                multiply<PAIR>(weight, TILE / PER, s.values, width, out, width, rows, width / W,
+                               (count + PER - 1) / PER, factor);
+            }
         }
     }
 
@@ -366,7 +542,9 @@ void attend_all(const Call& a, int threads) {
                         items[at++] = {int(r), from + i, from + (i + tile < n ? i + tile : n), h, h + 1};
             }
         }
-    each(total, threads, [&](int64_t i) { attend<T, PAIR>(a, items[i]); });
+    each(total, threads, [&](int64_t i) {  // the next item of this thread is most likely i + threads
+        attend<T, PAIR>(a, items[i], i + threads < total ? items + i + threads : nullptr);
+    });
     free(items);
 }
 
@@ -404,4 +582,19 @@ extern "C" int fn_paged_attention(const void* q, const void* k, const void* v, v
         attend_all<bf16, false>(a, threads);
 #endif
     return 0;
+}
+
+// What this library was compiled for, to be shown to people.
+extern "C" const char* fn_instructions() {
+#if FN_PAIRS
+    return "AVX-512 with bfloat16";
+#elif FN_AVX512
+    return "AVX-512";
+#elif FN_AVX2
+    return "AVX2";
+#elif defined(__aarch64__)
+    return "NEON";
+#else
+    return "the baseline instruction set";
+#endif
 }

@@ -30,17 +30,34 @@ struct Keys {
     }
 };
 
+FN_INLINE vl xor3(vl a, vl b, vl c) {
+#if FN_AVX512
+    return (vl)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+#else
+    return a ^ b ^ c;
+#endif
+}
+
 // First word of Philox4x32-10 of (id, position, stream, 0) in the low halves of W / 2 lanes.
-// High halves hold rubbish on the way: the multiplication reads low halves only.
+// High halves hold rubbish on the way: the multiplication reads low halves only. In the first two rounds only one of
+// the two products depends on the id.
 FN_INLINE vl first_word(vl id, uint32_t position, uint32_t stream, const Keys& key) {
+    constexpr uint32_t MUL0 = 0xD2511F53u, MUL1 = 0xCD9E8D57u;
     const vl zero = {};
-    vl c0 = id, c1 = zero + position, c2 = zero + stream, c3 = zero;
-#pragma GCC unroll 10
-    for (int i = 0; i < 10; i++) {
-        vl p0 = multiply_low(c0, 0xD2511F53u), p1 = multiply_low(c2, 0xCD9E8D57u);
-        c0 = (p1 >> 32) ^ c1 ^ key.k0[i];
+    const uint64_t s1 = uint64_t(stream) * MUL1;
+    const uint64_t s0 = uint64_t(uint32_t(s1 >> 32) ^ position ^ key.k0[0]) * MUL0;
+    vl p0 = multiply_low(id, MUL0);
+    vl p1 = multiply_low((p0 >> 32) ^ uint64_t(key.k1[0]), MUL1);
+    vl c0 = (p1 >> 32) ^ uint64_t(uint32_t(s1) ^ key.k0[1]);
+    vl c1 = p1;
+    vl c2 = p0 ^ uint64_t(uint32_t(s0 >> 32) ^ key.k1[1]);
+    vl c3 = zero + uint64_t(uint32_t(s0));
+#pragma GCC unroll 8
+    for (int i = 2; i < 10; i++) {
+        p0 = multiply_low(c0, MUL0), p1 = multiply_low(c2, MUL1);
+        c0 = xor3(p1 >> 32, c1, zero + uint64_t(key.k0[i]));
         c1 = p1;
-        c2 = (p0 >> 32) ^ c3 ^ key.k1[i];
+        c2 = xor3(p0 >> 32, c3, zero + uint64_t(key.k1[i]));
         c3 = p0;
     }
     return c0;
@@ -68,7 +85,8 @@ FN_INLINE vf log32(vf x) {
     return (f + y) + e * splat(0.693359375f);
 }
 
-FN_INLINE vf gumbel(int32_t id, uint32_t position, uint32_t stream, const Keys& key) {
+// Uniforms in (0, 1) of tokens id, id + 1, ... id + W - 1.
+FN_INLINE vf uniform(int32_t id, uint32_t position, uint32_t stream, const Keys& key) {
     vl first = {};
     for (int i = 0; i < W / 2; i++) first[i] = uint64_t(i);
     vl low = first_word(first + uint64_t(uint32_t(id)), position, stream, key);
@@ -80,8 +98,16 @@ FN_INLINE vf gumbel(int32_t id, uint32_t position, uint32_t stream, const Keys& 
 #else
     for (int i = 0; i < W / 2; i++) word[i] = uint32_t(low[i]), word[i + W / 2] = uint32_t(high[i]);
 #endif
-    vf u = (__builtin_convertvector((vi)(word >> 9), vf) + splat(0.5f)) * splat(0x1p-23f);
-    return -log32(-log32(u));
+    return (__builtin_convertvector((vi)(word >> 9), vf) + splat(0.5f)) * splat(0x1p-23f);
+}
+
+FN_INLINE vf gumbel(vf u) { return -log32(-log32(u)); }
+
+// No less than gumbel(u), without a logarithm: -log u >= 1 - u >= 2^e, so the noise is at most -e ln 2, where e is the
+// exponent of 1 - u (which is exact); a little more, for the rounding of the noise.
+FN_INLINE vf noise_limit(vf u) {
+    vi e = (vi)(splat(1.f) - u) >> 23;
+    return __builtin_convertvector(127 - e, vf) * splat(0.69315f) + splat(1e-4f);
 }
 
 struct Best {
@@ -108,7 +134,7 @@ Best best_of(const float* logit, int32_t from, int32_t to, float T, uint32_t pos
         int lane = 0;
         for (int j = 1; j < W; j++) lane = top[j] > top[lane] ? j : lane;
         if (to - from >= W && top[lane] > -INFINITY) {
-            vf value = load<vf>(logit + top_id[lane]) / divisor + gumbel(top_id[lane], position, stream, key);
+            vf value = load<vf>(logit + top_id[lane]) / divisor + gumbel(uniform(top_id[lane], position, stream, key));
             float reached = max_lane(value);
             if (reached > bound.load(std::memory_order_relaxed)) bound.store(reached, std::memory_order_relaxed);
         }
@@ -126,7 +152,9 @@ Best best_of(const float* logit, int32_t from, int32_t to, float T, uint32_t pos
         if (warm) {
             x = x / divisor;
             if (!any(x + splat(LARGEST_NOISE) >= splat(least))) continue;
-            x = x + gumbel(i, position, stream, key);
+            const vf u = uniform(i, position, stream, key);
+            if (!any(x + noise_limit(u) >= splat(least))) continue;
+            x = x + gumbel(u);
             if (any(x > splat(least))) least = max_lane(x);
         }
         vi more = x > best;

@@ -122,13 +122,29 @@ struct f16 {
 };
 
 FN_INLINE vf load_float(const float* p) { return load<vf>(p); }
-FN_INLINE vf load_float(const bf16* p) { return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16); }
+FN_INLINE vu widen(vh h) {  // GCC splits the conversion of a whole register into halves, hence the intrinsics
+#if FN_AVX512
+    return (vu)_mm512_cvtepu16_epi32((__m256i)h);
+#elif FN_AVX2
+    return (vu)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+    return __builtin_convertvector(h, vu);
+#endif
+}
+FN_INLINE vh narrow(vu u) {
+#if FN_AVX512
+    return (vh)_mm512_cvtepi32_epi16((__m512i)u);
+#else
+    return __builtin_convertvector(u, vh);
+#endif
+}
+FN_INLINE vf load_float(const bf16* p) { return (vf)(widen(load<vh>(p)) << 16); }
 FN_INLINE void store_float(float* p, vf v) { store(p, v); }
 FN_INLINE vh round_bf16(vf v) {
     vu u = (vu)v;
     vu r = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     r = (vu)(v == v ? (vi)r : (vi)splat(uint32_t(0x7fc0)));
-    return __builtin_convertvector(r, vh);
+    return narrow(r);
 }
 FN_INLINE void store_float(bf16* p, vf v) { store(p, round_bf16(v)); }
 

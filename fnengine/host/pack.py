@@ -1,0 +1,134 @@
+"""From chosen runs to the arrays of one `StepInput`, with the smallest `Ask` that serves them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fnengine.host.request import Sampling
+from fnengine.host.runs import Run
+from fnengine.host.step import NEWEST, PIPELINE, Admission, Ask, StepInput
+
+BIT = {name: 1 << i for i, name in enumerate(PIPELINE)}
+NOISE = 1 << len(PIPELINE)
+
+_ASKS = {bits: (tuple(name for name in PIPELINE if bits & BIT[name]), bool(bits & NOISE)) for bits in range(2 * NOISE)}
+
+
+def needs_of(sampling: Sampling) -> int:
+    """Bits of the processors that change this sampling's choice of token, and `NOISE` if it draws."""
+    bits = BIT["bias"] if sampling.logit_bias else 0
+    if sampling.frequency_penalty or sampling.presence_penalty or sampling.repetition_penalty != 1:
+        bits |= BIT["penalties"]
+    if sampling.temperature > 0:
+        bits |= NOISE
+        bits |= BIT["min_p"] if sampling.min_p > 0 else 0
+        bits |= BIT["top_k"] if sampling.top_k > 0 else 0
+        bits |= BIT["top_p"] if sampling.top_p < 1 else 0
+    return bits
+
+
+def pipeline_of(rows: Iterable[tuple[Sampling, bool]]) -> tuple[tuple[str, ...], bool]:
+    """(pipeline, noise) of the smallest `Ask` that serves all rows; the flag of a row says that it suppresses ids."""
+    bits = 0
+    for sampling, suppressing in rows:
+        bits |= needs_of(sampling) | (BIT["bias"] if suppressing else 0)
+    return _ASKS[bits]
+
+
+@dataclass(slots=True)
+class Draft:
+    """A step in the making. Rows with one token come first, prompts after them."""
+
+    ones: list[tuple[Run, int, bool]] = field(default_factory=list)
+    """(run, token or NEWEST, whether it emits) of rows with one new token"""
+    many: list[tuple[Run, int, int, bool]] = field(default_factory=list)
+    """(run, first position, tokens, whether it emits)"""
+    admit: list[Admission] = field(default_factory=list)
+    grow: list[tuple[int, int, int]] = field(default_factory=list)
+    copy: list[tuple[int, int]] = field(default_factory=list)
+    swap_in: list[tuple[int, int]] = field(default_factory=list)
+    needs: int = 0
+    """Bits of all rows that emit."""
+    logprobs: int | None = None
+    score: int | None = None
+
+
+def add(draft: Draft, run: Run, n: int, emits: bool) -> None:
+    """Puts the next `n` tokens of the run into the step. Its path has been extended by them already."""
+    before = run.path.length - n
+    if n == 1:
+        draft.ones.append((run, NEWEST if run.newest else int(run.tokens[before]), emits))
+    else:
+        draft.many.append((run, before, n, emits))
+    if emits:
+        draft.needs |= run.needs
+        if run.total < run.suppress_until:
+            draft.needs |= BIT["bias"]
+        if (k := run.request.logprobs) is not None:
+            draft.logprobs = k if draft.logprobs is None else max(k, draft.logprobs)
+    if run.index == 0 and (k := run.request.prompt_logprobs) is not None and _targets(run, before, n) > 0:
+        draft.score = k if draft.score is None else max(k, draft.score)
+
+
+def _targets(run: Run, before: int, n: int) -> int:
+    """How many of the tokens at `before` ... are followed by a prompt token that is still to be scored.
+
+    After a preemption prompts are matched or resumed no further than they were scored, so those are always the first.
+    """
+    return min(before + n, run.prompt_len - 1) - max(before, len(run.scores)) if run.unscored() else 0
+
+
+def pack(draft: Draft, leaving: list[tuple[Run, np.ndarray, tuple[int, ...]]]) -> StepInput:
+    """The arrays of the step. `leaving` is what is swapped out before it."""
+    ones, many = draft.ones, draft.many
+    R, first = len(ones) + len(many), len(ones)
+    T = first + sum(m[2] for m in many)
+    row, emit = np.empty(R, np.int32), np.empty(R, np.int32)
+    start, token = np.empty(R + 1, np.int32), np.empty(T, np.int32)
+    row[:first] = [o[0].row for o in ones]
+    token[:first] = [o[1] for o in ones]
+    emit[:first] = [o[2] for o in ones]
+    start[: first + 1] = np.arange(first + 1)
+    target = None if draft.score is None else np.full(T, -1, np.int32)
+    at = first
+    for r, (run, before, n, emits) in enumerate(many, first):
+        row[r], emit[r] = run.row, emits
+        token[at : at + n] = run.tokens[before : before + n]
+        if target is not None and (k := _targets(run, before, n)) > 0:
+            a = max(len(run.scores) - before, 0)
+            target[at + a : at + a + k] = run.tokens[before + a + 1 : before + a + k + 1]
+        at += n
+        start[r + 1] = at
+    if target is not None:
+        # A prompt's next-to-last token may come alone, and then it has a target.
+        for t, (run, _, _) in enumerate(ones):
+            if _targets(run, run.path.length - 1, 1) > 0:
+                target[t] = run.tokens[run.path.length]
+    names, noise = _ASKS[draft.needs]
+    return StepInput(
+        row=row,
+        start=start,
+        token=token,
+        emit=emit,
+        copy=np.array(draft.copy, np.int32).reshape(-1, 2),
+        grow=np.array(draft.grow, np.int32).reshape(-1, 3),
+        admit=tuple(draft.admit),
+        ask=Ask(
+            pipeline=names,
+            noise=noise,
+            sample=bool(emit.any()),
+            logprobs=draft.logprobs,
+            score=draft.score,
+        ),
+        target=target,
+        swap_out=_pairs((b, s) for _, blocks, slots in leaving for b, s in zip(blocks, slots, strict=True)),
+        swap_in=_pairs(draft.swap_in),
+    )
+
+
+def _pairs(pairs: Iterable[tuple[int, int]]) -> np.ndarray | None:
+    array = np.array(list(pairs), np.int32).reshape(-1, 2)
+    return array if len(array) else None

@@ -1,0 +1,389 @@
+"""The scheduler: `submit` queues a request, `plan` makes the next step, `abort` ends a request. Functions over a `Host`.
+
+A plan walks the running runs in the order of their keys, which are also the order of preemption: whoever needs a block
+takes it from the end of the list, from a run that this walk has not reached. So nobody who is in the step already loses
+anything, the first run always gets what it needs, and a later run never sends an earlier one back.
+
+    running   a b c d e f     c needs a block and none is left: f goes back to waiting, then e, then d;
+              ----^           when c is the last, it sits this step out and keeps what it has
+
+No time is read and nothing is launched here: `now` comes in, a `StepInput` goes out.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from dataclasses import dataclass
+
+import numpy as np
+
+from fnengine.errors import ContextLengthError, OutOfBlocks, QueueFull, RequestError
+from fnengine.host.blocks import Extension, Ledger, Path
+from fnengine.host.output import Gauges
+from fnengine.host.pack import Draft, add, needs_of, pack, pipeline_of
+from fnengine.host.request import MAX_BIAS, Request, fold_in
+from fnengine.host.runs import Host, Policy, Run, drop_saved, end, enqueue, first_waiting, key_of, preempt
+from fnengine.host.step import Admission, StepInput
+
+__all__ = ["Host", "Ledger", "Planned", "Policy", "Run", "abort", "gauges", "pipeline_of", "plan", "submit"]
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A step to launch, and what `commit` needs to read it."""
+
+    input: StepInput
+    runs: tuple[Run, ...]
+    """Of each batch row."""
+    before: tuple[int, ...]
+    """Tokens computed before this step, of each batch row."""
+    paths: tuple[Path, ...]
+    """Tokens computed after it. Not held: the runs hold them."""
+    leaving: tuple[Run, ...]
+    """Runs whose blocks this step saves to host memory."""
+    prompt_tokens: int
+    """Of the new tokens, those of prompts."""
+
+
+# --- submit -----------------------------------------------------------------------------------------------------------
+
+
+def submit(host: Host, request: Request, now: float) -> tuple[Run, ...]:
+    """The runs of a request, one a choice, waiting from now on.
+
+    Raises:
+        RequestError: a token outside the vocabulary, n < 1, too many suppressed ids.
+        ContextLengthError: it does not fit the context or the pool; the message holds both numbers.
+        QueueFull: too many wait already.
+    """
+    max_tokens = _check(host, request)
+    if host.waiting + request.n > host.policy.queue:
+        host.rejections += 1
+        raise QueueFull(
+            f"{host.waiting} sequences wait already, {request.n} more do not fit the queue of {host.policy.queue}",
+            remedy="try again later",
+        )
+    assert request.id not in host.requests, f"request id {request.id!r} is in use"
+    policy, stop, sampling = host.policy, request.stop, request.sampling
+    if sampling.seed is None:
+        host.unseeded += 1
+        seed = fold_in(host.seed, host.unseeded)
+    else:
+        seed = sampling.seed
+    prompt = np.ascontiguousarray(request.prompt, np.int32)
+    n = len(prompt)
+    runs = tuple(
+        Run(
+            request=request,
+            index=i,
+            seed=fold_in(seed, i),
+            key=(request.priority, now, host.numbered + i),
+            tokens=prompt,
+            prompt_len=n,
+            max_tokens=max_tokens,
+            path=host.ledger.empty(request.salt),
+            known=n,
+            total=n,
+            needs=needs_of(sampling),
+            suppress=_ending(policy, request) if stop.min_tokens else (),
+            suppress_until=n + stop.min_tokens if stop.min_tokens else 0,
+        )
+        for i in range(request.n)
+    )
+    host.numbered += request.n
+    host.requests[request.id] = runs
+    for run in runs:
+        enqueue(host, run)
+    return runs
+
+
+def _ending(policy: Policy, request: Request) -> tuple[int, ...]:
+    """Ids that end the request's text, each once."""
+    eos = () if request.stop.ignore_eos else policy.eos
+    return tuple(dict.fromkeys((*eos, *request.stop.ids)))
+
+
+def _check(host: Host, request: Request) -> int:
+    """Effective max_tokens of a request that can be served."""
+    policy, stop, vocab = host.policy, request.stop, host.policy.vocab
+    prompt = np.asarray(request.prompt)
+    n = len(prompt)
+    if request.n < 1:
+        raise RequestError(f"n must be at least 1, got {request.n}", param="n")
+    if n == 0:
+        raise RequestError("a prompt has at least one token", param="prompt")
+    if prompt.min() < 0 or prompt.max() >= vocab:
+        bad = int(prompt[(prompt < 0) | (prompt >= vocab)][0])
+        raise RequestError(f"token {bad} is outside the vocabulary of {vocab}", param="prompt")
+    for name, ids in (("logit_bias", [i for i, _ in request.sampling.logit_bias]), ("stop_token_ids", stop.ids)):
+        for i in ids:
+            if not 0 <= i < vocab:
+                raise RequestError(f"token {i} is outside the vocabulary of {vocab}", param=name)
+    if stop.min_tokens and len(request.sampling.logit_bias) + len(_ending(policy, request)) > MAX_BIAS:
+        raise RequestError(
+            f"logit_bias, stop ids and end-of-sequence ids make more than {MAX_BIAS} entries", param="stop_token_ids"
+        )
+    # The last token that is generated is never computed, so a pool of p tokens serves a sequence of p + 1.
+    room = policy.max_len - n
+    pool = host.ledger.total * host.ledger.block + 1 - n
+    if room < min(1, 1 if stop.max_tokens is None else stop.max_tokens):
+        raise ContextLengthError(
+            f"the prompt has {n} tokens, the context holds {policy.max_len}, prompt and output together",
+            param="prompt",
+            remedy="shorten the prompt",
+        )
+    if stop.max_tokens is None:
+        wanted, room = 1, min(room, pool)
+        max_tokens = room
+    else:
+        max_tokens = wanted = min(stop.max_tokens, room)
+    if max(wanted, 1) > pool:
+        raise ContextLengthError(
+            f"{n} prompt tokens and {wanted} to generate do not fit the KV pool, which holds a sequence of {n + pool}",
+            param="max_tokens" if pool > 0 else "prompt",
+            remedy="ask for less, or make the pool larger with --kv-cache-memory-bytes",
+        )
+    if stop.min_tokens > max_tokens:
+        raise RequestError(
+            f"min_tokens is {stop.min_tokens}, only {max_tokens} tokens can be generated", param="min_tokens"
+        )
+    return max_tokens
+
+
+# --- plan -------------------------------------------------------------------------------------------------------------
+
+
+def plan(host: Host, now: float) -> Planned | None:
+    """The next step, or None if there is nothing to compute now. Every step that is returned must be launched in order,
+    and then committed (or failed) in order."""
+    host.ledger.settle()
+    if host.resting_slots:
+        host.free_slots += host.resting_slots
+        host.resting_slots.clear()
+    walk = _Walk(host.policy.budget, sum(1 for r in host.running if r.wanted() == 1))
+    running, i = host.running, 0
+    while i < len(running):
+        run = running[i]
+        if host.waiting and not walk.shut and (first := first_waiting(host)) and first.priority < run.priority:
+            # More urgent than this run and all after it: it may take their place.
+            if _admit(host, walk, first, now, urgent=True):
+                i += 1
+            else:
+                walk.shut = True
+            continue
+        _advance(host, walk, run)
+        i += 1
+    while host.waiting and not walk.shut and (first := first_waiting(host)):
+        walk.shut = not _admit(host, walk, first, now, urgent=False)
+    draft = walk.draft
+    if not draft.ones and not draft.many:
+        return None
+    host.steps += 1
+    step = pack(draft, host.leaving)
+    runs = tuple([o[0] for o in draft.ones] + [m[0] for m in draft.many])
+    paths = tuple([run.path for run in runs])
+    before = tuple([run.path.length - 1 for run, _, _ in draft.ones] + [m[1] for m in draft.many])
+    leaving = tuple([e[0] for e in host.leaving])
+    host.leaving = []
+    for run in runs:
+        run.inflight += 1
+    for run, _, emits in draft.ones:
+        run.newest = emits
+        run.total += emits
+    for run, _, _, emits in draft.many:
+        run.newest = emits
+        run.total += emits
+    return Planned(step, runs, before, paths, leaving, walk.prompt_tokens)
+
+
+class _Walk:
+    """Where a plan stands."""
+
+    __slots__ = ("draft", "left", "prompt_tokens", "reserved", "shut")
+
+    def __init__(self, budget: int, reserved: int):
+        self.draft = Draft()
+        self.left = budget
+        """Tokens of the budget not given out."""
+        self.reserved = reserved
+        """Of those, kept for runs further on that want one token, so that prompts do not stop generation."""
+        self.prompt_tokens = 0
+        self.shut = False
+        """Nobody is admitted any more."""
+
+    def chunk(self, want: int, chunked: bool) -> int:
+        """How many of the wanted tokens of a prompt the step takes; 0 for none."""
+        room = max(self.left - self.reserved, 0)
+        if chunked:
+            return min(want, room)
+        return want if want <= room or not (self.draft.many or self.prompt_tokens) else 0
+
+
+def _advance(host: Host, walk: _Walk, run: Run) -> None:
+    """Puts a running run's next tokens into the step, if budget and blocks allow."""
+    want = run.wanted()
+    if want <= 0:
+        return
+    if want == 1:
+        walk.reserved -= 1
+        n = min(walk.left, 1)
+    else:
+        n = walk.chunk(want, host.policy.chunked)
+    if n <= 0:
+        return
+    ledger = host.ledger
+    while True:
+        try:
+            extension = ledger.extend(run.path, n)
+            break
+        except OutOfBlocks:
+            # Blocks of runs that ended come back by themselves; a run after this one gives up its own, the last first.
+            if not host.ending and host.running[-1] is not run:
+                _preempt_last(host, walk)
+                continue
+            fits = ledger.available * ledger.block + -run.path.length % ledger.block
+            if not host.policy.chunked or not 0 < fits < n:
+                return
+            n = fits
+    ledger.free(run.path)
+    run.path = extension.path
+    if extension.grown:
+        walk.draft.grow += [(run.row, column, block) for column, block in extension.grown]
+        if extension.copy:
+            walk.draft.copy += extension.copy
+    _take(host, walk, run, n)
+
+
+def _take(host: Host, walk: _Walk, run: Run, n: int) -> None:
+    """The run's path has grown by `n` tokens: counts them, publishes what is full, drafts its batch row."""
+    computed, B = run.path.length, host.ledger.block
+    walk.left -= n
+    walk.prompt_tokens += max(min(computed, run.prompt_len) - (computed - n), 0)
+    full = min(run.known, computed) // B
+    if full > run.published:
+        host.ledger.publish(run.path, run.tokens[: full * B])
+        run.published = full
+    if run.owed or computed < run.total:
+        owed = -(-run.total // B) - -(-computed // B)
+        host.owed += owed - run.owed
+        run.owed = owed
+    add(walk.draft, run, n, emits=computed == run.total < run.limit)
+
+
+def _preempt_last(host: Host, walk: _Walk) -> None:
+    last = host.running[-1]
+    walk.reserved -= last.wanted() == 1
+    preempt(host, last)
+
+
+def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bool:
+    """Gives the first waiting run a row and its first tokens; False if it has to wait, and everyone behind it.
+
+    It needs blocks for all its tokens beside what running prompts will still take, so that it is not sent back at once.
+    An `urgent` run may send back runs of strictly lower priority; none of them is in the step yet.
+    """
+    if run.inflight:  # preempted with a token on its way: the row that held it is gone, so it must be read first
+        return False
+    ledger, B, running = host.ledger, host.ledger.block, host.running
+    while not host.free_rows:
+        if not urgent or host.ending or running[-1].priority <= run.priority:
+            return False
+        _preempt_last(host, walk)
+    if walk.left - walk.reserved <= 0 and host.policy.chunked:
+        return False
+    if run.unscored():
+        # What is found in the cache is not computed, and so not scored.
+        path = ledger.match(run.tokens[: len(run.scores) + 1], run.request.salt, count=False)
+    else:
+        path = ledger.match(run.tokens[: run.known], run.request.salt, count=False)
+    base = max(path.length, run.saved)
+    n = walk.chunk(run.total - base, host.policy.chunked)
+    need = -(-run.total // B) - path.length // B
+    while running and need + host.owed + _spare(host) > ledger.available:
+        if not urgent or host.ending or running[-1].priority <= run.priority:
+            break
+        _preempt_last(host, walk)
+    alone = not running and not host.ending
+    extension = None
+    if n > 0 and (alone or need + host.owed + _spare(host) <= ledger.available):
+        extension = _extend(ledger, path, base + n - path.length)
+    if extension is None:
+        ledger.free(path)
+        return False
+    popped = heapq.heappop(host.queue)[1]
+    assert popped is run
+    host.waiting -= 1
+    if run.scheduled is None:
+        run.scheduled, run.cached = now, path.length
+        if host.policy.caching and not run.unscored():
+            ledger.queries += run.known
+            ledger.hits += path.length
+    blocks = ledger.blocks_of(extension.path)
+    if run.slots:
+        first = path.length // B
+        if path.length < run.saved:
+            walk.draft.swap_in += list(zip(run.slots[first:], blocks[first : len(run.slots)].tolist(), strict=True))
+        host.resting_slots += run.slots
+        run.slots, run.saved = (), 0
+    ledger.free(path)
+    run.path, run.status, run.row = extension.path, "running", host.free_rows.pop()
+    insort(running, run, key=key_of)
+    walk.draft.admit.append(
+        Admission(
+            row=run.row,
+            length=base,
+            blocks=blocks,
+            tokens=run.tokens[:base],
+            prompt_len=run.prompt_len,
+            sampling=run.request.sampling,
+            seed=run.seed,
+            suppress=run.suppress,
+            suppress_until=run.suppress_until,
+        )
+    )
+    _take(host, walk, run, n)
+    return True
+
+
+def _extend(ledger: Ledger, path: Path, n: int) -> Extension | None:
+    try:
+        return ledger.extend(path, n)
+    except OutOfBlocks:
+        return None
+
+
+def _spare(host: Host) -> int:
+    """Blocks left alone when a run is admitted, so that those running can grow for a while."""
+    return max(1, host.ledger.total // 100) if host.running else 0
+
+
+# --- abort, gauges ----------------------------------------------------------------------------------------------------
+
+
+def abort(host: Host, request_id: str) -> None:
+    """Ends every choice of a request, wherever it stands. Safe at any time, for unknown ids, and twice."""
+    for run in host.requests.get(request_id, ()):
+        end(host, run, "abort")
+
+
+def gauges(host: Host) -> Gauges:
+    """A reading of the scheduler; `steps` counts plans and `recompiles` is left at 0."""
+    ledger = host.ledger
+    return Gauges(
+        running=len(host.running),
+        waiting=host.waiting,
+        waiting_by_reason=(("capacity", host.waiting - host.deferred), ("deferred", host.deferred)),
+        kv_usage=ledger.held / ledger.total if ledger.total else 0.0,
+        kv_waste=ledger.waste(),
+        blocks_total=ledger.total,
+        blocks_held=ledger.held,
+        blocks_cached=ledger.cached,
+        prefix_queries=ledger.queries,
+        prefix_hits=ledger.hits,
+        preemptions=host.preemptions,
+        swaps=host.swaps,
+        rejections=host.rejections,
+        steps=host.steps,
+        recompiles=0,
+    )

@@ -1,0 +1,318 @@
+"""What the scheduler remembers: the policy it goes by, the runs it serves, and how a run ends or steps back.
+
+A *run* is one choice of a request. There are no phases: a run has `total` tokens, of which `path.length` are computed,
+and a step lets the second catch up with the first. The newest tokens may be in flight, chosen on the device but not read:
+
+    tokens   p p p p p p g g ? |         p prompt, g generated and known, ? in flight
+    known                    8 |
+    total                      9         what the next step computes is position 8, as NEWEST
+    computed (path.length)   8
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Literal
+
+import numpy as np
+
+from fnengine.host.blocks import Ledger, Path
+from fnengine.host.output import Finish, TokenLogprob
+from fnengine.host.request import Request
+
+Key = tuple[int, float, int]
+"""(priority, arrival, number): the order in which runs are served; unique."""
+
+key_of = attrgetter("key")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Sizes and costs the scheduler goes by."""
+
+    budget: int
+    """New tokens a step. Exceeded only by a single prompt longer than it when `chunked` is off."""
+    rows: int
+    """Most runs computed at once."""
+    queue: int
+    """Most waiting runs; more are refused."""
+    max_len: int
+    """Longest sequence in tokens, prompt and output together."""
+    vocab: int
+    eos: tuple[int, ...] = ()
+    caching: bool = True
+    """Reuse of computed prefixes. The ledger is built with the same value."""
+    chunked: bool = True
+    """A prompt may be computed in several steps."""
+    recompute_seconds_per_token: float = 1e-3
+    """Cost of computing a token again. The default is no measurement: 1.2 GFLOP a token (0.6e9 parameters) at 1 TFLOP/s."""
+    swap_seconds_per_block: float = 2e-4
+    """Cost of moving a block one way. The default is no measurement: 1.8 MB (16 tokens of 112 KiB) at 9 GB/s."""
+
+    def __post_init__(self):
+        assert self.budget >= 1 and self.rows >= 1 and self.queue >= 0 and self.max_len >= 2 and self.vocab >= 1
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One choice of a request on its way. Only the functions of `fnengine.host` change it."""
+
+    request: Request
+    index: int
+    """The choice, 0 <= index < n."""
+    seed: int
+    """Resolved, 64 bits, of this choice."""
+    key: Key
+    tokens: np.ndarray
+    """[capacity] int32; the first `known` are the prompt and what was generated and read."""
+    prompt_len: int
+    max_tokens: int
+    """Effective: never beyond the context."""
+    path: Path
+    """The computed tokens, those of steps in flight included."""
+    known: int
+    total: int
+    """Tokens of the sequence, those in flight included."""
+    needs: int = 0
+    """Bits of `pack`: what its sampling asks of the step that chooses a token for it."""
+    suppress: tuple[int, ...] = ()
+    suppress_until: int = 0
+    """`suppress` may not be chosen for positions before this one."""
+    status: Literal["waiting", "running", "ended"] = "waiting"
+    finish: Finish | None = None
+    row: int = -1
+    """State row while it has one; kept by an ended run until its steps in flight are committed."""
+    inflight: int = 0
+    """Steps launched and not committed."""
+    newest: bool = False
+    """The row holds the newest token already: the device chose it."""
+    owed: int = 0
+    """Blocks that the rest of its prompt will take."""
+    published: int = 0
+    """Full blocks handed to the prefix index."""
+    slots: tuple[int, ...] = ()
+    """Host slots that hold its blocks while it is swapped out."""
+    saved: int = 0
+    """Tokens of KV in `slots`."""
+    scores: list[TokenLogprob] = field(default_factory=list)
+    """Of prompt tokens 1, 2, ..., when asked for."""
+    scheduled: float | None = None
+    """First time a step held one of its tokens; seconds of the engine's clock, like the next two."""
+    first_token: float | None = None
+    last_token: float | None = None
+    preemptions: int = 0
+    cached: int = 0
+    """Prompt tokens found in the prefix cache when it was first admitted."""
+
+    @property
+    def arrival(self) -> float:
+        return self.key[1]
+
+    @property
+    def priority(self) -> int:
+        return self.key[0]
+
+    @property
+    def ended(self) -> bool:
+        return self.status == "ended"
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated and kept."""
+        return self.known - self.prompt_len
+
+    @property
+    def computed(self) -> int:
+        return self.path.length
+
+    @property
+    def limit(self) -> int:
+        """Length at which it must end."""
+        return self.prompt_len + self.max_tokens
+
+    def wanted(self) -> int:
+        """Tokens to compute now: none once everything that may be generated has been launched."""
+        return self.total - self.path.length if self.total < self.limit or not self.max_tokens else 0
+
+    def unscored(self) -> bool:
+        """Prompt log-probabilities are asked for (they are choice 0's to give) and not complete."""
+        return self.index == 0 and self.request.prompt_logprobs is not None and len(self.scores) < self.prompt_len - 1
+
+    def append(self, token: int) -> None:
+        """Adds a token that was read."""
+        if self.known == len(self.tokens):
+            grown = np.empty(min(2 * self.known, self.limit) + 1, np.int32)
+            grown[: self.known] = self.tokens
+            self.tokens = grown
+        self.tokens[self.known] = token
+        self.known += 1
+
+
+class Host:
+    """The scheduler's state, explicit and mutable: `submit`, `plan`, `commit`, `finish`, `abort` and `fail` change it.
+
+    Args:
+        ledger: the books of the device's pool.
+        rows: state rows of the device.
+        host_slots: blocks of host memory for swapping.
+        seed: root of the seeds of requests that bring none.
+    """
+
+    def __init__(self, policy: Policy, ledger: Ledger, *, rows: int, host_slots: int = 0, seed: int = 0):
+        self.policy, self.ledger, self.seed = policy, ledger, seed
+        self.rows = min(rows, policy.rows)
+        self.host_slots = host_slots
+        self.requests: dict[str, tuple[Run, ...]] = {}
+        """Requests with a choice that has not ended."""
+        self.running: list[Run] = []
+        """Runs with a row, in order of their keys."""
+        self.queue: list[tuple[Key, Run]] = []
+        """Heap of waiting runs; those that ended while waiting leave when they reach the top."""
+        self.waiting = 0
+        """Live runs in `queue`."""
+        self.deferred = 0
+        """Of those, preempted ones whose steps in flight must be read first."""
+        self.ending = 0
+        """Ended runs that keep row and blocks until their steps in flight are committed."""
+        self.owed = 0
+        """Blocks that prompts being computed will still take."""
+        self.free_rows = list(range(self.rows - 1, -1, -1))
+        self.free_slots = list(range(host_slots - 1, -1, -1))
+        self.resting_slots: list[int] = []
+        """Slots read by the last plan. A step writes slots before it reads any, so they rest until the next plan."""
+        self.leaving: list[tuple[Run, np.ndarray, tuple[int, ...]]] = []
+        """(run, blocks, slots) to swap out in the next step that is launched, before anything else."""
+        self.numbered = 0
+        """Runs submitted, ever."""
+        self.unseeded = 0
+        """Requests submitted without a seed, ever."""
+        self.preemptions = 0
+        self.swaps = 0
+        """Of the preemptions, those that saved their blocks."""
+        self.rejections = 0
+        """Requests refused because the queue was full."""
+        self.steps = 0
+        """Steps planned."""
+
+    def check(self) -> None:
+        """Asserts that rows, slots, blocks and counts balance. For tests and audits."""
+        live = [run for runs in self.requests.values() for run in runs if not run.ended]
+        running = [r for r in live if r.status == "running"]
+        assert sorted(running, key=key_of) == self.running, "running runs are not those of the requests, in order"
+        rows = [r.row for r in self.running]
+        assert len(rows) + len(self.free_rows) + self.ending == self.rows, "rows are not conserved"
+        assert len({*rows, *self.free_rows}) == len(rows) + len(self.free_rows), "a row has two owners"
+        queued = [run for _, run in self.queue if not run.ended]
+        assert len(queued) == len(live) - len(running) == self.waiting, "waiting runs are miscounted"
+        assert self.deferred == sum(1 for r in queued if r.inflight), "deferred runs are miscounted"
+        assert self.owed == sum(r.owed for r in self.running), "owed blocks are miscounted"
+        slots = [s for r in queued for s in r.slots] + self.free_slots + self.resting_slots
+        assert sorted(slots) == list(range(self.host_slots)), "host slots are not conserved"
+        # Paths of runs that are ending are not listed anywhere but in the plans in flight.
+        self.ledger.check(None if self.ending else [r.path for r in self.running])
+
+
+def enqueue(host: Host, run: Run) -> None:
+    """Puts a run among the waiting, dropping ended ones if they are the most of the heap."""
+    if len(host.queue) > 2 * host.waiting + 16:
+        host.queue = [e for e in host.queue if not e[1].ended]
+        heapq.heapify(host.queue)
+    heapq.heappush(host.queue, (run.key, run))
+    run.status = "waiting"
+    host.waiting += 1
+    host.deferred += run.inflight > 0
+
+
+def first_waiting(host: Host) -> Run | None:
+    """The waiting run to serve next, left where it is."""
+    queue = host.queue
+    while queue and queue[0][1].ended:
+        heapq.heappop(queue)
+    return queue[0][1] if queue else None
+
+
+def preempt(host: Host, run: Run) -> None:
+    """Takes row and blocks from a running run, which waits again with its tokens kept.
+
+    Its KV is saved to host memory if slots are free and moving it out and in costs less than computing it again.
+    """
+    policy, blocks = host.policy, host.ledger.blocks_of(run.path)
+    _leave(host, run)
+    computed, n = run.path.length, len(blocks)
+    move, redo = 2 * n * policy.swap_seconds_per_block, computed * policy.recompute_seconds_per_token
+    if 0 < n <= len(host.free_slots) and move < redo:
+        run.slots, run.saved = tuple(host.free_slots[-n:]), computed
+        del host.free_slots[-n:]
+        host.leaving.append((run, blocks, run.slots))
+        host.swaps += 1
+    _release(host, run)
+    host.preemptions += 1
+    run.preemptions += 1
+    enqueue(host, run)
+
+
+def end(host: Host, run: Run, reason: Finish) -> None:
+    """Ends a run; row and blocks return now, or when its steps in flight have been committed. Twice is harmless."""
+    if run.ended:
+        return
+    if run.status == "running":
+        _leave(host, run)
+        if run.inflight:
+            host.ending += 1
+        else:
+            _publish_rest(host, run, reason)
+            _release(host, run)
+    else:
+        host.waiting -= 1
+        host.deferred -= run.inflight > 0
+        drop_saved(host, run)
+    run.status, run.finish = "ended", reason
+    if all(r.ended for r in host.requests[run.request.id]):
+        del host.requests[run.request.id]
+
+
+def landed(host: Host, run: Run) -> None:
+    """Counts a step of the run as read; an ended run lets go of its row and blocks after its last one."""
+    run.inflight -= 1
+    if run.inflight:
+        return
+    if run.status == "waiting":
+        host.deferred -= 1
+    elif run.ended and run.row >= 0:
+        host.ending -= 1
+        assert run.finish is not None
+        _publish_rest(host, run, run.finish)
+        _release(host, run)
+
+
+def drop_saved(host: Host, run: Run) -> None:
+    """Forgets the KV a waiting run has in host memory."""
+    if run.slots:
+        host.leaving = [e for e in host.leaving if e[0] is not run]
+        host.free_slots += run.slots
+        run.slots, run.saved = (), 0
+
+
+def _leave(host: Host, run: Run) -> None:
+    """Out of the running, with what it owed."""
+    at = bisect_left(host.running, run.key, key=key_of)
+    assert host.running[at] is run
+    del host.running[at]
+    host.owed -= run.owed
+    run.owed = 0
+
+
+def _release(host: Host, run: Run) -> None:
+    host.ledger.free(run.path)
+    host.free_rows.append(run.row)
+    run.path, run.row = host.ledger.empty(run.request.salt), -1
+    run.newest, run.published = False, 0
+
+
+def _publish_rest(host: Host, run: Run, reason: Finish) -> None:
+    """Indexes a last full block whose newest token was not known yet when the block was filled."""
+    if reason != "error":
+        host.ledger.publish(run.path, run.tokens[: min(run.known, run.path.length)])

@@ -1,0 +1,33 @@
+"""Shared set-up: one compute thread (tiny models gain nothing from two, and lose much on a busy machine), no network."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _loopback_only():
+    """A test that would reach beyond this machine fails, naming the address."""
+    honest = socket.socket.connect
+
+    def connect(self, address):
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "localhost", "::1", "0.0.0.0"):
+            raise AssertionError(f"a test tried to reach {address}")
+        return honest(self, address)
+
+    socket.socket.connect = connect  # type: ignore[method-assign]
+    yield
+    socket.socket.connect = honest  # type: ignore[method-assign]

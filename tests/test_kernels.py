@@ -1,0 +1,491 @@
+"""Ops against their contracts, over backends and dtypes. Oracles: dense attention in float64, published Philox vectors,
+the contracts' references, and laws (a row's result is its own). Mutants at the end of each part must be caught."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import logging
+import math
+import platform
+import threading
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fnengine.kernels import BACKENDS, Backend, attention, choose, cpu, describe, native, noise, ops, philox, reference
+
+from fnengine.environment import cache_dir
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def on_this_machine(name: str, invariant: bool = False) -> list:
+    """Backends of an op that this machine's CPU supports; with `invariant` those that claim to be."""
+    fit = [b for b in BACKENDS[name] if b.supports(CPU, torch.float32) is None]
+    return [pytest.param(b, id=b.name) for b in fit if b.invariant or not invariant]
+
+
+def every_backend() -> list:
+    return [pytest.param(b, id=f"{n}-{b.name}") for n, bs in BACKENDS.items() for b in bs]
+
+
+def every_backend_and_dtype() -> list:
+    return [
+        pytest.param(b, dtype, id=f"{n}-{b.name}-{str(dtype)[6:]}")
+        for n, bs in BACKENDS.items()
+        for b in bs
+        for dtype in b.op.tolerance
+    ]
+
+
+def needs(b: Backend, dtype: torch.dtype = torch.float32) -> None:
+    if why := b.supports(CPU, dtype):
+        pytest.skip(why)
+
+
+def as_float32(x):
+    return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+# ---- contracts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend, dtype", every_backend_and_dtype())
+def test_backend_equals_reference_in_float32(backend: Backend, dtype: torch.dtype):
+    op = backend.op
+    needs(backend, dtype)
+    rtol, atol = op.tolerance[dtype]
+    for seed in (0, 1):
+        for example in op.examples(dtype, seed):
+            wanted = {
+                k: [as_float32(y) for y in v] if isinstance(v, list) else as_float32(v) for k, v in example.items()
+            }
+            wanted = copy.deepcopy(wanted)
+            before = copy.deepcopy(example)
+            got, want = backend.fn(*example.values()), op.reference(*wanted.values())
+            if want is not None:
+                assert got.dtype == (dtype if want.is_floating_point() else want.dtype)
+                torch.testing.assert_close(as_float32(got), want, rtol=rtol, atol=atol)
+            for name, value in example.items():
+                tensors = value if isinstance(value, list) else [value]
+                old = wanted[name] if name in op.mutates else before[name]
+                for new, ref in zip(tensors, old if isinstance(old, list) else [old], strict=True):
+                    if isinstance(new, torch.Tensor):
+                        assert torch.equal(as_float32(new), as_float32(ref)), f"{name} differs"
+
+
+@pytest.mark.parametrize("backend", every_backend())
+def test_registered_schema_tells_the_truth(backend: Backend):
+    """Mutation, aliasing and shapes as declared, checked by torch itself."""
+    needs(backend)
+    for example in backend.op.examples(torch.float32, 3):
+        torch.library.opcheck(backend.fn, tuple(example.values()), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_ops_survive_tracing_in_one_graph():
+    """A function over `Ops` traces without a break and gives what it gives eagerly."""
+    o = ops(CPU, torch.float32)
+    example = list(attention.PAGED_ATTENTION.examples(torch.float32, 5))[1]
+
+    def step(q, k, v, table, row, start, length, k_new, slot):
+        o.kv_write(k_new, k_new, k, v, slot)
+        return o.paged_attention(q, k, v, table, row, start, length, 0.125, 0) * 2
+
+    q, k, v, table, row, start, length = list(example.values())[:7]
+    extra = (torch.randn(3, *k.shape[2:]), torch.tensor([17, 18, 40], dtype=torch.int32))
+    arguments = (q, k, v, table, row, start, length, *extra)
+    a, b = copy.deepcopy(arguments), copy.deepcopy(arguments)
+    traced = torch.compile(step, backend="aot_eager", fullgraph=True)
+    assert torch.equal(traced(*a), step(*b))
+    assert torch.equal(a[1], b[1]) and torch.equal(a[2], b[2])
+
+
+# ---- attention --------------------------------------------------------------------------------------------------
+
+
+def dense(q, k, v, table, row, start, length, scale, window):
+    """Attention one query and head at a time in float64, straight from the definition."""
+    T, H, C = q.shape
+    B, K = k.shape[1:3]
+    out = np.zeros((T, H, C))
+    for r in range(len(length)):
+        for t in range(int(start[r]), int(start[r + 1])):
+            at = int(length[r]) - (int(start[r + 1]) - t)
+            seen = range(max(0, at - window + 1) if window else 0, at + 1)
+            slots = [(int(table[row[r], p // B]), p % B) for p in seen]
+            for h in range(H):
+                keys = np.stack([k[b, o, h // (H // K)].double().numpy() for b, o in slots])
+                values = np.stack([v[b, o, h // (H // K)].double().numpy() for b, o in slots])
+                score = keys @ q[t, h].double().numpy() * scale
+                weight = np.exp(score - score.max())
+                out[t, h] = weight / weight.sum() @ values
+    return torch.tensor(out)
+
+
+def small_examples() -> list[dict]:
+    return list(attention.PAGED_ATTENTION.examples(torch.float32, 11))[:5]
+
+
+@cache
+def dense_answers() -> list[torch.Tensor]:
+    return [dense(*e.values()) for e in small_examples()]
+
+
+def agrees_with_dense(fn) -> bool:
+    pairs = zip(small_examples(), dense_answers(), strict=True)
+    return all(torch.allclose(fn(**e).double(), want, rtol=1e-5, atol=1e-5) for e, want in pairs)
+
+
+@pytest.mark.parametrize("backend", on_this_machine("paged_attention"))
+def test_attention_equals_dense_float64(backend: Backend):
+    assert agrees_with_dense(lambda **e: backend.fn(*e.values()))
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        pytest.param(lambda e: e | {"window": 0}, id="ignores the window"),
+        pytest.param(lambda e: e | {"window": e["window"] and e["window"] + 1}, id="window is one too wide"),
+        pytest.param(lambda e: e | {"row_R": e["row_R"].roll(1)}, id="takes another row's table"),
+        pytest.param(lambda e: e | {"k_NBKC": e["k_NBKC"].flip(2)}, id="groups heads the other way round"),
+        pytest.param(lambda e: e | {"length_R": (e["length_R"] + 1)}, id="is off by one position"),
+    ],
+)
+def test_dense_oracle_catches_an_attention_that(mutate):
+    assert not agrees_with_dense(lambda **e: attention.paged_attention(**mutate(e)))
+
+
+def one_query(e: dict, r: int, t: int) -> dict:
+    """The example reduced to query t of batch row r, as a decode step would have asked it."""
+    end = int(e["start_R1"][r + 1])
+    return e | {
+        "q_THC": e["q_THC"][t : t + 1].clone(),
+        "row_R": e["row_R"][r : r + 1],
+        "start_R1": torch.tensor([0, 1], dtype=torch.int32),
+        "length_R": e["length_R"][r : r + 1] - (end - t - 1),
+    }
+
+
+def moved(e: dict, seed: int) -> dict:
+    """The example with its blocks laid out elsewhere in the pool."""
+    N = e["k_NBKC"].shape[0]
+    to = torch.cat([torch.zeros(1, dtype=torch.long), torch.randperm(N - 1, generator=torch.manual_seed(seed)) + 1])
+    k, v = torch.empty_like(e["k_NBKC"]), torch.empty_like(e["v_NBKC"])
+    k[to], v[to] = e["k_NBKC"], e["v_NBKC"]
+    return e | {"k_NBKC": k, "v_NBKC": v, "table_MP": to[e["table_MP"].long()].int()}
+
+
+def first_variation(fn, dtype: torch.dtype) -> str | None:
+    """Where a query's bits depend on its company: whole batch against the query alone, moved blocks, other threads."""
+    threads = torch.get_num_threads()
+    for n, e in enumerate(attention.PAGED_ATTENTION.examples(dtype, 21)):
+        whole = fn(**e)
+        if not torch.equal(fn(**moved(e, n)), whole):
+            return f"example {n}: blocks moved"
+        try:
+            torch.set_num_threads(1 if threads > 1 else 2)
+            if not torch.equal(fn(**e), whole):
+                return f"example {n}: number of threads"
+        finally:
+            torch.set_num_threads(threads)
+        start = e["start_R1"].tolist()
+        for r in range(len(start) - 1):
+            for t in {start[r], (start[r] + start[r + 1]) // 2, start[r + 1] - 1} if start[r + 1] > start[r] else ():
+                if not torch.equal(fn(**one_query(e, r, t))[0], whole[t]):
+                    return f"example {n}: row {r}, query {t} alone"
+    return None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", on_this_machine("paged_attention", invariant=True))
+def test_a_query_has_the_same_bits_in_any_company(backend: Backend, dtype: torch.dtype):
+    assert first_variation(lambda **e: backend.fn(*e.values()), dtype) is None
+
+
+def test_invariance_law_catches_kv_split_by_number_of_queries():
+    """A flash-decoding split whose number of parts follows the batch is right and yet not invariant."""
+
+    def split(q_THC, k_NBKC, v_NBKC, table_MP, row_R, start_R1, length_R, scale, window):
+        parts = 1 + q_THC.shape[0] % 3
+        out = torch.zeros_like(q_THC)
+        for r in range(len(length_R)):
+            a, b, n = int(start_R1[r]), int(start_R1[r + 1]), int(length_R[r])
+            at = table_MP[row_R[r]].long()
+            k, v = k_NBKC[at].flatten(0, 1)[:n], v_NBKC[at].flatten(0, 1)[:n]
+            G = q_THC.shape[1] // k.shape[1]
+            for t in range(a, b):
+                end = n - (b - t) + 1
+                begin = max(0, end - window) if window else 0
+                score = torch.einsum("hc,shc->hs", q_THC[t], k[begin:end].repeat_interleave(G, 1)) * scale
+                value = v[begin:end].repeat_interleave(G, 1)
+                pieces = [
+                    (s.logsumexp(1), torch.einsum("hs,shc->hc", s.softmax(1), w))
+                    for s, w in zip(score.chunk(parts, 1), value.chunk(parts, 0), strict=True)
+                ]
+                weight = torch.stack([p[0] for p in pieces]).softmax(0)
+                out[t] = sum(w[:, None] * p[1] for w, p in zip(weight, pieces, strict=True))
+        return out
+
+    assert agrees_with_dense(split)
+    assert first_variation(split, torch.float32) is not None
+
+
+@pytest.mark.parametrize("backend", on_this_machine("paged_attention"))
+def test_rubbish_behind_the_end_of_a_row_is_not_read(backend: Backend):
+    """A block's former owner may have left NaN where the row has no tokens yet."""
+    e = small_examples()[2]
+    want = backend.fn(*e.values())
+    B = e["k_NBKC"].shape[1]
+    k, v = torch.full_like(e["k_NBKC"], torch.nan), torch.full_like(e["v_NBKC"], torch.nan)
+    for r, n in zip(e["row_R"].tolist(), e["length_R"].tolist(), strict=True):
+        for p in range(n):
+            slot = int(e["table_MP"][r, p // B]), p % B
+            k[slot], v[slot] = e["k_NBKC"][slot], e["v_NBKC"][slot]
+    assert torch.equal(backend.fn(*(e | {"k_NBKC": k, "v_NBKC": v}).values()), want)
+
+
+@pytest.mark.parametrize("backend", on_this_machine("paged_attention"))
+def test_padding_longer_than_its_table_is_inert(backend: Backend):
+    """The null row may own more padding tokens than its table has columns for; other rows do not notice."""
+    e = small_examples()[1]
+    T, pad = e["q_THC"].shape[0], e["table_MP"].shape[1] * 16 + 5
+    table = torch.cat([e["table_MP"], torch.zeros(1, e["table_MP"].shape[1], dtype=torch.int32)])
+    padded = e | {
+        "q_THC": torch.cat([e["q_THC"], torch.randn(pad, *e["q_THC"].shape[1:])]),
+        "table_MP": table,
+        "row_R": torch.cat([e["row_R"], torch.tensor([len(table) - 1], dtype=torch.int32)]),
+        "start_R1": torch.cat([e["start_R1"], torch.tensor([T + pad], dtype=torch.int32)]),
+        "length_R": torch.cat([e["length_R"], torch.tensor([pad], dtype=torch.int32)]),
+    }
+    got, want = backend.fn(*padded.values())[:T], backend.fn(*e.values())
+    assert torch.equal(got, want) if backend.invariant else torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_native_ops_refuse_addresses_outside_of_the_pool():
+    needs(cpu.paged_attention)
+    e = small_examples()[1]
+    with pytest.raises(AssertionError, match="out of range"):
+        cpu.paged_attention.fn(*(e | {"table_MP": e["table_MP"] + 10_000}).values())
+    with pytest.raises(AssertionError, match="out of range"):
+        cpu.paged_attention.fn(*(e | {"row_R": e["row_R"] + 100}).values())
+    pool = torch.zeros(2, 16, 1, 8)
+    new = torch.ones(1, 1, 8)
+    with pytest.raises(AssertionError, match="out of range"):
+        cpu.kv_write.fn(new, new, pool, pool.clone(), torch.tensor([32], dtype=torch.int32))
+    with pytest.raises(AssertionError, match="out of range"):
+        cpu.copy_blocks.fn([pool], torch.tensor([[0, 2]], dtype=torch.int32))
+
+
+# ---- noise ------------------------------------------------------------------------------------------------------
+
+PUBLISHED = [  # counter, key, result: kat_vectors of the authors' Random123, philox4x32 with 10 rounds
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+@pytest.mark.parametrize("counter, key, result", PUBLISHED, ids=["zeros", "ones", "pi"])
+def test_philox_gives_the_published_words(counter, key, result):
+    c, k, want = (np.array([int(w, 16) for w in words.split()], np.uint32) for words in (counter, key, result))
+    assert (philox.philox4x32(c, k) == want).all()
+
+
+def test_uniforms_are_inside_the_open_interval_and_noise_is_finite():
+    """Every word's class maps inside (0, 1): the first, the last and a stride of the 2^23 values."""
+    x = np.unique(np.concatenate([np.arange(0, 2**23, 97), [1, 2, 2**23 - 2, 2**23 - 1]])).astype(np.float32)
+    u = (x + np.float32(0.5)) * np.float32(2.0**-23)
+    assert (np.diff(u) > 0).all() and u[0] > 0 and u[-1] < 1
+    log = philox.log32(u)
+    exact = np.log(u.astype(np.float64))
+    assert np.abs((log - exact) / exact).max() < 2.0**-22
+    g = -philox.log32(-log)
+    assert np.isfinite(g).all() and g.max() < 16.6356, "LARGEST_NOISE of csrc/noise.cpp"
+
+
+def test_24_bits_would_give_infinite_noise():
+    """Why the mapping takes 23 bits: the mutant rounds to 1."""
+    assert (np.float32(2**24 - 1) + np.float32(0.5)) * np.float32(2.0**-24) == 1.0
+
+
+def numpy_choice(logits: np.ndarray, T: float, seed: int, position: int, stream: int) -> int:
+    if T == 0:
+        return int(logits.argmax())
+    g = philox.gumbel(seed, position, stream, np.arange(len(logits)))
+    return int((logits / np.float32(T) + g).argmax())
+
+
+@pytest.mark.parametrize("backend", on_this_machine("gumbel_argmax"))
+@pytest.mark.parametrize("V, spread", [(5, 1.0), (1000, 0.01), (50_001, 3.0), (33_333, 20.0)])
+def test_tokens_equal_the_numpy_definition(backend: Backend, V: int, spread: float):
+    R = 24
+    g = torch.manual_seed(V)
+    logits = torch.randn(R, V, generator=g) * spread
+    logits[:, 1] = logits[:, 0]
+    logits[3, : V // 2] = -torch.inf
+    temperature = torch.tensor([0.0, 0.3, 1.0, 2.5])[torch.arange(R) % 4]
+    seed = torch.randint(-(2**62), 2**62, (R,), generator=g) * 2 + 1
+    position = torch.randint(0, 2**31 - 1, (R,), generator=g).int()
+    for stream in (0, 3):
+        token = backend.fn(logits, temperature, seed, position, stream)
+        want = [
+            numpy_choice(logits[r].numpy(), float(temperature[r]), int(seed[r]), int(position[r]), stream)
+            for r in range(R)
+        ]
+        assert token.tolist() == want
+
+
+@pytest.mark.parametrize("backend", on_this_machine("gumbel_argmax"))
+def test_ties_and_minus_infinity(backend: Backend):
+    low = -torch.inf
+    logits = torch.tensor([[1.0, 5.0, 5.0, 0.0], [low, low, low, low], [low, low, 0.0, low]]).repeat(1, 13)[:, :50]
+    logits[2] = low
+    logits[2, 31] = -1e30
+    zero, warm = torch.zeros(3), torch.ones(3)
+    where = (torch.arange(3), torch.arange(3, dtype=torch.int32), 0)
+    assert backend.fn(logits, zero, *where).tolist() == [1, 0, 31]
+    assert backend.fn(logits, warm, *where)[1:].tolist() == [0, 31]
+
+
+@pytest.mark.parametrize("backend", on_this_machine("gumbel_argmax"))
+def test_frequencies_follow_softmax(backend: Backend):
+    """Chi-square of 20000 draws over 12 tokens; a right sampler fails for one seed in a million."""
+    n, V, T = 20_000, 12, 0.8
+    logits = torch.randn(V, generator=torch.manual_seed(3)) * 1.5
+    want = (logits.double() / T).softmax(0).numpy() * n
+    token = backend.fn(
+        logits.expand(n, V).contiguous(), torch.full((n,), T), torch.arange(n) * 7919, torch.arange(n).int(), 0
+    )
+    got = np.bincount(token.numpy(), minlength=V)
+    statistic = ((got - want) ** 2 / want).sum()
+    assert statistic < 49.1  # 11 degrees of freedom: P(chi2 > 49.1) = 1e-6 (Wilson-Hilferty)
+    z = ((statistic / 11) ** (1 / 3) - (1 - 2 / 99)) / math.sqrt(2 / 99)
+    assert z > -4.8, "too good to be random"
+
+
+def test_a_token_does_not_depend_on_its_neighbours():
+    for backend in BACKENDS["gumbel_argmax"]:
+        if backend.supports(CPU, torch.float32) is None:
+            logits = torch.randn(9, 20_000, generator=torch.manual_seed(1))
+            T, seed, position = torch.linspace(0, 2, 9), torch.arange(9) * 10**15, torch.arange(9).int()
+            whole = backend.fn(logits, T, seed, position, 0)
+            for r in range(9):
+                s = slice(r, r + 1)
+                assert backend.fn(logits[s], T[s], seed[s], position[s], 0) == whole[r]
+
+
+def test_torch_noise_equals_numpy_noise():
+    g = noise.gumbel_noise(torch.tensor([2**62 + 12345, -1]), torch.tensor([0, 77], dtype=torch.int32), 5, 3000)
+    for r, (seed, position) in enumerate([(2**62 + 12345, 0), (-1, 77)]):
+        assert (g[r].numpy() == philox.gumbel(seed, position, 5, np.arange(3000))).all()
+
+
+# ---- choosing and building --------------------------------------------------------------------------------------
+
+
+def test_ops_report_what_was_chosen():
+    o = ops("cpu", torch.bfloat16)
+    assert [line[0] for line in describe(o)] == list(BACKENDS)
+    assert o.invariant == all(line[2] for line in describe(o))
+    plain = ops("cpu", torch.bfloat16, only="reference")
+    assert {line[1] for line in describe(plain)} == {"reference"} and not plain.invariant
+    assert {line[1] for line in describe(ops("cuda", torch.bfloat16))} == {"reference"}
+    with pytest.raises(LookupError, match="none is called abacus"):
+        ops("cpu", torch.bfloat16, only="abacus")
+
+
+def test_without_a_compiler_the_reference_is_chosen_and_the_remedy_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with caplog.at_level(logging.WARNING, logger="fnengine"):
+        found = native.load.__wrapped__()
+    assert found.library is None and "apt install g++" in found.reason
+    assert len(caplog.records) == 1 and "apt install g++" in caplog.text
+    monkeypatch.setattr(native, "load", lambda: found)
+    chosen = choose(BACKENDS["paged_attention"], CPU, torch.float32)
+    assert chosen.backend is reference.paged_attention
+    assert "cpu: no C++ compiler found" in chosen.reason
+
+
+@pytest.fixture
+def compiler() -> str:
+    try:
+        return native.find_compiler()
+    except native.BuildFailed as e:
+        pytest.skip(str(e))
+
+
+def test_a_failed_build_says_what_the_compiler_said(compiler, tmp_path, monkeypatch):
+    (tmp_path / "broken.cpp").write_text("int f( { }")
+    monkeypatch.setattr(native, "SOURCE", tmp_path)
+    with pytest.raises(native.BuildFailed, match=r"broken\.cpp.*error"):
+        native.build(compiler, tmp_path / "cache", native.host_isa())
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_racing_builds_leave_one_whole_file(compiler, tmp_path, monkeypatch):
+    (tmp_path / "a.cpp").write_text('extern "C" int seven() { return 7; }')
+    monkeypatch.setattr(native, "SOURCE", tmp_path)
+    made: list[Path] = []
+    threads = [
+        threading.Thread(target=lambda: made.append(native.build(compiler, tmp_path / "cache", native.host_isa())))
+        for _ in range(3)
+    ]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert len(made) == 3 and len(set(made)) == 1 and list((tmp_path / "cache").iterdir()) == made[:1]
+    assert ctypes.CDLL(str(made[0])).seven() == 7
+    (tmp_path / "a.cpp").write_text('extern "C" int seven() { return 8; }')
+    assert native.build(compiler, tmp_path / "cache", native.host_isa()) != made[0], "the key must hold the sources"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other instruction sets of x86")
+@pytest.mark.parametrize("isa", ["x86-64-v3", "x86-64"])
+def test_builds_for_lesser_processors_are_right_too(compiler, isa, monkeypatch):
+    """The AVX2 and the baseline variants, which this machine would not choose, against dense and for invariance."""
+    if isa == "x86-64-v3" and "AVX2" not in torch.backends.cpu.get_cpu_capability() + "AVX2" * (
+        "AVX512" in torch.backends.cpu.get_cpu_capability()
+    ):
+        pytest.skip("this processor has no AVX2")
+    library, _ = native.open_library(native.build(compiler, cache_dir() / "native", (f"-march={isa}",)))
+    monkeypatch.setattr(native, "load", lambda: native.Native(library, isa))
+    assert agrees_with_dense(lambda **e: cpu.paged_attention.fn(*e.values()))
+    for dtype in DTYPES:
+        assert first_variation(lambda **e: cpu.paged_attention.fn(*e.values()), dtype) is None
+        test_backend_equals_reference_in_float32(cpu.paged_attention, dtype)
+    test_tokens_equal_the_numpy_definition(cpu.gumbel_argmax, 1000, 0.01)
+    test_tokens_equal_the_numpy_definition(cpu.gumbel_argmax, 50_001, 3.0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_one_openmp_runtime_serves_torch_and_the_kernels():
+    """Two runtimes would be two pools of spinning threads on the same cores."""
+    needs(cpu.gumbel_argmax)
+    torch.randn(300, 300) @ torch.randn(300, 300)
+    R = 8
+    cpu.gumbel_argmax.fn(torch.randn(R, 20_000), torch.ones(R), torch.arange(R), torch.arange(R).int(), 0)
+    lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    names = {line[5] for line in lines if len(line) == 6}
+    runtimes = {n for n in names if Path(n).name.startswith(("libgomp", "libiomp", "libomp"))}
+    assert len(runtimes) == 1, runtimes
+    assert "threads of" in native.load().reason
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_reference_on_cuda_equals_reference_on_cpu():
+    for bs in BACKENDS.values():
+        op = bs[-1].op
+        for example in op.examples(torch.float32, 2):
+            there = {k: [y.cuda() for y in v] if isinstance(v, list) else v for k, v in example.items()}
+            there = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in there.items()}
+            got, want = bs[-1].fn(*there.values()), bs[-1].fn(*example.values())
+            if want is not None:
+                torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4)
+            for name in op.mutates:
+                a, b = there[name], example[name]
+                for x, y in zip(a, b, strict=True) if isinstance(a, list) else [(a, b)]:
+                    assert torch.equal(x.cpu(), y)
