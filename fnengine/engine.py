@@ -26,13 +26,13 @@ from fnengine.errors import DeviceFault, FnError, RequestError
 from fnengine.host import commit as committing
 from fnengine.host import plan as planning
 from fnengine.host.blocks import Ledger
-from fnengine.host.chat import Text
 from fnengine.host.commit import Event
 from fnengine.host.output import Delta, Finished, Gauges, StepFacts, Usage
 from fnengine.host.plan import Host, Planned, Policy, Run
 from fnengine.host.request import Request
 from fnengine.host.step import BLOCK, Device, Ticket
 from fnengine.host.text import Piece, TextStream
+from fnengine.host.tokenizer import Tokenizer
 from fnengine.model import Model
 from fnengine.settings import Settings
 
@@ -115,7 +115,7 @@ class Engine:
     def __init__(
         self,
         device: Device,
-        tokenizer: Text,
+        tokenizer: Tokenizer,
         policy: Policy,
         *,
         names: tuple[str, ...] = ("model",),
@@ -148,7 +148,7 @@ class Engine:
         model: Model,
         settings: Settings | None = None,
         *,
-        tokenizer: Text | None = None,
+        tokenizer: Tokenizer | None = None,
         names: tuple[str, ...] = (),
         generation_config: str = "auto",
         **options: Any,
@@ -157,7 +157,7 @@ class Engine:
         settings = settings or Settings(**options)
         built = build(model, settings)
         device = built.device
-        tokenizer = tokenizer or Text(model.tokenizer)
+        tokenizer = tokenizer or model.tokenizer
         policy = Policy(
             budget=built.mode.budget,
             rows=built.mode.rows,
@@ -220,7 +220,7 @@ class Engine:
         stops = request.stop
         text = [
             TextStream.start(
-                self.tokenizer.tokenizer,
+                self.tokenizer,
                 request.prompt,
                 stops.strings,
                 include_stop=stops.include_stop,

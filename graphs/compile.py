@@ -103,7 +103,7 @@ def compile_flat(
     digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:20]
     path = None if folder is None else folder / f"{name}-{digest}.bin"
     call, source = None, "loaded"
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _inductor_options():
         warnings.simplefilter("ignore")  # Inductor's own deprecations are not the user's business
         if path is not None and path.exists():
             call = _load(path)
@@ -118,6 +118,17 @@ def compile_flat(
     traces.seconds += seconds
     traces.log.append((name, source, seconds))
     return Artifact(call, source, seconds, digest)
+
+
+def _inductor_options() -> Any:
+    """Inductor's settings while an artifact is made or loaded.
+
+    Shapes are asserted by the caller. `vec_isa_ok` takes the processor's flags at their word: asking the compiler
+    instead costs a test program each time the cache is cold (10.8 s fell to 5.8-7.4 s for a layer on two cores).
+    """
+    from torch._inductor import config
+
+    return config.patch({"size_asserts": False, "alignment_asserts": False, "cpp.vec_isa_ok": True})
 
 
 def _load(path: Path) -> Callable[..., Any] | None:
@@ -143,9 +154,7 @@ def _compile(
     from torch._inductor import standalone_compile  # type: ignore[attr-defined]
 
     graph, fakes = trace(fn, example, dynamic)
-    options = {"size_asserts": False, "alignment_asserts": False}
-    with torch._inductor.config.patch(options):  # type: ignore[attr-defined]
-        artifact = standalone_compile(graph, fakes, dynamic_shapes="from_graph")
+    artifact = standalone_compile(graph, fakes, dynamic_shapes="from_graph")
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

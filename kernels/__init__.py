@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
+
 from fnengine.kernels import cpu, reference
 from fnengine.kernels.contract import Backend, Chosen, Contract, choose
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from fnengine.kernels.contract import Contract
 from torch import Tensor
+
+from fnengine.kernels.contract import Contract
 
 
 def _attend(q_RnHC: Tensor, k_RSKC: Tensor, v_RSKC: Tensor, end_R: Tensor, scale: float, window: int) -> Tensor:
@@ -109,8 +110,8 @@ PAGED_ATTENTION = Contract(
     length[r] - (start[r+1] - t) and sees the KV positions up to and including its own; with window > 0 only the last
     `window` of those. KV position p of batch row r lies in block table[row[r], p // B] at offset p % B (beyond the
     table, where only padding goes, its last column stands for the missing ones); the pool already holds the new tokens'
-    KV (the write of *all* rows comes first). Query head h reads KV head h // (H // K). Softmax in float32, output in the
-    dtype of q. start[r] == start[r+1] is legal: the row has no queries.
+    KV (the write of *all* rows comes first). Query head h reads KV head h // (H // K). Softmax in float32, output in
+    the dtype of q. start[r] == start[r+1] is legal: the row has no queries.
 
         start[r]        t          start[r+1]
         |---------------q---------------|           queries of row r

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fnengine.kernels import native
 from fnengine.kernels.attention import PAGED_ATTENTION
 from fnengine.kernels.contract import Backend, Contract
 from fnengine.kernels.library import register
 from fnengine.kernels.noise import GUMBEL_ARGMAX
 from fnengine.kernels.pool import COPY_BLOCKS, KV_WRITE
-from torch import Tensor
 
 CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """dtype -> its number in the library."""

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fnengine.kernels.contract import Contract
 from fnengine.kernels.philox import (
     KEY0,
@@ -18,7 +20,6 @@ from fnengine.kernels.philox import (
     ROUNDS,
     SQRT_HALF,
 )
-from torch import Tensor
 
 _LOW = 0xFFFFFFFF
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from fnengine.kernels.contract import Contract
 from torch import Tensor
+
+from fnengine.kernels.contract import Contract
 
 
 def kv_write(k_TKC: Tensor, v_TKC: Tensor, k_pool: Tensor, v_pool: Tensor, slot_T: Tensor) -> None:

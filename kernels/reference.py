@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from fnengine.kernels.attention import PAGED_ATTENTION
 from fnengine.kernels.contract import Backend, Contract
 from fnengine.kernels.library import register

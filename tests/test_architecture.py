@@ -129,7 +129,7 @@ def test_one_reader_of_the_environment(module):
 def test_the_host_imports_without_torch():
     code = (
         "import sys, fnengine.host.request, fnengine.host.blocks, fnengine.host.plan, fnengine.host.commit, "
-        "fnengine.host.text, fnengine.host.chat, fnengine.settings; sys.exit('torch' in sys.modules)"
+        "fnengine.host.text, fnengine.host.template, fnengine.settings; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
@@ -153,7 +153,8 @@ def test_packages_are_found_beside_an_unharmed_transformers(where, tmp_path):
         "import transformers, fnengine.kernels, fnengine.graphs, sys\n"
         "from transformers import AutoConfig, LlamaForCausalLM\n"
         "assert fnengine.kernels.ops and fnengine.graphs\n"
-        "assert 'contract' not in str(getattr(sys.modules.get('kernels'), '__doc__', ''))\n"
+        "from transformers.utils.import_utils import is_kernels_available\n"
+        "assert not is_kernels_available()\n"
     )
     cwd = ROOT if where == "root" else tmp_path
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, timeout=120, capture_output=True, text=True)

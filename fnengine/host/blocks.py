@@ -270,8 +270,8 @@ class Ledger:
             self._index[key] = node
 
     def unpublish(self, path: Path, from_length: int) -> set[Node]:
-        """The blocks of the path that hold tokens from `from_length` on and all indexed ones that stand on them, none of
-        them indexed any more.
+        """The blocks of the path that hold tokens from `from_length` on and all indexed ones that stand on them; they
+        are indexed no more.
 
         For tokens that were not computed after all (their step failed). The path may have been let go since. Costs
         O(index).

@@ -36,7 +36,7 @@ class Event:
 
 
 def commit(host: Host, planned: Planned, output: StepOutput, now: float) -> list[Event]:
-    """Events of a step that was read, in the order of its batch rows. Steps are committed in the order of their plans."""
+    """Events of a step that was read, in the order of its batch rows. Steps are committed in the order of plans."""
     step, events = planned.input, []
     emit, token = step.emit.tolist(), output.token[:, 0].tolist()
     assert (output.count == step.emit).all(), "the device chose other tokens than it was asked for"
@@ -44,34 +44,26 @@ def commit(host: Host, planned: Planned, output: StepOutput, now: float) -> list
         landed(host, run)
         if run.ended:
             continue
-        complete = None
         if step.ask.score is not None and run.unscored():
-            complete = _score(planned, output, r, run)
+            _score(planned, output, r, run)
         if emit[r]:
             logprobs = None
             if run.request.logprobs is not None:
                 assert output.logprobs is not None
                 logprobs = (_logprob(output.logprobs, r, token[r], run.request.logprobs),)
-            events.append(_append(host, run, token[r], logprobs, complete, now))
+            events.append(_append(host, run, token[r], logprobs, now))
         elif run.max_tokens == 0 and planned.before[r] + int(step.start[r + 1] - step.start[r]) == run.prompt_len:
             end(host, run, "length")
             events.append(Event(run, prompt_logprobs=_scores_of(run), finish="length"))
     return events
 
 
-def _append(
-    host: Host,
-    run: Run,
-    token: int,
-    logprobs: tuple[TokenLogprob, ...] | None,
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None,
-    now: float,
-) -> Event:
+def _append(host: Host, run: Run, token: int, logprobs: tuple[TokenLogprob, ...] | None, now: float) -> Event:
     """The run with one more token, ended if that was its last."""
-    first, gap = run.first_token is None, None
+    first, gap, prompt_logprobs = run.first_token is None, None, None
     if first:
         run.first_token = now
-        prompt_logprobs = prompt_logprobs or _scores_of(run)
+        prompt_logprobs = _scores_of(run)
     else:
         assert run.last_token is not None
         gap = now - run.last_token

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fnengine.host.ask import pipeline_of
 from fnengine.host.request import Sampling
 from fnengine.host.runs import Run
 from fnengine.host.step import NEWEST, PIPELINE, Admission, Ask, StepInput
@@ -18,24 +19,9 @@ _ASKS = {bits: (tuple(name for name in PIPELINE if bits & BIT[name]), bool(bits 
 
 
 def needs_of(sampling: Sampling) -> int:
-    """Bits of the processors that change this sampling's choice of token, and `NOISE` if it draws."""
-    bits = BIT["bias"] if sampling.logit_bias else 0
-    if sampling.frequency_penalty or sampling.presence_penalty or sampling.repetition_penalty != 1:
-        bits |= BIT["penalties"]
-    if sampling.temperature > 0:
-        bits |= NOISE
-        bits |= BIT["min_p"] if sampling.min_p > 0 else 0
-        bits |= BIT["top_k"] if sampling.top_k > 0 else 0
-        bits |= BIT["top_p"] if sampling.top_p < 1 else 0
-    return bits
-
-
-def pipeline_of(rows: Iterable[tuple[Sampling, bool]]) -> tuple[tuple[str, ...], bool]:
-    """(pipeline, noise) of the smallest `Ask` that serves all rows; the flag of a row says that it suppresses ids."""
-    bits = 0
-    for sampling, suppressing in rows:
-        bits |= needs_of(sampling) | (BIT["bias"] if suppressing else 0)
-    return _ASKS[bits]
+    """Bits of what one row's sampling asks of the step that chooses a token for it."""
+    names, noise = pipeline_of([(sampling, False)])
+    return sum(BIT[name] for name in names) | (NOISE if noise else 0)
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""The scheduler: `submit` queues a request, `plan` makes the next step, `abort` ends a request. Functions over a `Host`.
+"""The scheduler: `submit` queues a request, `plan` makes the next step, `abort` ends a request; over a `Host`.
 
 A plan walks the running runs in the order of their keys, which are also the order of preemption: whoever needs a block
 takes it from the end of the list, from a run that this walk has not reached. So nobody who is in the step already loses
@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fnengine.errors import ContextLengthError, OutOfBlocks, QueueFull, RequestError
+from fnengine.host.ask import pipeline_of
 from fnengine.host.blocks import Extension, Ledger, Path
 from fnengine.host.output import Gauges
-from fnengine.host.pack import Draft, add, needs_of, pack, pipeline_of
+from fnengine.host.pack import Draft, add, needs_of, pack
 from fnengine.host.request import MAX_BIAS, Request, fold_in
-from fnengine.host.runs import Host, Policy, Run, drop_saved, end, enqueue, first_waiting, key_of, preempt
+from fnengine.host.runs import Host, Policy, Run, end, enqueue, first_waiting, key_of, preempt
 from fnengine.host.step import Admission, StepInput
 
 __all__ = ["Host", "Ledger", "Planned", "Policy", "Run", "abort", "gauges", "pipeline_of", "plan", "submit"]
@@ -299,6 +300,9 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
         path = ledger.match(run.tokens[: run.known], run.request.salt, count=False)
     base = max(path.length, run.saved)
     n = walk.chunk(run.total - base, host.policy.chunked)
+    if n <= 0:
+        ledger.free(path)
+        return False
     need = -(-run.total // B) - path.length // B
     while running and need + host.owed + _spare(host) > ledger.available:
         if not urgent or host.ending or running[-1].priority <= run.priority:
@@ -306,7 +310,7 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
         _preempt_last(host, walk)
     alone = not running and not host.ending
     extension = None
-    if n > 0 and (alone or need + host.owed + _spare(host) <= ledger.available):
+    if alone or (need + host.owed + _spare(host) <= ledger.available):
         extension = _extend(ledger, path, base + n - path.length)
     if extension is None:
         ledger.free(path)

@@ -1,7 +1,7 @@
 """What the scheduler remembers: the policy it goes by, the runs it serves, and how a run ends or steps back.
 
 A *run* is one choice of a request. There are no phases: a run has `total` tokens, of which `path.length` are computed,
-and a step lets the second catch up with the first. The newest tokens may be in flight, chosen on the device but not read:
+and a step lets the second catch up with the first. The newest tokens may be in flight, chosen but not read:
 
     tokens   p p p p p p g g ? |         p prompt, g generated and known, ? in flight
     known                    8 |
@@ -48,9 +48,11 @@ class Policy:
     chunked: bool = True
     """A prompt may be computed in several steps."""
     recompute_seconds_per_token: float = 1e-3
-    """Cost of computing a token again. The default is no measurement: 1.2 GFLOP a token (0.6e9 parameters) at 1 TFLOP/s."""
+    """Cost of computing a token again. The default is no measurement: 1.2 GFLOP a token at 1 TFLOP/s,
+    a model of 0.6e9 parameters."""
     swap_seconds_per_block: float = 2e-4
-    """Cost of moving a block one way. The default is no measurement: 1.8 MB (16 tokens of 112 KiB) at 9 GB/s."""
+    """Cost of moving a block one way. The default is no measurement: 1.8 MB (16 tokens of 112 KiB, the
+    same model) at 9 GB/s."""
 
     def __post_init__(self):
         assert self.budget >= 1 and self.rows >= 1 and self.queue >= 0 and self.max_len >= 2 and self.vocab >= 1

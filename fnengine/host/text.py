@@ -77,7 +77,7 @@ class _ByteText:
         tail = b""
         for id in reversed(prompt):
             if tokenizer.shows(id, skip_special):
-                tail = tokenizer.piece_bytes(id) + tail
+                tail = tokenizer.token_bytes(id) + tail
             if len(tail) >= 4:
                 break
         here.decoder = _utf8()
@@ -93,7 +93,7 @@ class _ByteText:
     def push(self, id: int) -> str:
         if self.skip_special and id in self.tokenizer.special_ids:
             return ""
-        return self._take(self.decoder.decode(self.tokenizer.piece_bytes(id)))
+        return self._take(self.decoder.decode(self.tokenizer.token_bytes(id)))
 
     def finish(self) -> str:
         return self._take(self.decoder.decode(b"", True))

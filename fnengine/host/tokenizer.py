@@ -60,7 +60,7 @@ class Tokenizer:
     notes: tuple[str, ...] = ()
     """What the files ask for and this tokenizer does not do, one sentence each."""
     _bytes: dict[int, bytes] = field(default_factory=dict, repr=False)
-    """Memo of `piece_bytes`; every entry can be worked out again from the other fields."""
+    """Memo of `token_bytes`; every entry can be worked out again from the other fields."""
 
     @staticmethod
     def load(folder: Path | str) -> Tokenizer:
@@ -142,7 +142,7 @@ class Tokenizer:
         shown = [i for i in ids if self.shows(i, skip_special)]
         if self.decoding.kind == "window":
             return self.backend.decode(shown, skip_special_tokens=False)
-        text = b"".join(map(self.piece_bytes, shown)).decode("utf-8", "replace")
+        text = b"".join(map(self.token_bytes, shown)).decode("utf-8", "replace")
         spaces = len(text) - len(text.lstrip(" "))
         return text[min(self.decoding.strip, spaces) :]
 
@@ -150,23 +150,26 @@ class Tokenizer:
         """Whether the id takes part in decoding at all."""
         if id in self.special_ids:
             return not skip_special
-        return bool(self.piece_bytes(id)) if self.decoding.kind != "window" else self.token(id) is not None
+        return bool(self.token_bytes(id)) if self.decoding.kind != "window" else self.token(id) is not None
 
     def token(self, id: int) -> str | None:
         """The vocabulary's own spelling (`Ġthe`, `▁the`, `<0xE4>`), or None outside the vocabulary."""
         return self.backend.id_to_token(id) if 0 <= id < MAX_ID else None
 
-    def piece_bytes(self, id: int) -> bytes:
-        """The bytes that the id adds to a text; none outside the vocabulary."""
-        found = self._bytes.get(id)
-        if found is None and 0 <= id < MAX_ID:
-            found = self._bytes[id] = self._spell(id)
-        return found or b""
+    def token_bytes(self, id: int) -> bytes:
+        """The token's true bytes, which it adds to a text.
 
-    def _spell(self, id: int) -> bytes:
-        token = self.token(id)
-        if token is None:
-            return b""
+        A part of a character where it is one; special tokens as they are spelt; empty outside the vocabulary.
+        """
+        found = self._bytes.get(id)
+        if found is None:
+            token = self.token(id)
+            if token is None:
+                return b""  # not kept: callers may ask about any number
+            found = self._bytes[id] = self._spell(id, token)
+        return found
+
+    def _spell(self, id: int, token: str) -> bytes:
         if id in self.special_ids:
             return token.encode()
         if self.decoding.kind == "byte_level":
@@ -181,13 +184,9 @@ class Tokenizer:
             return token.replace("▁", " ").encode()
         return self.backend.decode([id], skip_special_tokens=False).encode()
 
-    def token_bytes(self, id: int) -> bytes:
-        """The token's true bytes, a part of a character where it is one; empty outside the vocabulary."""
-        return self.piece_bytes(id)
-
     def token_text(self, id: int) -> str:
         """The token by itself as text, its leading space kept, U+FFFD for parts of a character."""
-        return self.piece_bytes(id).decode("utf-8", "replace")
+        return self.token_bytes(id).decode("utf-8", "replace")
 
 
 @cache

@@ -1,0 +1,538 @@
+"""The scheduler on the toy device. Oracle: `toy.expected`, the tokens of each request computed for it alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from fnengine.errors import ContextLengthError, QueueFull, RequestError
+from fnengine.host import commit as committing
+from fnengine.host import plan as planning
+from fnengine.host import runs as running
+from fnengine.host.request import Request, Sampling, Stop, fold_in
+from fnengine.host.step import NEWEST
+from tests.toy import World, world
+
+RECOMPUTE = {"recompute_seconds_per_token": 0.0, "swap_seconds_per_block": 1.0}
+SWAP = {"recompute_seconds_per_token": 1.0, "swap_seconds_per_block": 0.0}
+
+
+def tokens(n: int, seed: int = 0, vocab: int = 97) -> np.ndarray:
+    return np.random.default_rng(seed).integers(6, vocab, n).astype(np.int32)
+
+
+def request(id: str, prompt, max_tokens: int | None = 4, *, temperature=0.0, seed=3, **kw) -> Request:
+    stop = kw.pop("stop", None) or Stop(max_tokens=max_tokens)
+    return Request(id, np.array(prompt, np.int32), Sampling(temperature=temperature, seed=seed), stop, **kw)
+
+
+def run_all(w: World, *requests: Request) -> World:
+    for r in requests:
+        w.submit(r)
+    w.drain()
+    for r in w.runs:
+        w.verify(r)
+        assert r.finish in ("stop", "length")
+    return w
+
+
+# --- worked by hand ---------------------------------------------------------------------------------------------------
+
+
+def test_two_tokens_worked_by_hand():
+    # digest: 11 -> 12, 20 -> 31*12 + 21 = 393. chosen = 7 + 1*11 + 2*20 + 393 = 451 = 63 mod 97.
+    # then 63 -> 31*393 + 64 = 12247; chosen = 7 + 51 + 3*63 + 12247 = 12494 = 78 mod 97.
+    w = world()
+    (run,) = w.submit(request("a", [11, 20], 2))
+    w.drain()
+    assert run.tokens[: run.known].tolist() == [11, 20, 63, 78]
+    assert (run.generated, run.finish, w.device.launches) == (2, "length", 2)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_decoding_runs_come_first_and_take_the_newest_token(depth):
+    w = world(depth=depth, budget=8)
+    w.submit(request("a", tokens(4), 30, stop=Stop(max_tokens=30, ignore_eos=True)))
+    w.tick()
+    w.submit(request("b", tokens(20, 1), 3))
+    plans = []
+    w.watch = plans.append
+    w.tick()
+    step = plans[0].input
+    assert step.token[0] == NEWEST and step.start.tolist() == [0, 1, 8]  # 1 of a's, then 7 of b's prompt
+    assert step.emit.tolist() == [1, 0]
+    w.drain()
+    for r in w.runs:
+        w.verify(r)
+
+
+def test_choices_of_one_request_share_blocks_within_one_step():
+    w = world(blocks=16, budget=200)
+    plans = []
+    w.watch = plans.append
+    runs = w.submit(request("a", tokens(40), 3, n=3, temperature=1.0))
+    w.tick()
+    step = plans[0].input
+    # 40 tokens for choice 0; the others find its two full blocks, published by this same plan, and compute 8.
+    assert np.diff(step.start).tolist() == [40, 8, 8]
+    assert [a.length for a in step.admit] == [0, 32, 32]
+    first = step.admit[0].blocks[:2].tolist()
+    assert all(a.blocks[:2].tolist() == first for a in step.admit)
+    assert w.host.ledger.held == 2 + 3
+    w.drain()
+    assert len({tuple(w.records[id(r)].tokens) for r in runs}) > 1, "choices draw with seeds of their own"
+    for r in runs:
+        w.verify(r)
+    assert [r.cached for r in runs] == [0, 32, 32]
+
+
+def test_a_later_request_finds_the_generated_text_too():
+    w = world()
+    (a,) = w.submit(request("a", tokens(20), stop=Stop(max_tokens=20, ignore_eos=True)))
+    w.drain()
+    chat = [*a.tokens[: a.known].tolist(), 9, 9]
+    (b,) = w.submit(request("b", chat, 2))
+    w.drain()
+    w.verify(b)
+    assert b.cached == 32  # 39 tokens of a are computed, two full blocks of them indexed
+    assert (w.host.ledger.queries, w.host.ledger.hits) == (20 + 42, 32)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_prompt_logprobs_are_complete_and_skip_the_cache(depth):
+    w = world(depth=depth, budget=24)
+    p = tokens(50)
+    run_all(w, request("warm", p, 2))
+    run_all(w, request("a", p, 3, prompt_logprobs=2, logprobs=1), request("b", p, 0, prompt_logprobs=0))
+    a, b = w.runs[1:]
+    assert (a.cached, b.cached) == (0, 0)
+    assert w.records[id(b)].tokens == [] and b.finish == "length" and w.records[id(b)].events == 1
+
+
+def test_a_request_of_no_tokens_ends_after_its_prompt():
+    w = run_all(world(budget=16), request("a", tokens(40), 0))
+    assert w.device.launches == 3 and w.records[id(w.runs[0])].events == 1
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_min_tokens_stop_ids_and_ignore_eos(depth):
+    p = tokens(5, 4)
+    free = run_all(world(depth=depth, eos=()), request("a", p, 12)).runs[0]
+    third = int(free.tokens[len(p) + 2])
+    stop = run_all(world(depth=depth, eos=()), request("a", p, stop=Stop(max_tokens=12, ids=(third,)))).runs[0]
+    assert (stop.generated, stop.finish) == (3, "stop")
+    eos = run_all(world(depth=depth, eos=(third,)), request("a", p, 12)).runs[0]
+    assert (eos.generated, eos.finish) == (3, "stop")
+    ignored = Stop(max_tokens=12, ignore_eos=True)
+    assert run_all(world(depth=depth, eos=(third,)), request("a", p, stop=ignored)).runs[0].generated == 12
+    late = run_all(world(depth=depth, eos=(third,)), request("a", p, stop=Stop(max_tokens=12, min_tokens=6))).runs[0]
+    assert late.generated >= 6 and late.tokens[len(p) + 2] == third + 1, "suppressed: the next id instead"
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_stop_found_in_the_text_drops_the_token_in_flight(depth):
+    w = world(depth=depth)
+
+    def third(event):
+        if event.run.generated == 3:
+            committing.finish(w.host, event.run, "stop")
+
+    w.after = third
+    (run,) = w.submit(request("a", tokens(30), 12))
+    w.drain()
+    assert len(w.records[id(run)].tokens) == run.generated == 3
+    assert w.device.launches == 3 + depth  # at depth 1 a fourth step was on its way, and was dropped
+    assert run.row == -1 and run.path.length == 0
+
+
+def test_the_context_ends_a_run_and_the_last_token_is_never_computed():
+    w = run_all(world(max_len=32, blocks=3), request("a", tokens(20), None, stop=Stop(ignore_eos=True)))
+    assert w.runs[0].known == 32 and w.device.state[0].length == 31
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_refusals_say_what_and_leave_nothing_behind():
+    w = world(max_len=64, blocks=3, queue=2)  # a pool of 32 tokens serves sequences of 33
+    with pytest.raises(ContextLengthError, match=r"64 tokens, the context holds 64"):
+        w.submit(request("a", tokens(64), 4))
+    with pytest.raises(ContextLengthError, match=r"30 prompt tokens and 20 .* holds a sequence of 33"):
+        w.submit(request("a", tokens(30), 20))
+    with pytest.raises(ContextLengthError, match="holds a sequence of 33"):
+        w.submit(request("a", tokens(40), None))
+    for bad in ([], [97], [-1]):
+        with pytest.raises(RequestError) as e:
+            w.submit(request("a", bad))
+        assert e.value.param == "prompt"
+    with pytest.raises(RequestError) as e:
+        w.submit(request("a", [1], n=0))
+    assert e.value.param == "n"
+    with pytest.raises(RequestError, match="min_tokens"):
+        w.submit(request("a", tokens(30), stop=Stop(min_tokens=10)))
+    w.submit(request("a", tokens(4)))
+    w.submit(request("b", tokens(4)))
+    with pytest.raises(QueueFull):
+        w.submit(request("c", tokens(4)))
+    assert planning.gauges(w.host).rejections == 1
+    assert w.submit(request("d", tokens(4), n=1)) if w.tick() else None
+    w.drain()
+
+
+def test_the_rest_of_the_context_is_what_the_pool_can_hold():
+    w = run_all(world(max_len=64, blocks=3), request("a", tokens(30), stop=Stop(ignore_eos=True)))
+    assert w.runs[0].known == 33
+
+
+def test_seeds_come_from_the_root_in_order_of_submission():
+    w = world(seed=11)
+    a = w.submit(request("a", [7], seed=None, n=2))
+    w.submit(request("b", [7], seed=5))
+    (c,) = w.submit(request("c", [7], seed=None))
+    assert [r.seed for r in a] == [fold_in(11, 1), fold_in(fold_in(11, 1), 1)]
+    assert c.seed == fold_in(11, 2)
+    assert w.runs[2].seed == 5
+
+
+# --- preemption -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("costs", [RECOMPUTE, SWAP], ids=["recompute", "swap"])
+def test_a_pool_too_small_for_both_sends_the_later_back(depth, costs):
+    w = world(depth=depth, blocks=7, host_slots=8, **costs)
+    stop = Stop(max_tokens=50, ignore_eos=True)
+    run_all(w, request("a", tokens(20), stop=stop), request("b", tokens(20, 1), stop=stop))
+    a, b = w.runs
+    assert (a.preemptions, b.preemptions > 0) == (0, True)
+    assert w.host.preemptions == b.preemptions
+    assert w.host.swaps == (b.preemptions if costs is SWAP else 0)
+    assert a.last_token < b.last_token
+
+
+def test_swapping_needs_slots_and_falls_back_to_recompute():
+    w = world(blocks=7, host_slots=1, **SWAP)
+    stop = Stop(max_tokens=50, ignore_eos=True)
+    run_all(w, request("a", tokens(20), stop=stop), request("b", tokens(20, 1), stop=stop))
+    assert w.host.preemptions > 0 and w.host.swaps == 0
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_an_urgent_request_takes_the_place_of_a_less_urgent_one(depth):
+    w = world(depth=depth, rows=1)
+    stop = Stop(max_tokens=30, ignore_eos=True)
+    (slow,) = w.submit(request("slow", tokens(20), stop=stop, priority=1))
+    (same,) = w.submit(request("same", tokens(20, 2), 3, priority=1))
+    for _ in range(4):
+        w.tick()
+    (urgent,) = w.submit(request("urgent", tokens(20, 1), 5, priority=0))
+    w.drain()
+    assert slow.preemptions == 1 and urgent.preemptions == 0
+    assert urgent.last_token < slow.last_token < same.scheduled
+    for r in w.runs:
+        w.verify(r)
+
+
+def test_requests_of_equal_priority_never_send_each_other_back_to_get_in():
+    w = world(rows=1)
+    (a,) = w.submit(request("a", tokens(20), 10))
+    w.tick()
+    w.submit(request("b", tokens(20, 1), 3))
+    w.drain()
+    assert a.preemptions == 0
+
+
+# --- aborts and faults ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("when", range(6))
+def test_abort_at_any_time_and_twice(depth, when):
+    w = world(depth=depth, budget=16, blocks=12)
+    w.submit(request("a", tokens(40), 20, n=2))
+    w.submit(request("b", tokens(40, 1), 8))
+    for _ in range(when):
+        w.tick()
+    w.abort("a")
+    w.abort("a")
+    w.abort("nobody")
+    w.drain()
+    for r in w.runs:
+        w.verify(r)
+    assert [r.finish for r in w.runs[:2]] == ["abort", "abort"] and w.runs[2].finish in ("stop", "length")
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("at", range(8))
+@pytest.mark.parametrize("costs", [RECOMPUTE, SWAP], ids=["recompute", "swap"])
+def test_a_fault_ends_its_runs_and_leaves_no_trace(depth, at, costs):
+    w = world(depth=depth, blocks=9, budget=24, host_slots=8, fail_at=(at,), **costs)
+    stop = Stop(max_tokens=30, ignore_eos=True)
+    shared = tokens(32)
+    for i in range(4):
+        w.submit(request(f"r{i}", [*shared.tolist(), i], stop=stop))
+    w.device.ledger = None  # between a fault and its commit the index is ahead of the pool
+    w.drain()
+    assert any(r.finish == "error" for r in w.runs)
+    for r in w.runs:
+        w.verify(r)
+        assert (r.finish == "error") == (w.records[id(r)].finish == "error")
+    w.device.check_index(w.host.ledger)
+    (late,) = w.submit(request("late", [*shared.tolist(), 50], 5))
+    w.drain()
+    w.verify(late)
+    assert late.finish in ("stop", "length")
+
+
+# --- cost and waste ---------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_does_not_look_at_the_queue():
+    w = world(rows=2)
+    for i in range(300):
+        w.submit(request(f"r{i}", tokens(8, i), 8))
+    w.tick()
+
+    class Watched(list):
+        looked = 0
+
+        def __getitem__(self, i):
+            Watched.looked += 1
+            return super().__getitem__(i)
+
+        def __iter__(self):
+            raise AssertionError("the plan walks through the queue")
+
+    heap = w.host.queue
+    w.host.queue = Watched(heap)
+    planning.plan(w.host, 2.0)
+    assert Watched.looked < 10
+
+
+def test_waste_of_lognormal_lengths_is_under_four_percent():
+    rng = np.random.default_rng(5)
+    sigma = 0.8
+    lengths = rng.lognormal(np.log(512) - sigma**2 / 2, sigma, 96).astype(int).clip(20, 2000)
+    w = world(rows=32, blocks=2048, max_len=2048, budget=4096)
+    w.device.ledger = None  # comparing the whole index after each of 2,000 steps takes a minute
+    waste = []
+    w.audit = lambda: None
+    for i, n in enumerate(lengths.tolist()):
+        out = min(n // 4 + 1, 60)
+        w.submit(request(f"r{i}", tokens(n - out, i), stop=Stop(max_tokens=out, ignore_eos=True)))
+    while w.tick():
+        if w.host.running:
+            waste.append(planning.gauges(w.host).kv_waste)
+            by_hand = [r.path.length for r in w.host.running]
+            need, have = sum(by_hand), 16 * sum(-(-n // 16) for n in by_hand)
+            assert waste[-1] == pytest.approx((have - need) / have)
+    assert 350 < lengths.mean() < 700
+    assert 0 < np.mean(waste) < 0.04
+
+
+# --- random traces ----------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def traces(draw):
+    """Sizes of a world, and what happens at which tick."""
+    max_len = draw(st.integers(40, 110))
+    sizes = {
+        "depth": draw(st.integers(0, 1)),
+        "rows": draw(st.integers(1, 5)),
+        "max_len": max_len,
+        "blocks": 1 + draw(st.integers(-(-max_len // 16), 14)),
+        "host_slots": draw(st.sampled_from([0, 3, 20])),
+        "caching": draw(st.booleans()),
+        "chunked": draw(st.integers(0, 3)) > 0,
+        **draw(st.sampled_from([RECOMPUTE, SWAP, {}])),
+    }
+    sizes["budget"] = draw(st.integers(sizes["rows"], 64))
+    events = []
+    for i in range(draw(st.integers(1, 9))):
+        shared = draw(st.integers(0, 3))
+        own = draw(st.integers(0 if shared else 1, 20))
+        prompt = np.concatenate([tokens(16 * shared, 1000), tokens(own, draw(st.integers(0, 3)))])
+        prompt = prompt[: max_len - 1]
+        most = draw(st.one_of(st.none(), st.integers(0, 40)))
+        stop = Stop(
+            max_tokens=most,
+            min_tokens=draw(st.integers(0, min(5, most or 0))) if len(prompt) + 5 < max_len else 0,
+            ids=draw(st.sampled_from([(), (8,), (9, 40)])),
+            ignore_eos=draw(st.booleans()),
+        )
+        r = request(
+            f"r{i}",
+            prompt,
+            stop=stop,
+            temperature=draw(st.sampled_from([0.0, 1.0])),
+            seed=draw(st.integers(0, 50)),
+            n=draw(st.sampled_from([1, 1, 1, 2, 4])),
+            priority=draw(st.sampled_from([0, 0, 0, 1, -1])),
+            logprobs=draw(st.sampled_from([None, None, 0, 2])),
+            prompt_logprobs=draw(st.sampled_from([None, None, None, 1])),
+        )
+        at = draw(st.integers(0, 40))
+        events.append((at, i, "submit", r))
+        if draw(st.integers(0, 4)) == 0:
+            events.append((at + draw(st.integers(0, 20)), i, "abort", r.id))
+    return sizes, sorted(events, key=lambda e: e[:3][::1] if e[2] == "submit" else (e[0], e[1], "z"))
+
+
+def play(trace) -> World:
+    """Runs a trace to its end, checking what must hold of every one."""
+    sizes, events = trace
+    w = world(**sizes)
+    todo = list(events)
+    reached: dict[int, float] = {}
+
+    def in_order(planned) -> None:
+        """Nobody is scheduled for the first time while someone before it has been waiting for that since earlier."""
+        step = planned.input
+        assert sum(len(p) > 0 for p in [step.token]) and len(step.row) <= sizes["rows"]
+        if sizes["chunked"]:
+            assert len(step.token) <= sizes["budget"]
+        for run in planned.runs:
+            reached.setdefault(id(run), w.now)
+        new = [r for r in planned.runs if r.scheduled == w.now]
+        for run in new:
+            behind = [r for r in w.runs if not r.ended and r.key < run.key and id(r) not in reached]
+            assert not behind, "a run was overtaken"
+
+    w.watch = in_order
+    while todo or w.host.requests or w.flight:
+        while todo and todo[0][0] <= w.now:
+            _, _, what, value = todo.pop(0)
+            if what == "submit":
+                w.submit(value)
+            else:
+                w.abort(value)
+        w.tick()
+        assert w.now < 5000, "no progress"
+    w.drain()
+    for run in w.runs:
+        assert run.ended
+        w.verify(run)
+        assert (run.generated, run.row, run.inflight, run.slots) == (len(w.records[id(run)].tokens), -1, 0, ())
+    return w
+
+
+LAWS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+
+
+@settings(max_examples=150, **LAWS)
+@given(traces())
+def test_every_trace_gives_everyone_their_own_tokens(trace):
+    play(trace)
+
+
+# --- mutants ----------------------------------------------------------------------------------------------------------
+
+
+def keep_dropped(monkeypatch):
+    """A commit that takes the token of a run that ended while it was in flight."""
+    real = committing.landed
+
+    def landed(host, run):
+        real(host, run)
+        if run.finish == "stop":
+            run.status = "running"
+
+    monkeypatch.setattr(committing, "landed", landed)
+
+
+def forget_growth(monkeypatch):
+    """A plan that does not tell the device of new blocks."""
+    real = planning.pack
+
+    def pack(draft, leaving):
+        draft.grow.clear()
+        return real(draft, leaving)
+
+    monkeypatch.setattr(planning, "pack", pack)
+
+
+def forget_swap_in(monkeypatch):
+    """A plan that resumes a run without bringing its KV back."""
+    real = planning.pack
+
+    def pack(draft, leaving):
+        draft.swap_in.clear()
+        return real(draft, leaving)
+
+    monkeypatch.setattr(planning, "pack", pack)
+
+
+def slots_at_once(monkeypatch):
+    """Host slots that are handed out again in the step that reads them."""
+    real = planning._admit
+
+    def admit(host, walk, run, now, *, urgent):
+        done = real(host, walk, run, now, urgent=urgent)
+        host.free_slots += host.resting_slots
+        host.resting_slots.clear()
+        return done
+
+    monkeypatch.setattr(planning, "_admit", admit)
+
+
+def leak_on_preemption(monkeypatch):
+    """A preemption that keeps its blocks."""
+    real = running._release
+
+    def release(host, run):
+        if run.preemptions == 0 and not run.ended:
+            host.ledger.share(run.path)
+        real(host, run)
+
+    monkeypatch.setattr(running, "_release", release)
+
+
+def resume_at_once(monkeypatch):
+    """A preempted run that is admitted again before its token in flight was read."""
+    real = planning._admit
+
+    def admit(host, walk, run, now, *, urgent):
+        if run.inflight:
+            run = dataclasses.replace(run, inflight=0) if False else run
+            kept, run.inflight, run.total = run.inflight, 0, run.known
+            done = real(host, walk, run, now, urgent=urgent)
+            run.inflight += kept
+            return done
+        return real(host, walk, run, now, urgent=urgent)
+
+    monkeypatch.setattr(planning, "_admit", admit)
+
+
+def publish_unknown(monkeypatch):
+    """A plan that publishes blocks whose newest token is not known yet."""
+    real = planning._take
+
+    def take(host, walk, run, n):
+        if run.path.length % 16 == 0:
+            known = np.zeros(run.path.length, np.int32)
+            known[: run.known] = run.tokens[: run.path.length][: run.known]
+            host.ledger.publish(run.path, known)
+        real(host, walk, run, n)
+
+    monkeypatch.setattr(planning, "_take", take)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [keep_dropped, forget_growth, forget_swap_in, leak_on_preemption, resume_at_once, publish_unknown, slots_at_once],
+)
+def test_broken_schedulers_are_caught(mutant, monkeypatch):
+    mutant(monkeypatch)
+
+    @settings(max_examples=400, derandomize=True, database=None, phases=[Phase.generate], **LAWS)
+    @given(traces())
+    def game(trace):
+        play(trace)
+
+    with pytest.raises((AssertionError, IndexError, KeyError, ExceptionGroup)):
+        game()

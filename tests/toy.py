@@ -1,0 +1,412 @@
+"""A device whose tokens can be worked out by hand, and the tokens a request must get from it.
+
+The pool holds, for every token, its id and a digest of all tokens up to it, as real KV does in its own way:
+
+    digest_i = (31 * digest_{i-1} + token_i + 1) mod 65521,   digest_{-1} = 0
+    chosen   = (7 + sum of (i+1) * token_i + digest_last + noise) mod vocab,   noise = seed * position if it samples
+
+Both are read back through the row's block table, so a wrong block, copy, table edit, swap or order changes tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fnengine.host import commit as committing
+from fnengine.host import plan as planning
+from fnengine.host.blocks import Ledger
+from fnengine.host.commit import Event
+from fnengine.host.plan import Host, Planned, Policy
+from fnengine.host.request import Request, Sampling, fold_in
+from fnengine.host.runs import Run
+from fnengine.host.step import BLOCK, NEWEST, Admission, Scores, StepInput, StepOutput
+
+EMPTY = -7
+"""In a slot nobody wrote."""
+
+
+def digest(before: int, token: int) -> int:
+    return (31 * before + token + 1) % 65521
+
+
+def choose(tokens: np.ndarray, last_digest: int, sampling: Sampling, seed: int, vocab: int) -> int:
+    """The token that follows `tokens`, before suppression."""
+    total = 7 + int((np.arange(1, len(tokens) + 1) * tokens).sum()) + last_digest
+    if sampling.temperature > 0:
+        total += (seed % 1009) * len(tokens)
+    return total % vocab
+
+
+def allowed(token: int, suppress: tuple[int, ...], vocab: int) -> int:
+    """The next token id, cyclically, that is not suppressed."""
+    while token in suppress:
+        token = (token + 1) % vocab
+    return token
+
+
+def score(prefix: np.ndarray, token: int) -> float:
+    """The made-up log-probability of `token` after `prefix`."""
+    return -float((int(prefix.sum()) * 3 + token * 5) % 997) / 8
+
+
+@dataclass
+class Ticket:
+    output: StepOutput
+    error: Exception | None = None
+
+    def read(self) -> StepOutput:
+        if self.error is not None:
+            raise self.error
+        return self.output
+
+
+@dataclass
+class _Row:
+    length: int = 0
+    newest: int = EMPTY
+    admitted: Admission | None = None
+
+
+class ToyDevice:
+    """Implements `host.step.Device` with NumPy, and asserts what every real device may rely on.
+
+    Args:
+        ledger: when given, every indexed block is compared with the pool after every step.
+        fail_at: numbers of launches (from 0) whose ticket raises when read, leaving the step undone.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int = 0,
+        blocks: int = 32,
+        rows: int = 4,
+        max_len: int = 128,
+        host_slots: int = 0,
+        vocab: int = 97,
+        ledger: Ledger | None = None,
+        fail_at: tuple[int, ...] = (),
+    ):
+        self.depth, self.blocks, self.rows, self.max_len, self.host_slots = depth, blocks, rows, max_len, host_slots
+        self.vocab, self.ledger, self.fail_at = vocab, ledger, fail_at
+        self.pool = np.full((blocks, BLOCK, 2), EMPTY, np.int64)
+        self.host = np.full((host_slots, BLOCK, 2), EMPTY, np.int64)
+        self.table = np.zeros((rows, -(-max_len // BLOCK)), np.int32)
+        self.state = [_Row() for _ in range(rows)]
+        self.launches = 0
+        self.copies = 0
+
+    def launch(self, step: StepInput) -> Ticket:
+        self.launches += 1
+        self._check_shapes(step)
+        if self.launches - 1 in self.fail_at:
+            R = len(step.row)
+            return Ticket(StepOutput(np.zeros((R, 1), np.int32), step.emit), RuntimeError("the toy broke"))
+        self._edit(step)
+        spans = self._write(step)
+        output = self._choose(step, spans)
+        if self.ledger is not None:
+            self.check_index(self.ledger)
+        return Ticket(output)
+
+    def _check_shapes(self, step: StepInput) -> None:
+        R, T = len(step.row), len(step.token)
+        assert R > 0 and len(step.start) == R + 1 and step.start[0] == 0 and step.start[-1] == T
+        assert (np.diff(step.start) > 0).all(), "a batch row without tokens"
+        assert len(set(step.row.tolist())) == R, "a state row twice in one step"
+        assert ((step.row >= 0) & (step.row < self.rows)).all()
+        for name in ("row", "start", "token", "emit", "copy", "grow"):
+            assert getattr(step, name).dtype == np.int32, name
+
+    def _edit(self, step: StepInput) -> None:
+        """Swaps, admissions, table growth and copies, each group in parallel, the groups in the device's order."""
+        sources = set(step.copy[:, 0].tolist())
+        targets: list[int] = []
+        if step.swap_out is not None:
+            slots = step.swap_out[:, 1]
+            assert len(set(slots.tolist())) == len(slots), "a host slot written twice in one step"
+            self.host[slots] = self.pool[step.swap_out[:, 0]]
+        if step.swap_in is not None:
+            targets += step.swap_in[:, 1].tolist()
+            self.pool[step.swap_in[:, 1]] = self.host[step.swap_in[:, 0]]
+        for a in step.admit:
+            assert len(a.tokens) == a.length <= len(a.blocks) * BLOCK
+            self.table[a.row] = 0
+            self.table[a.row, : len(a.blocks)] = a.blocks
+            self.state[a.row] = _Row(a.length, EMPTY, a)
+        for row, column, block in step.grow.tolist():
+            self.table[row, column] = block
+        targets += step.copy[:, 1].tolist()
+        self.copies += len(step.copy)
+        assert len(set(targets)) == len(targets), "two swap-ins or copies into one block"
+        assert not sources & set(targets), "a block is source and target of parallel copies"
+        self.pool[step.copy[:, 1]] = self.pool[step.copy[:, 0]]
+
+    def _write(self, step: StepInput) -> list[tuple[int, int, int]]:
+        """Every row's new tokens into the pool: all ids first, as all rows' KV is written before any is read."""
+        spans, written = [], set()
+        for r, row in enumerate(step.row.tolist()):
+            state = self.state[row]
+            tokens = step.token[step.start[r] : step.start[r + 1]].astype(np.int64)
+            if (tokens == NEWEST).any():
+                assert len(tokens) == 1 and state.newest != EMPTY, "NEWEST in a row whose newest token is unknown"
+                tokens = np.array([state.newest])
+            for i, token in enumerate(tokens.tolist(), state.length):
+                assert i < self.max_len
+                slot = (int(self.table[row, i // BLOCK]), i % BLOCK)
+                assert slot[0] != 0, "a write to the null block"
+                assert slot not in written, "a slot written by two rows in one step"
+                written.add(slot)
+                self.pool[slot] = token, EMPTY
+            spans.append((row, state.length, state.length + len(tokens)))
+            state.length += len(tokens)
+        # A reader of blocks written in this same step starts after their writer.
+        for row, first, end in sorted(spans, key=lambda s: s[1]):
+            before = 0
+            if first:
+                at = first - 1
+                before = int(self.pool[self.table[row, at // BLOCK], at % BLOCK, 1])
+                assert before != EMPTY, "a row stands on a slot nobody wrote"
+            for i in range(first, end):
+                slot = self.table[row, i // BLOCK], i % BLOCK
+                before = digest(before, int(self.pool[slot][0]))
+                self.pool[(*slot, 1)] = before
+        return spans
+
+    def read_row(self, row: int, length: int) -> np.ndarray:
+        """[length, 2] token ids and digests of the row, through its table."""
+        columns = -(-length // BLOCK)
+        kv = self.pool[self.table[row, :columns]].reshape(-1, 2)[:length]
+        assert (kv >= 0).all(), "a row reads a slot nobody wrote"
+        return kv
+
+    def _choose(self, step: StepInput, spans: list[tuple[int, int, int]]) -> StepOutput:
+        R, T = len(spans), len(step.token)
+        token = np.full((R, 1), EMPTY, np.int32)
+        logprobs = None if step.ask.logprobs is None else _no_scores(R, step.ask.logprobs)
+        scores = None if step.ask.score is None else _no_scores(T, step.ask.score)
+        for r, (row, first, end) in enumerate(spans):
+            kv = self.read_row(row, end)
+            if step.emit[r]:
+                a = self.state[row].admitted
+                assert a is not None and step.ask.sample
+                assert a.sampling.temperature == 0 or step.ask.noise, "a sampling row in a step without noise"
+                t = choose(kv[:, 0], int(kv[-1, 1]), a.sampling, a.seed, self.vocab)
+                if end < a.suppress_until:
+                    assert "bias" in step.ask.pipeline, "a row suppresses ids in a step without bias"
+                    t = allowed(t, a.suppress, self.vocab)
+                token[r] = self.state[row].newest = t
+                if logprobs is not None:
+                    _fill(logprobs, r, kv[:, 0], t)
+            else:
+                self.state[row].newest = EMPTY
+            if scores is not None:
+                assert step.target is not None
+                for t in range(step.start[r], step.start[r + 1]):
+                    if step.target[t] >= 0:
+                        _fill(scores, t, kv[: first + t - step.start[r] + 1, 0], int(step.target[t]))
+        return StepOutput(token, step.emit.copy(), logprobs, scores)
+
+    def check_index(self, ledger: Ledger) -> None:
+        """Asserts that every indexed block holds exactly what the index says, on top of the right prefix."""
+        for (_, _, ids), node in ledger._index.items():
+            block = self.pool[node.block]
+            assert (block[:, 0] == np.frombuffer(ids, np.int32)).all(), f"{node} does not hold its tokens"
+            before = 0 if node.parent is None else int(self.pool[node.parent.block, -1, 1])
+            for token, d in block.tolist():
+                before = digest(before, token)
+                assert before == d, f"{node} was computed on another prefix"
+
+
+def _no_scores(n: int, k: int) -> Scores:
+    return Scores(np.zeros(n, np.float32), np.zeros((n, k), np.int32), np.zeros((n, k), np.float32))
+
+
+def _fill(scores: Scores, at: int, prefix: np.ndarray, token: int) -> None:
+    k = scores.top.shape[1]
+    scores.chosen[at] = score(prefix, token)
+    scores.top_ids[at] = np.arange(k)
+    scores.top[at] = [score(prefix, i) for i in range(k)]
+
+
+# --- the oracle -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Expected:
+    tokens: tuple[int, ...]
+    finish: str
+    logprobs: tuple[float, ...]
+    prompt_logprobs: tuple[float, ...]
+
+
+def expected(request: Request, index: int, seed: int, max_tokens: int, policy: Policy) -> Expected:
+    """What the choice must get, computed for it alone with a list of tokens and nothing else."""
+    stop, tokens = request.stop, [int(t) for t in request.prompt]
+    n, logprobs, finish = len(tokens), [], "length"
+    eos = () if stop.ignore_eos else policy.eos
+    while len(tokens) - n < max_tokens:
+        d = 0
+        for t in tokens:
+            d = digest(d, t)
+        token = choose(np.array(tokens), d, request.sampling, fold_in(seed, index), policy.vocab)
+        if len(tokens) - n < stop.min_tokens:
+            token = allowed(token, (*eos, *stop.ids), policy.vocab)
+        logprobs.append(score(np.array(tokens), token))
+        tokens.append(token)
+        if token in eos or token in stop.ids:
+            finish = "stop"
+            break
+    prompt = np.array(tokens[:n])
+    return Expected(
+        tuple(tokens[n:]),
+        finish,
+        tuple(logprobs),
+        tuple(score(prompt[:i], int(prompt[i])) for i in range(1, n)),
+    )
+
+
+# --- driving the three together ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Record:
+    """What came out for one run."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    prompt_logprobs: tuple[float, ...] | None = None
+    finish: str | None = None
+    events: int = 0
+
+
+@dataclass
+class World:
+    """A host on a toy device, one tick a plan. Checks the books at every tick."""
+
+    host: Host
+    device: ToyDevice
+    now: float = 0.0
+    runs: list[Run] = field(default_factory=list)
+    records: dict[int, Record] = field(default_factory=dict)
+    """By `id` of the run."""
+    flight: deque[tuple[Planned, Ticket]] = field(default_factory=deque)
+    watch: Callable[[Planned], None] | None = None
+    """Sees every plan."""
+    after: Callable[[Event], None] | None = None
+    """Sees every event, as the engine's text side does."""
+
+    def submit(self, request: Request) -> tuple[Run, ...]:
+        runs = planning.submit(self.host, request, self.now)
+        self.runs += runs
+        self.records |= {id(r): Record() for r in runs}
+        return runs
+
+    def abort(self, request_id: str) -> None:
+        planning.abort(self.host, request_id)
+        self.audit()
+
+    def tick(self) -> bool:
+        """Plans, launches, and commits what is more than the device's depth. False when there was nothing to do."""
+        self.now += 1
+        planned = planning.plan(self.host, self.now)
+        if planned is not None:
+            if self.watch is not None:
+                self.watch(planned)
+            self.flight.append((planned, self.device.launch(planned.input)))
+        self.audit()
+        if self.flight and (planned is None or len(self.flight) > self.device.depth):
+            self.collect()
+            return True
+        return planned is not None or bool(self.flight)
+
+    def collect(self) -> None:
+        planned, ticket = self.flight.popleft()
+        try:
+            output = ticket.read()
+        except RuntimeError as e:
+            events = committing.fail(self.host, planned, str(e))
+        else:
+            events = committing.commit(self.host, planned, output, self.now)
+        for event in events:
+            self.take(event)
+        self.audit()
+
+    def take(self, event: Event) -> None:
+        record = self.records[id(event.run)]
+        assert record.finish is None, "an event after the end"
+        record.events += 1
+        record.tokens += event.tokens
+        if event.logprobs is not None:
+            assert len(event.logprobs) == len(event.tokens)
+            record.logprobs += [x.logprob for x in event.logprobs]
+        if event.prompt_logprobs is not None:
+            assert record.prompt_logprobs is None, "prompt log-probabilities twice"
+            assert event.prompt_logprobs[0] is None
+            record.prompt_logprobs = tuple(x.logprob for x in event.prompt_logprobs[1:] if x is not None)
+        record.finish = event.finish
+        if self.after is not None:
+            self.after(event)
+
+    def audit(self) -> None:
+        self.host.check()
+        if not self.host.ending:
+            return
+        paths = [r.path for r in self.runs if r.row >= 0]
+        self.host.ledger.check(paths)
+
+    def drain(self, limit: int = 10_000) -> None:
+        """Ticks until there is nothing left to do, which must come within `limit` ticks."""
+        while self.tick():
+            limit -= 1
+            assert limit > 0, "no progress"
+        assert not self.host.running and not self.host.waiting and not self.host.ending and not self.host.requests
+        assert self.host.ledger.held == 0, "blocks are still held"
+
+    def verify(self, run: Run) -> None:
+        """A run that ended by itself has exactly the oracle's tokens; an aborted one a prefix of them."""
+        record = self.records[id(run)]
+        seed = run.request.sampling.seed
+        assert seed is not None
+        want = expected(run.request, run.index, seed, run.max_tokens, self.host.policy)
+        if run.finish in ("stop", "length"):
+            assert tuple(record.tokens) == want.tokens
+            assert (record.finish, run.finish) == (want.finish, want.finish)
+            if run.request.logprobs is not None:
+                assert tuple(record.logprobs) == want.logprobs
+            if run.request.prompt_logprobs is not None and run.index == 0:
+                assert record.prompt_logprobs == want.prompt_logprobs
+        else:
+            assert tuple(record.tokens) == want.tokens[: len(record.tokens)]
+
+
+def world(
+    *,
+    depth: int = 0,
+    blocks: int = 32,
+    rows: int = 4,
+    max_len: int = 128,
+    host_slots: int = 0,
+    fail_at: tuple[int, ...] = (),
+    seed: int = 0,
+    **policy,
+) -> World:
+    """A host on a toy device. Further keywords go to `Policy`."""
+    options = {"budget": 64, "queue": 1000, "vocab": 97, "eos": (5,), **policy}
+    p = Policy(rows=rows, max_len=max_len, **options)
+    ledger = Ledger(blocks, BLOCK, caching=p.caching)
+    device = ToyDevice(
+        depth=depth,
+        blocks=blocks,
+        rows=rows,
+        max_len=max_len,
+        host_slots=host_slots,
+        vocab=p.vocab,
+        ledger=ledger,
+        fail_at=fail_at,
+    )
+    return World(Host(p, ledger, rows=rows, host_slots=host_slots, seed=seed), device)
