@@ -8,13 +8,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tests.text_models import byte_tokenizer
 
 import fnengine as fn
 from fnengine.engine import Engine
 from fnengine.errors import QueueFull, RequestError
 from fnengine.host.request import Request, Sampling, Stop, fold_in
 from tests.models import tiny_model, upstream
+from tests.text_models import byte_tokenizer
 
 NUMBER = itertools.count()
 PROMPT = np.random.default_rng(1).integers(3, 120, 37).tolist()
@@ -95,11 +95,14 @@ def test_the_engine_is_the_functional_loop(alone):
         {"max_num_seqs": 2},
         {"blocks": 9},
         {"blocks": 9, "swap_space": 0.001},
+        {"depth": 1},
+        {"depth": 1, "blocks": 9},
     ],
-    ids=["chunked", "uncached", "two rows", "preempted", "swapped"],
+    ids=["chunked", "uncached", "two rows", "preempted", "swapped", "overlapped", "overlapped and preempted"],
 )
 def test_a_seeded_request_gives_the_same_tokens_in_any_company(alone, options):
     options = dict(options)
+    depth = options.pop("depth", 0)
     if "blocks" in options:
         from fnengine.spec import kv_bytes_per_token
 
@@ -107,6 +110,7 @@ def test_a_seeded_request_gives_the_same_tokens_in_any_company(alone, options):
             options.pop("blocks") * 16 * kv_bytes_per_token(tiny_model("qwen3", "float32").spec, 4)
         )
     e = engine(**options)
+    e.device.depth = depth  # 1: the next step is planned and launched before this one is read
     rng = np.random.default_rng(3)
     crowd = [
         request(

@@ -438,6 +438,12 @@ def test_a_failed_build_says_what_the_compiler_said(compiler, tmp_path, monkeypa
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(compiler, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(native.BuildFailed, match="FNENGINE_CACHE"):
+        native.build(compiler, tmp_path / "file" / "cache", native.host_isa())
+
+
 def test_racing_builds_leave_one_whole_file(compiler, tmp_path, monkeypatch):
     (tmp_path / "a.cpp").write_text('extern "C" int seven() { return 7; }')
     monkeypatch.setattr(native, "SOURCE", tmp_path)
