@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fnengine.kernels.contract import Contract
 
+AT_ONCE = 1 << 18
+"""Elements of K gathered for rows that go together on CPU: what is copied should still be in cache when it is used."""
+
 
 def _attend(q_RnHC: Tensor, k_RSKC: Tensor, v_RSKC: Tensor, end_R: Tensor, scale: float, window: int) -> Tensor:
     """Attention of rows with n queries each over their gathered KV; a row's last query stands at end - 1. [R,n,H,C]
@@ -45,7 +48,7 @@ def paged_attention(
 ) -> Tensor:
     """See `PAGED_ATTENTION.doc`.
 
-    Rows with one query go together, the others one by one; the shapes come from `start` and `length`, so on a GPU
+    Rows with one query go in groups, the others one by one; the shapes come from `start` and `length`, so on a GPU
     this waits for the device once a call.
     """
     B = k_NBKC.shape[1]
@@ -62,8 +65,11 @@ def paged_attention(
         out[token] = _attend(q, k, v, length_R[index], scale, window).flatten(0, 1)
 
     single = [r for r in range(len(length)) if start[r + 1] - start[r] == 1 and length[r] > 0]
-    if single:
-        go(single, torch.tensor([start[r] for r in single], device=q_THC.device), 1)
+    longest = max((length[r] for r in single), default=1)
+    together = max(1, AT_ONCE // (longest * k_NBKC.shape[2:].numel())) if q_THC.device.type == "cpu" else len(single)
+    for i in range(0, len(single), together or 1):
+        rows = single[i : i + together]
+        go(rows, torch.tensor([start[r] for r in rows], device=q_THC.device), 1)
     for r in range(len(length)):
         if start[r + 1] - start[r] > 1:
             go([r], slice(start[r], start[r + 1]), start[r + 1] - start[r])

@@ -1,4 +1,8 @@
-"""The native CPU backend: thin callers of the library that `native.py` builds from `csrc/`."""
+"""The native CPU backend: thin callers of the library that `native.py` builds from `csrc/`.
+
+Attention in bfloat16 rounds the weights after softmax to bfloat16 where the processor multiplies pairs of them
+(AVX512-BF16); their sum, and everything else between input and output, is float32.
+"""
 
 from __future__ import annotations
 

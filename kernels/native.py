@@ -104,7 +104,7 @@ def build(compiler: str, folder: Path, isa: tuple[str, ...]) -> Path:
                 raise BuildFailed(f"{compiler} failed: {''.join(errors).strip()[-500:]}")
             os.replace(made, target)
     except (OSError, subprocess.SubprocessError) as e:
-        raise BuildFailed(f"cannot build in {folder}: {e}") from e
+        raise BuildFailed(f"cannot build in {folder}: {e}; point FNENGINE_CACHE to a folder that can be written") from e
     return target
 
 

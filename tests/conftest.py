@@ -1,4 +1,4 @@
-"""Shared set-up: one compute thread (tiny models gain nothing from two, and lose much on a busy machine), no network."""
+"""Shared set-up: one compute thread (tiny models gain nothing from two), no network."""
 
 from __future__ import annotations
 

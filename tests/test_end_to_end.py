@@ -1,4 +1,4 @@
-"""HTTP to tokens and back over the bundled model, through the official client. Oracle: the functional API, and API.md."""
+"""HTTP to tokens and back over the bundled model, through the official client. Oracle: the functional API."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_streamed_text_is_the_whole_text(client):
 
 
 def test_greedy_rule_of_lm_eval(client, model):
-    """echo + max_tokens 1 + logprobs 1: equality of token_logprob and the largest of top_logprobs decides greediness."""
+    """echo + max_tokens 1 + logprobs 1: equality of token_logprob and the largest of top_logprobs decides."""
     rt = fn.Runtime(model, max_model_len=512, max_num_seqs=4, enforce_eager=True)
     prompt = model.encode(STORY + ", there was a dog.")
     _, logits = rt.extend(rt.empty, prompt, logits="all")

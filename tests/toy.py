@@ -76,7 +76,7 @@ class ToyDevice:
 
     Args:
         ledger: when given, every indexed block is compared with the pool after every step.
-        fail_at: numbers of launches (from 0) whose ticket raises when read, leaving the step undone.
+        fail_at: numbers of launches (from 0) whose ticket raises when read; they leave wrong KV behind.
     """
 
     def __init__(
@@ -103,15 +103,24 @@ class ToyDevice:
     def launch(self, step: StepInput) -> Ticket:
         self.launches += 1
         self._check_shapes(step)
-        if self.launches - 1 in self.fail_at:
-            R = len(step.row)
-            return Ticket(StepOutput(np.zeros((R, 1), np.int32), step.emit), RuntimeError("the toy broke"))
         self._edit(step)
         spans = self._write(step)
+        if self.launches - 1 in self.fail_at:
+            return self._break(step, spans)
         output = self._choose(step, spans)
         if self.ledger is not None:
             self.check_index(self.ledger)
         return Ticket(output)
+
+    def _break(self, step: StepInput, spans: list[tuple[int, int, int]]) -> Ticket:
+        """A step that failed: whatever it was to write or to save is wrong now, and nothing says so but its ticket."""
+        for row, first, end in spans:
+            for i in range(first, end):
+                self.pool[self.table[row, i // BLOCK], i % BLOCK] = 3, 3
+            self.state[row].newest = 3
+        if step.swap_out is not None:
+            self.host[step.swap_out[:, 1]] = 3
+        return Ticket(StepOutput(np.full((len(spans), 1), 3, np.int32), step.emit), RuntimeError("the toy broke"))
 
     def _check_shapes(self, step: StepInput) -> None:
         R, T = len(step.row), len(step.token)
