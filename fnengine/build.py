@@ -13,6 +13,7 @@ import torch
 from fnengine import environment, kernels
 from fnengine.device import TorchDevice
 from fnengine.graphs.compile import Traces, missing_compiler
+from fnengine.graphs.compile import start as start_compiler
 from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops
 from fnengine.layers import layer
@@ -44,6 +45,11 @@ def build(model: Model, settings: Settings) -> Built:
     """
     device, spec = model.device, model.spec
     mode = settings.mode(device.type)
+    kernels.start(device)
+    compiling = device.type == "cpu" and not settings.enforce_eager
+    why_not = missing_compiler() if compiling else None
+    if compiling and why_not is None:
+        start_compiler()  # while the native kernels are built
     ops = kernels.ops(device, model.dtype)
     per_token = kv_bytes_per_token(spec, model.dtype.itemsize)
     available, total = memory(device)
@@ -60,15 +66,14 @@ def build(model: Model, settings: Settings) -> Built:
     run_layer, execution = layer, "eager: --enforce-eager"
     if device.type != "cpu":
         execution = "eager: CUDA steps run uncaptured on the reference kernels for now"
-    elif not settings.enforce_eager:
-        why = missing_compiler()
-        if why is None and ops.paged_attention.backend.name != "reference":
+    elif compiling:
+        if why_not is None and ops.paged_attention.backend.name != "reference":
             folder = environment.cache_dir() / "artifacts"
             run_layer = compiled_layers(spec, model.params, ops, model.dtype, device, folder, traces)
             sources = ", ".join(f"{name} {source} in {s:.1f} s" for name, source, s in traces.log)
             execution = f"compiled: {sources}"
         else:
-            execution = f"eager: {why or ops.paged_attention.reason}"
+            execution = f"eager: {why_not or ops.paged_attention.reason}"
     if execution.startswith("eager"):
         log.warning("steps run %s", execution)
     slots = int(settings.swap_space * 2**30) // (per_token * BLOCK)

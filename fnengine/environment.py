@@ -63,6 +63,13 @@ def threads() -> int:
     return int(own)
 
 
+def threads_origin() -> str:
+    """Where `threads()` comes from, in words."""
+    if os.environ.get("FNENGINE_THREADS"):
+        return "FNENGINE_THREADS"
+    return "cgroup quota" if (quota() or sys.maxsize) < cores() else "cores this process may run on"
+
+
 def cores(root: Path = Path("/sys/devices/system/cpu")) -> int:
     """Physical cores among the processors this process may run on."""
     usable = os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
@@ -113,6 +120,12 @@ def _threads_or_nothing() -> str:
         return str(threads())
     except ConfigError:
         return ""
+
+
+def with_cache(folder: Path) -> dict[str, str]:
+    """This process's environment, but with every cache in `folder`: for a process that must start cold."""
+    own = {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+    return {**{k: v for k, v in os.environ.items() if k not in own}, "FNENGINE_CACHE": str(folder)}
 
 
 def set_threads(n: int) -> None:

@@ -62,6 +62,11 @@ def missing_compiler() -> str | None:
     return None
 
 
+def start() -> None:
+    """Imports Inductor now: seconds of Python that can pass while something else (a C++ build, say) is waited for."""
+    from torch._inductor import compile_fx, standalone_compile  # noqa: F401
+
+
 def environment_key(device: str) -> dict[str, str]:
     """The part of every artifact's key that the machine and the versions give; printable and diffable."""
     return {

@@ -9,14 +9,15 @@ A backend is one file listed in `BACKENDS`.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, fields
 
 import torch
 
-from fnengine.kernels import cpu, reference
+from fnengine.kernels import cpu, native, reference
 from fnengine.kernels.contract import Backend, Chosen, Contract, choose
 
-__all__ = ["BACKENDS", "Backend", "Chosen", "Contract", "Ops", "choose", "describe", "ops"]
+__all__ = ["BACKENDS", "Backend", "Chosen", "Contract", "Ops", "choose", "describe", "ops", "start"]
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "paged_attention": (cpu.paged_attention, reference.paged_attention),
@@ -56,3 +57,9 @@ def describe(chosen: Ops) -> list[tuple[str, str, bool, str]]:
     """(op, backend, invariant, reason) for each op, to be printed."""
     pairs = [(f.name, getattr(chosen, f.name)) for f in fields(chosen)]
     return [(name, c.backend.name, c.backend.invariant, c.reason) for name, c in pairs]
+
+
+def start(device: torch.device | str) -> None:
+    """Begins in the background what `ops` for this device would wait for: the native build takes seconds when cold."""
+    if torch.device(device).type == "cpu":
+        threading.Thread(target=native.load, name="native build", daemon=True).start()

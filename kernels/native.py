@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -152,9 +153,17 @@ def open_library(path: Path) -> tuple[ctypes.CDLL, str]:
     return library, "one thread (torch's OpenMP runtime was not found)"
 
 
-@cache
+_loading = threading.Lock()
+
+
 def load() -> Native:
-    """The library of this process: built or found, then kept."""
+    """The library of this process: built or found, then kept. A second caller waits for the first."""
+    with _loading:
+        return _load()
+
+
+@cache
+def _load() -> Native:
     from fnengine.environment import cache_dir
 
     try:

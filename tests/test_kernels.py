@@ -413,7 +413,7 @@ def test_ops_report_what_was_chosen():
 def test_without_a_compiler_the_reference_is_chosen_and_the_remedy_is_said(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("PATH", str(tmp_path))
     with caplog.at_level(logging.WARNING, logger="fnengine"):
-        found = native.load.__wrapped__()
+        found = native._load.__wrapped__()
     assert found.library is None and "apt install g++" in found.reason
     assert len(caplog.records) == 1 and "apt install g++" in caplog.text
     monkeypatch.setattr(native, "load", lambda: found)

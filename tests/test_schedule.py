@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -14,7 +12,7 @@ from fnengine.host import commit as committing
 from fnengine.host import plan as planning
 from fnengine.host import runs as running
 from fnengine.host.request import Request, Sampling, Stop, fold_in
-from fnengine.host.step import NEWEST
+from fnengine.host.step import NEWEST, Ask
 from tests.toy import World, world
 
 RECOMPUTE = {"recompute_seconds_per_token": 0.0, "swap_seconds_per_block": 1.0}
@@ -288,6 +286,57 @@ def test_a_fault_ends_its_runs_and_leaves_no_trace(depth, at, costs):
     assert late.finish in ("stop", "length")
 
 
+# --- what a step is asked for -----------------------------------------------------------------------------------------
+
+
+def ask_of(*wishes: dict):
+    """The `Ask` of one step that chooses a token for each of the wishes."""
+    w = world(rows=8, budget=200)
+    plans = []
+    w.watch = plans.append
+    for i, wish in enumerate(wishes):
+        more = {k: wish[k] for k in ("logprobs", "prompt_logprobs") if k in wish}
+        stop = Stop(max_tokens=4, min_tokens=wish.get("min_tokens", 0))
+        sampling = Sampling(seed=1, **{k: v for k, v in wish.items() if k not in (*more, "min_tokens")})
+        w.submit(Request(f"r{i}", tokens(20, i), sampling, stop, **more))
+    w.tick()
+    return plans[0].input.ask
+
+
+def test_a_step_computes_no_more_than_some_row_needs():
+    greedy = {"temperature": 0.0}
+    assert ask_of(greedy) == Ask()
+    assert ask_of(greedy | {"top_p": 0.5, "top_k": 3, "min_p": 0.1}) == Ask(), "argmax survives every truncation"
+    assert ask_of({}) == Ask(noise=True)
+    assert ask_of({"top_k": -1}) == Ask(noise=True)
+    both = ask_of(greedy | {"presence_penalty": 0.5}, {"top_p": 0.9}, {"top_k": 4, "logit_bias": ((3, 1.0),)})
+    assert both == Ask(("bias", "penalties", "top_k", "top_p"), noise=True)
+    assert ask_of(greedy | {"min_tokens": 2}) == Ask(("bias",))
+    assert ask_of(greedy, greedy | {"logprobs": 0}, greedy | {"logprobs": 3}).logprobs == 3
+    assert ask_of(greedy, greedy | {"prompt_logprobs": 2}).score == 2
+
+
+def test_a_step_without_a_finished_prompt_chooses_nothing():
+    w = world(budget=16)
+    plans = []
+    w.watch = plans.append
+    w.submit(request("a", tokens(40), temperature=1.0, logprobs=1))
+    w.tick()
+    assert plans[0].input.ask == Ask(sample=False)
+    w.tick()
+    w.tick()
+    assert plans[2].input.ask == Ask(noise=True, logprobs=1)
+
+
+def test_ids_are_suppressed_only_until_min_tokens():
+    w = world()
+    plans = []
+    w.watch = plans.append
+    run_all(w, request("a", tokens(20), stop=Stop(max_tokens=5, min_tokens=2, ids=(8, 5))))
+    assert plans[0].input.admit[0].suppress == (5, 8) and plans[0].input.admit[0].suppress_until == 22
+    assert [p.input.ask.pipeline for p in plans[:4]] == [("bias",), ("bias",), (), ()]
+
+
 # --- cost and waste ---------------------------------------------------------------------------------------------------
 
 
@@ -352,6 +401,7 @@ def traces(draw):
         **draw(st.sampled_from([RECOMPUTE, SWAP, {}])),
     }
     sizes["budget"] = draw(st.integers(sizes["rows"], 64))
+    sizes["fail_at"] = draw(st.sampled_from([(), (), (), (2,), (5,), (1, 9)]))
     events = []
     for i in range(draw(st.integers(1, 9))):
         shared = draw(st.integers(0, 3))
@@ -380,22 +430,27 @@ def traces(draw):
         events.append((at, i, "submit", r))
         if draw(st.integers(0, 4)) == 0:
             events.append((at + draw(st.integers(0, 20)), i, "abort", r.id))
-    return sizes, sorted(events, key=lambda e: e[:3][::1] if e[2] == "submit" else (e[0], e[1], "z"))
+    return sizes, sorted(events, key=lambda e: (e[0], e[1], e[2] == "abort"))
 
 
 def play(trace) -> World:
     """Runs a trace to its end, checking what must hold of every one."""
     sizes, events = trace
     w = world(**sizes)
+    if w.device.fail_at:
+        w.device.ledger = None  # from a fault to its commit the index names blocks that hold something else
     todo = list(events)
     reached: dict[int, float] = {}
 
     def in_order(planned) -> None:
         """Nobody is scheduled for the first time while someone before it has been waiting for that since earlier."""
         step = planned.input
-        assert sum(len(p) > 0 for p in [step.token]) and len(step.row) <= sizes["rows"]
+        assert len(step.row) <= sizes["rows"]
         if sizes["chunked"]:
             assert len(step.token) <= sizes["budget"]
+        if step.swap_in is not None:
+            # A step writes host slots before it reads any, so what it reads must not be given out again in its plan.
+            assert not set(step.swap_in[:, 0].tolist()) & set(w.host.free_slots), "a slot that is being read is free"
         for run in planned.runs:
             reached.setdefault(id(run), w.now)
         new = [r for r in planned.runs if r.scheduled == w.now]
@@ -414,6 +469,7 @@ def play(trace) -> World:
         w.tick()
         assert w.now < 5000, "no progress"
     w.drain()
+    w.device.check_index(w.host.ledger)
     for run in w.runs:
         assert run.ended
         w.verify(run)
@@ -498,7 +554,6 @@ def resume_at_once(monkeypatch):
 
     def admit(host, walk, run, now, *, urgent):
         if run.inflight:
-            run = dataclasses.replace(run, inflight=0) if False else run
             kept, run.inflight, run.total = run.inflight, 0, run.known
             done = real(host, walk, run, now, urgent=urgent)
             run.inflight += kept
@@ -506,6 +561,16 @@ def resume_at_once(monkeypatch):
         return real(host, walk, run, now, urgent=urgent)
 
     monkeypatch.setattr(planning, "_admit", admit)
+
+
+def never_unpublish(monkeypatch):
+    """A fault that leaves what its step should have written in the index."""
+    monkeypatch.setattr(planning.Ledger, "unpublish", lambda ledger, path, from_length: set())
+
+
+def trust_the_rest(monkeypatch):
+    """A fault that lets runs go on that stand on blocks of the failed step."""
+    monkeypatch.setattr(planning.Ledger, "stands_on", lambda ledger, path, nodes: False)
 
 
 def publish_unknown(monkeypatch):
@@ -524,7 +589,17 @@ def publish_unknown(monkeypatch):
 
 @pytest.mark.parametrize(
     "mutant",
-    [keep_dropped, forget_growth, forget_swap_in, leak_on_preemption, resume_at_once, publish_unknown, slots_at_once],
+    [
+        keep_dropped,
+        forget_growth,
+        forget_swap_in,
+        slots_at_once,
+        leak_on_preemption,
+        resume_at_once,
+        publish_unknown,
+        never_unpublish,
+        trust_the_rest,
+    ],
 )
 def test_broken_schedulers_are_caught(mutant, monkeypatch):
     mutant(monkeypatch)

@@ -9,7 +9,8 @@ from fnengine.host.step import PIPELINE
 
 
 def pipeline_of(rows: Iterable[tuple[Sampling, bool]]) -> tuple[tuple[str, ...], bool]:
-    """(names of logits processors in order, whether any row samples) for (sampling, suppresses tokens now) of each row."""
+    """(names of logits processors in order, whether any row samples), given each row's sampling and whether it forbids
+    tokens now."""
     names: set[str] = set()
     noise = False
     for s, suppresses in rows:
