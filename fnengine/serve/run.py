@@ -147,6 +147,15 @@ def serve(
         timeout_graceful_shutdown=max(1, round(shutdown_timeout + GRACE)),
     )
     server = uvicorn.Server(config)
+    signals: list[int] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        # uvicorn's own handler answers a second Ctrl-C by dropping its connections with stack traces; here the second
+        # one only ends the time that requests in progress have been given.
+        signals.append(number)
+        server.should_exit = True
+
+    server.handle_exit = on_signal  # type: ignore[method-assign]
     # uvicorn raises the signal again once it is done, for whoever handled it before; here nobody needs to be told.
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -154,7 +163,7 @@ def serve(
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             url = url_of(sock, ssl_certfile is not None)
-            runner.run(_watch(server, sock, url, on_ready, stop, shutdown_timeout))
+            runner.run(_watch(server, sock, url, on_ready, stop, shutdown_timeout, signals))
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
@@ -183,6 +192,7 @@ async def _watch(
     on_ready: Callable[[str], None],
     stop: threading.Event | None,
     timeout: float,
+    signals: list[int],
 ) -> None:
     """Runs the server; tells when it is ready, and cuts what still runs when its time after a signal is over."""
     clock = asyncio.get_running_loop().time
@@ -197,7 +207,7 @@ async def _watch(
             server.should_exit = True
         if server.should_exit and end is None:
             end = clock() + timeout
-        if end is not None and clock() >= end:
+        if end is not None and (clock() >= end or len(signals) > 1):
             cut(server.config.app, "the server is shutting down")  # type: ignore[arg-type]
     await task
     if not ready:

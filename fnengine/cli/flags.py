@@ -1,0 +1,270 @@
+"""Flags as one table: names, meaning, and how a word becomes a value."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag: its names, where its value goes, and how it is read."""
+
+    names: tuple[str, ...]
+    to: str
+    """`model.x`, `engine.x`, `serve.x`; `-` for one that is checked and then of no further use."""
+    help: str
+    group: str
+    read: Callable[[str], Any] | None = None
+    """Text -> value; None is a switch with a --no- form."""
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+    many: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def dest(self) -> str:
+        return self.name.lstrip("-").replace("-", "_")
+
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_UNITS |= {u.upper(): 1024**i for i, u in enumerate("kmgt", 1)}
+_UNITS |= {f"{u.upper()}iB": 1024**i for i, u in enumerate("kmgt", 1)}
+_UNITS |= {f"{u.upper()}B": 1000**i for i, u in enumerate("kmgt", 1)}
+_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?)([a-zA-Z]*)")
+
+
+def read_size(text: str) -> int:
+    """A whole number: 4096, 32K (1024s), 32k (1000s), 8GiB, 8GB, 25.6k.
+
+    Raises:
+        ValueError: anything else, or not whole.
+    """
+    match = _NUMBER.fullmatch(text.strip())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{text!r} is no whole number; write 32768, 32K (1024s), 32k (1000s) or 8GiB")
+    value = float(match[1]) * _UNITS[match[2]] if "." in match[1] else int(match[1]) * _UNITS[match[2]]
+    if value != int(value):
+        raise ValueError(f"{text!r} is {value}, not a whole number")
+    return int(value)
+
+
+def read_length(text: str) -> int | None:
+    """A number of tokens, or None for `auto` and -1: the longest that fits."""
+    return None if text in ("auto", "-1") else read_size(text)
+
+
+def read_signed(text: str) -> int:
+    """A whole number that may be -1, which means no limit."""
+    return -1 if text == "-1" else read_size(text)
+
+
+def read_block(text: str) -> int:
+    """16, the only block size there is."""
+    if text != "16":
+        raise ValueError("blocks hold 16 tokens; only --block-size 16 is implemented")
+    return 16
+
+
+def read_threads(text: str) -> int:
+    """A positive number of threads."""
+    if (n := read_size(text)) < 1:
+        raise ValueError(f"must be at least 1, got {text}")
+    return n
+
+
+def read_words(text: str) -> list[str]:
+    """A JSON list of strings (vLLM's form), or one word as it stands."""
+    if not text.startswith("["):
+        return [text]
+    words = json.loads(text)
+    if not all(isinstance(w, str) for w in words):
+        raise ValueError(f"{text!r} is no list of strings")
+    return words
+
+
+def _flags() -> tuple[Flag, ...]:
+    model, memory, steps, server, tls = "model", "memory", "scheduling", "server", "server security"
+    return (
+        Flag(("--tokenizer",), "model.tokenizer", "folder or name, if not the model's", model, str),
+        Flag(("--served-model-name",), "model.served_model_name", "names clients may use", model, str, many=True),
+        Flag(
+            ("--dtype",),
+            "model.dtype",
+            "of weights and KV; auto is the checkpoint's own where the device is fast at it",
+            model,
+            str,
+            ("auto", "bfloat16", "float16", "float32", "half", "float"),
+        ),
+        Flag(("--device",), "model.device", "auto is cuda where there is one", model, str, ("auto", "cpu", "cuda")),
+        Flag(
+            ("--load-format",),
+            "model.load_format",
+            "dummy draws random weights for a config.json",
+            model,
+            str,
+            ("auto", "safetensors", "dummy"),
+        ),
+        Flag(("--revision",), "model.revision", "branch, tag or commit of the repository", model, str),
+        Flag(("--download-dir",), "model.download_dir", "where downloads are kept", model, str, metavar="DIR"),
+        Flag(("--chat-template",), "model.chat_template", "a jinja2 file, if not the model's", model, str, (), "FILE"),
+        Flag(
+            ("--chat-template-content-format",),
+            "model.chat_template_content_format",
+            "how contents of messages reach the template",
+            model,
+            str,
+            ("auto", "string", "openai"),
+        ),
+        Flag(
+            ("--generation-config",),
+            "model.generation_config",
+            "auto: the model's generation_config.json gives sampling defaults; vllm: it does not",
+            model,
+            str,
+            ("auto", "vllm"),
+        ),
+        Flag(("--max-model-len",), "engine.max_model_len", "longest sequence, or auto", memory, read_length, (), "N"),
+        Flag(
+            ("--gpu-memory-utilization",),
+            "engine.gpu_memory_utilization",
+            "share of the card's memory for everything",
+            memory,
+            float,
+        ),
+        Flag(
+            ("--kv-cache-memory-bytes",),
+            "engine.kv_cache_memory_bytes",
+            "size of the KV pool, such as 8GiB; overrides what is derived from memory",
+            memory,
+            read_size,
+            metavar="BYTES",
+        ),
+        Flag(("--block-size",), "-", "tokens of a KV block: 16", memory, read_block, (), "16"),
+        Flag(("--swap-space",), "engine.swap_space", "GiB of host memory for preempted KV", memory, float, (), "GiB"),
+        Flag(
+            ("--enable-prefix-caching",),
+            "engine.enable_prefix_caching",
+            "share KV of equal beginnings between requests",
+            memory,
+        ),
+        Flag(
+            ("--performance-mode",),
+            "engine.performance_mode",
+            "sets rows and tokens of a step together",
+            steps,
+            str,
+            ("interactivity", "balanced", "throughput"),
+        ),
+        Flag(("--max-num-seqs",), "engine.max_num_seqs", "most sequences in a step", steps, read_size, (), "N"),
+        Flag(
+            ("--max-num-batched-tokens",),
+            "engine.max_num_batched_tokens",
+            "most new tokens in a step",
+            steps,
+            read_size,
+            (),
+            "N",
+        ),
+        Flag(
+            ("--enable-chunked-prefill",),
+            "engine.enable_chunked_prefill",
+            "let a prompt be computed over several steps",
+            steps,
+        ),
+        Flag(("--max-queue",), "engine.max_queue", "most waiting sequences; more are a 429", steps, read_size, (), "N"),
+        Flag(("--enforce-eager",), "engine.enforce_eager", "do not compile", steps),
+        Flag(("--threads",), "threads", "threads of a step on CPU", steps, read_threads, (), "N"),
+        Flag(("--seed",), "engine.seed", "root of seeds for requests that bring none", steps, read_size, (), "N"),
+        Flag(
+            ("--max-logprobs",),
+            "engine.max_logprobs",
+            "most log-probabilities a request may ask for; -1 is the vocabulary",
+            steps,
+            read_signed,
+            (),
+            "N",
+        ),
+        Flag(("--host",), "serve.host", "address to listen on; 0.0.0.0 for all", server, str),
+        Flag(("--port",), "serve.port", "0 picks a free one", server, int),
+        Flag(("--uds",), "serve.uds", "Unix socket to listen on instead", server, str, (), "PATH"),
+        Flag(("--root-path",), "serve.root_path", "prefix that a proxy strips", server, str),
+        Flag(("--response-role",), "serve.response_role", "role of answers", server, str),
+        Flag(("--stream-interval",), "serve.stream_interval", "tokens in a chunk", server, read_size, (), "N"),
+        Flag(("--strict",), "serve.strict", "unknown fields of a request are a 400", server),
+        Flag(
+            ("--metrics-compat",), "serve.metrics_compat", "metrics under vLLM's names as well", server, str, ("vllm",)
+        ),
+        Flag(("--enable-log-requests",), "serve.enable_log_requests", "a line for each request", server),
+        Flag(
+            ("--uvicorn-log-level",),
+            "serve.uvicorn_log_level",
+            "of the HTTP server",
+            server,
+            str,
+            ("critical", "error", "warning", "info", "debug", "trace"),
+        ),
+        Flag(
+            ("--shutdown-timeout",),
+            "serve.shutdown_timeout",
+            "seconds that requests in progress get after a signal",
+            server,
+            float,
+            (),
+            "S",
+        ),
+        Flag(("--api-key",), "serve.api_key", "keys clients may use", tls, str, (), "KEY", many=True),
+        Flag(("--allowed-origins",), "serve.allowed_origins", "for browsers (CORS)", tls, read_words, many=True),
+        Flag(("--ssl-keyfile",), "serve.ssl_keyfile", "private key", tls, str, (), "FILE"),
+        Flag(("--ssl-certfile",), "serve.ssl_certfile", "certificate chain", tls, str, (), "FILE"),
+    )
+
+
+FLAGS = _flags()
+
+
+def add_flags(parser: argparse.ArgumentParser, *parts: str) -> None:
+    """Adds the flags of the named parts (`model`, `engine`, `serve`), in their groups."""
+    groups: dict[str, Any] = {}
+    for f in FLAGS:
+        part = f.to.split(".")[0]
+        if (part if part in ("model", "serve") else "engine") not in parts:
+            continue
+        group = groups.get(f.group) or groups.setdefault(f.group, parser.add_argument_group(f.group))
+        if f.read is None:
+            group.add_argument(
+                *f.names, dest=f.dest, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=f.help
+            )
+            continue
+        group.add_argument(
+            *f.names,
+            dest=f.dest,
+            type=_reading(f.read),
+            choices=f.choices or None,
+            metavar=f.metavar or ("{" + ",".join(f.choices) + "}" if f.choices else f.dest.split("_")[-1].upper()),
+            nargs="+" if f.many else None,
+            action="extend" if f.many else "store",
+            default=argparse.SUPPRESS,
+            help=f.help,
+        )
+
+
+def _reading(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`read` with its own words in argparse's message."""
+    if read in (int, float, str):
+        return read
+
+    def checked(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(str(e)) from None
+
+    return checked

@@ -1,0 +1,100 @@
+"""Flags of vLLM without a meaning here yet: known by name, so that each is refused with a reason, never swallowed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from fnengine.errors import ConfigError
+
+_LATER = "leave it out; it is planned"
+REFUSED: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "--config": ("files of flags are not read yet", "write the flags out", ()),
+    "--scheduling-policy": (
+        "priorities are always honoured, and requests without one are served in order of arrival",
+        "leave it out",
+        ("priority",),
+    ),
+    "--kv-cache-dtype": ("KV has the dtype of the model", _LATER, ("auto",)),
+    "--async-scheduling": (
+        "host and device overlap by themselves where the device is not the host's cores",
+        "leave it out",
+        (),
+    ),
+    "--tensor-parallel-size": ("one device computes each step", _LATER, ("1",)),
+    "--pipeline-parallel-size": ("one device computes each step", _LATER, ("1",)),
+    "--data-parallel-size": ("one engine runs in a process", "start several and balance in front", ("1",)),
+    "--quantization": ("weights are used as they are", _LATER, ("none",)),
+    "--trust-remote-code": ("code from a model's repository is never run", "use a model of a supported family", ()),
+    "--compilation-config": ("compilation has one policy", "--enforce-eager turns it off", ()),
+    "--optimization-level": ("compilation has one policy", "--enforce-eager turns it off", ()),
+    "--cudagraph-capture-sizes": ("CUDA steps are not captured yet", _LATER, ()),
+    "--max-seq-len-to-capture": ("CUDA steps are not captured yet", _LATER, ()),
+    "--speculative-config": ("there is no speculative decoding yet", _LATER, ()),
+    "--structured-outputs-config": ("there is no guided decoding yet", _LATER, ()),
+    "--guided-decoding-backend": ("there is no guided decoding yet", _LATER, ()),
+    "--enable-lora": ("adapters are not served yet", _LATER, ()),
+    "--lora-modules": ("adapters are not served yet", _LATER, ()),
+    "--max-loras": ("adapters are not served yet", _LATER, ()),
+    "--max-lora-rank": ("adapters are not served yet", _LATER, ()),
+    "--enable-auto-tool-choice": ("tool calls are not parsed yet", _LATER, ()),
+    "--tool-call-parser": ("tool calls are not parsed yet", _LATER, ()),
+    "--reasoning-parser": ("reasoning is not parsed yet", _LATER, ()),
+    "--override-generation-config": (
+        "sampling defaults come from generation_config.json",
+        "edit that file, or send the values with the requests",
+        (),
+    ),
+    "--logprobs-mode": ("log-probabilities are those of the raw logits", "leave it out", ("raw_logprobs",)),
+    "--logits-processors": ("foreign logits processors are not loaded", "write a loop over `Runtime.extend`", ()),
+    "--return-tokens-as-token-ids": ("that is chosen by each request", "send return_tokens_as_token_ids", ()),
+    "--enable-prompt-tokens-details": ("cached tokens are always reported", "leave it out", ()),
+    "--enable-force-include-usage": ("usage in a stream is chosen by each request", "send stream_options", ()),
+    "--enable-per-request-metrics": ("metrics are summed over requests", "leave it out", ()),
+    "--disable-log-stats": ("no statistics are logged; /metrics has them", "leave it out", ()),
+    "--middleware": ("foreign middleware is not loaded", "put a proxy in front", ()),
+    "--ssl-ca-certs": ("clients' certificates are not checked", "put a proxy in front", ()),
+    "--otlp-traces-endpoint": ("no traces are exported yet", _LATER, ()),
+    "--cpu-offload-gb": ("weights stay on one device", _LATER, ("0",)),
+    "--tokenizer-mode": ("there is one kind of tokenizer", "leave it out", ("auto",)),
+    "--hf-overrides": ("the config is used as it is", "edit config.json", ()),
+    "--max-parallel-loading-workers": ("weights are read by one process", "leave it out", ()),
+    "--limit-mm-per-prompt": ("there are no multimodal models yet", _LATER, ()),
+    "--task": ("models generate text", "leave it out", ("auto", "generate")),
+    "--runner": ("models generate text", "leave it out", ("auto", "generate")),
+}
+"""vLLM's flag -> (why it is not accepted, what to do, values that say what is done anyway and therefore pass)."""
+
+SHORT = {
+    "-tp": "--tensor-parallel-size",
+    "-pp": "--pipeline-parallel-size",
+    "-dp": "--data-parallel-size",
+    "-q": "--quantization",
+    "-cc": "--compilation-config",
+    "-O": "--optimization-level",
+}
+
+
+def refuse(argv: Sequence[str], known: Collection[str] = ()) -> list[str]:
+    """The arguments without those of vLLM's flags whose value is what is done anyway.
+
+    Flags in `known` may be spelt with underscores, as in vLLM.
+
+    Raises:
+        ConfigError: one of `REFUSED` with another value, naming it.
+    """
+    kept, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return [*kept, word, *rest]
+        name, has_value, value = word.partition("=")
+        name = SHORT.get(name, "--" + name[2:].replace("_", "-") if name.startswith("--") else name)
+        if name not in REFUSED:
+            kept.append(name + word[len(name) :] if name in known else word)
+            continue
+        why, remedy, harmless = REFUSED[name]
+        if not has_value and harmless and rest and rest[0] in harmless:
+            value = rest.pop(0)
+        if value not in harmless or not value:
+            raise ConfigError(f"is not implemented: {why}", where=word.partition("=")[0], remedy=remedy)
+    return kept

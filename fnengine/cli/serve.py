@@ -1,0 +1,84 @@
+"""`fnengine serve`: the port first, then the model, then requests until a signal."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from fnengine import __version__
+from fnengine.config import Options, resolve, table
+from fnengine.errors import ConfigError
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until SIGINT or SIGTERM, then 0."""
+    options = resolve(args)
+    if args.show_config:
+        for flag, value, origin in table(options):
+            print(f"{flag:<32} {value:<24} {origin}")
+        return 0
+    try:
+        from fnengine.serve.run import bind, serve
+    except ModuleNotFoundError as e:
+        raise ConfigError(
+            f"the server needs {e.name}, which is not installed", where="serve", remedy=f"pip install {e.name}"
+        ) from None
+    t0 = time.perf_counter()
+    s = options.serve
+    sock = bind(s.host, s.port, s.uds)  # before the model: a port in use should not take a minute to be known
+    from fnengine.cli.start import build_engine, facts, say
+
+    say(f"fnengine {__version__}: loading {options.model.model or 'the bundled model'}")
+    engine = build_engine(options)
+
+    def ready(url: str) -> None:
+        say("\n".join(facts(engine)))
+        say(banner(url, engine.name, options, time.perf_counter() - t0))
+
+    serve(
+        engine,
+        sock=sock,
+        uds=s.uds,
+        shutdown_timeout=s.shutdown_timeout,
+        log_level="info" if s.enable_log_requests and s.uvicorn_log_level == "warning" else s.uvicorn_log_level,
+        access_log=s.enable_log_requests,
+        ssl_keyfile=s.ssl_keyfile,
+        ssl_certfile=s.ssl_certfile,
+        root_path=s.root_path,
+        on_ready=ready,
+        api_keys=s.api_key,
+        strict=s.strict,
+        metrics=("fnengine",) if s.metrics_compat is None else ("fnengine", s.metrics_compat),
+        allowed_origins=s.allowed_origins,
+        response_role=s.response_role,
+        stream_interval=s.stream_interval,
+    )
+    say("stopped")
+    return 0
+
+
+def banner(url: str, name: str, options: Options, seconds: float) -> str:
+    """What to try first, ready to paste."""
+    auth = " -H 'authorization: Bearer KEY'" if options.serve.api_key else ""
+    uds = options.serve.uds
+    at = f"--unix-socket {uds} http://localhost" if uds else url
+    lines = [
+        f"ready at {url} after {seconds:.1f} s; Ctrl-C stops. Try:",
+        "",
+        f"  curl {at}/v1/chat/completions{auth} -H 'content-type: application/json' \\",
+        '    -d \'{"messages": [{"role": "user", "content": "Hello! Who are you?"}]}\'',
+        "",
+    ]
+    if not uds:
+        key = "KEY" if options.serve.api_key else "none"
+        lines += [
+            "  from openai import OpenAI",
+            f'  client = OpenAI(base_url="{url}/v1", api_key="{key}")',
+            '  messages = [{"role": "user", "content": "Hello! Who are you?"}]',
+            f'  answer = client.chat.completions.create(model="{name}", messages=messages)',
+            "  print(answer.choices[0].message.content)",
+            "",
+            f"  fnengine chat --url {url}",
+            "",
+        ]
+    return "\n".join(lines)
