@@ -32,6 +32,7 @@ order = score.argsort(descending=True).tolist()
 for i in order:
     print(f"{score[i] / LENGTH:6.3f}  {prompt}{model.decode(forks[i].tokens[len(root) :])!r}")
 
+held = free - rt.free_blocks
 best = forks[order[0]]
-del forks, results, root  # what nobody holds gives its blocks back
-print(f"blocks used by {N} forks: {free - rt.free_blocks} still held for the best one of {len(best)} tokens")
+del forks, results  # what nobody holds gives its blocks back
+print(f"blocks beyond the prompt's: {held} for {N} forks, {free - rt.free_blocks} for the best one alone")

@@ -12,7 +12,7 @@ import torch
 
 from fnengine import environment, kernels
 from fnengine.device import TorchDevice
-from fnengine.graphs.compile import Traces, missing_compiler
+from fnengine.graphs.compile import Traces, kept, missing_compiler
 from fnengine.graphs.compile import start as start_compiler
 from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops
@@ -48,7 +48,7 @@ def build(model: Model, settings: Settings) -> Built:
     kernels.start(device)
     compiling = device.type == "cpu" and not settings.enforce_eager
     why_not = missing_compiler() if compiling else None
-    if compiling and why_not is None:
+    if compiling and why_not is None and not kept(environment.cache_dir() / "artifacts"):
         start_compiler()  # while the native kernels are built
     ops = kernels.ops(device, model.dtype)
     per_token = kv_bytes_per_token(spec, model.dtype.itemsize)

@@ -97,6 +97,8 @@ def resolve(args: argparse.Namespace) -> Options:
     if "api_key" not in parts["serve"] and (keys := environment.api_keys()):
         parts["serve"]["api_key"] = keys
         origins["--api-key"] = "FNENGINE_API_KEY"
+    if given.get("disable_log_requests") and given.get("enable_log_requests"):
+        raise ConfigError("excludes --enable-log-requests", where="--disable-log-requests", remedy="give one of them")
     if "threads" in given:
         environment.set_threads(given["threads"])
     else:

@@ -141,3 +141,8 @@ def api_keys() -> tuple[str, ...]:
 def shown() -> dict[str, str]:
     """Variables of `SHOWN` that are set, for `doctor`; keys are not printed."""
     return {name: "(set)" if name == "FNENGINE_API_KEY" else os.environ[name] for name in SHOWN if name in os.environ}
+
+
+def setting(name: str, value: str) -> None:
+    """Sets a variable that a library reads when it loads, overriding what is there."""
+    os.environ[name] = value

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnengine.graphs import replay
+
 log = logging.getLogger("fnengine")
 
 
@@ -64,7 +66,9 @@ def missing_compiler() -> str | None:
 
 def start() -> None:
     """Imports Inductor now: seconds of Python that can pass while something else (a C++ build, say) is waited for."""
-    from torch._inductor import compile_fx, standalone_compile  # noqa: F401
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Inductor's own deprecations are not the user's business
+        from torch._inductor import compile_fx, standalone_compile  # noqa: F401
 
 
 def environment_key(device: str) -> dict[str, str]:
@@ -107,14 +111,9 @@ def compile_flat(
     whole = {**environment_key(device), **key, "shapes": json.dumps(shapes)}
     digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:20]
     path = None if folder is None else folder / f"{name}-{digest}.bin"
-    call, source = None, "loaded"
-    with warnings.catch_warnings(), _inductor_options():
-        warnings.simplefilter("ignore")  # Inductor's own deprecations are not the user's business
-        if path is not None and path.exists():
-            call = _load(path)
-        if call is None:
-            source = "compiled"
-            call = _compile(fn, example, dynamic, path, whole)
+    call, source = None if path is None else _replay(path), "loaded"
+    if call is None:
+        call, source = _through_inductor(fn, example, dynamic, path, whole)
     seconds = time.perf_counter() - t0
     if source == "compiled":
         traces.compiled += 1
@@ -123,6 +122,59 @@ def compile_flat(
     traces.seconds += seconds
     traces.log.append((name, source, seconds))
     return Artifact(call, source, seconds, digest)
+
+
+def kept(folder: Path) -> bool:
+    """Whether artifacts that need no compiler are in a folder, so that this process may well do without one."""
+    return any(folder.glob("*.zip"))
+
+
+def _replay(path: Path) -> Callable[..., Any] | None:
+    """What `_keep` kept of the artifact at `path`, if it did and it can be loaded."""
+    file = path.with_suffix(".zip")
+    if not file.exists():
+        return None
+    try:
+        call = replay.load(file)
+    except Exception as e:
+        log.warning("%s could not be loaded (%s: %s); taking the long way", file.name, type(e).__name__, e)
+        return None
+    return lambda *args: call(list(args))[0]
+
+
+def _keep(modules: list[Any], path: Path) -> None:
+    """Keeps the function behind an artifact in a form that needs no compiler, where there is one such function."""
+    ours = [m for m in modules if "Runner" in vars(m)]
+    try:
+        if len(ours) != 1:
+            raise replay.NotReplayable(f"{len(ours)} functions were generated")
+        replay.keep(ours[0], path.with_suffix(".zip"))
+    except (replay.NotReplayable, OSError) as e:
+        log.info("%s will be loaded through Inductor: %s", path.name, e)
+
+
+def _through_inductor(
+    fn: Callable[..., Tensor],
+    example: Sequence[Tensor],
+    dynamic: Sequence[tuple[int, ...]],
+    path: Path | None,
+    key: dict[str, str],
+) -> tuple[Callable[..., Any], str]:
+    """(the artifact, `compiled` or `loaded`)."""
+    start()
+    from torch._inductor.codecache import PyCodeCache
+
+    call, source, before = None, "loaded", len(PyCodeCache.modules)
+    with warnings.catch_warnings(), _inductor_options():
+        warnings.simplefilter("ignore")  # Inductor's own deprecations are not the user's business
+        if path is not None and path.exists():
+            call = _load(path)
+        if call is None:
+            source = "compiled"
+            call = _compile(fn, example, dynamic, path, key)
+        if path is not None:
+            _keep(PyCodeCache.modules[before:], path)
+    return call, source
 
 
 def _inductor_options() -> Any:

@@ -12,7 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, multipl
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 
 from fnengine.errors import OutOfBlocks
-from fnengine.host.blocks import Ledger, Node, Path
+from fnengine.host.blocks import Extension, Ledger, Node, Path
 
 B = 4
 """Tokens in a block here, so that short examples cross many boundaries."""
@@ -104,7 +104,9 @@ def test_equal_blocks_after_different_prefixes_are_different():
     p, q = (grow(ledger, ledger.empty(), 8).path for _ in range(2))
     ledger.publish(p, [1, 1, 1, 1, *same])
     ledger.publish(q, [2, 2, 2, 2, *same])
-    assert ledger.blocks_of(ledger.match([2, 2, 2, 2, *same, 0])).tolist() == ledger.blocks_of(q).tolist()
+    for path, k in ((p, 1), (q, 2)):
+        found = ledger.match([k, k, k, k, *same, 0])
+        assert ledger.blocks_of(found).tolist() == ledger.blocks_of(path).tolist()
 
 
 def test_of_two_equal_blocks_the_first_is_indexed_and_what_stands_on_the_second_is_not():
@@ -377,6 +379,23 @@ class Machine(RuleBasedStateMachine):
         new = self.extend([(seq, tokens)])
         self.let_go(seq)
         return multiple(*new)
+
+    @rule(target=seqs, seq=consumes(seqs), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=3).map(tuple))
+    def advance(self, seq, tokens):
+        """In place, or not at all and then by `extend`."""
+        path = self.ledger.advance(seq.path, len(tokens))
+        if path is None:
+            try:
+                e = self.ledger.extend(seq.path, len(tokens))
+            except OutOfBlocks:
+                return seq
+            self.pool.step(self.ledger, [seq], [Seq(e.path, (*seq.tokens, *tokens))], [e])
+            self.let_go(seq)
+            return self.keep(Seq(e.path, (*seq.tokens, *tokens)))
+        new = Seq(path, (*seq.tokens, *tokens))
+        self.pool.step(self.ledger, [seq], [new], [Extension(path)])
+        self.live = [s for s in self.live if s is not seq]
+        return self.keep(new)
 
     @rule(target=seqs, a=consumes(seqs), b=seqs, tokens=words)
     def two_calls_in_one_step(self, a, b, tokens):

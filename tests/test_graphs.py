@@ -70,8 +70,10 @@ def test_compiled_kept_and_loaded(tmp_path):
     other = compile_flat(scaled, example(), DYNAMIC, traces=traces, **{**args, "key": {"of": "b"}})
     assert other.source == "compiled" and other.key != first.key
 
-    kept = next(p for p in tmp_path.glob("*.bin") if first.key in p.name)
-    kept.write_bytes(b"garbage")
+    kept = [p for p in tmp_path.iterdir() if first.key in p.name]
+    assert {p.suffix for p in kept} == {".bin", ".zip", ".json"}
+    for p in kept:
+        p.write_bytes(b"garbage")
     mended = compile_flat(scaled, example(), DYNAMIC, traces=traces, **args)
     assert mended.source == "compiled", "a damaged artifact is made again, not trusted"
 

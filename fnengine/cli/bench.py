@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,8 @@ def throughput(args: argparse.Namespace) -> Figures:
     engine = _engine(args)
     _generate(engine, _requests(engine, args, 2, min(args.output_len, 4), args.prompt_seed + 1_000_003))
     requests = _requests(engine, args, args.num_prompts, args.output_len, args.prompt_seed)
-    first, seconds = _generate(engine, requests)
+    times = _generate(engine, requests)
+    seconds = times.whole
     made = args.num_prompts * args.output_len
     return {
         **_about(engine, args),
@@ -104,28 +106,27 @@ def throughput(args: argparse.Namespace) -> Figures:
         "requests_per_s": args.num_prompts / seconds,
         "output_tokens_per_s": made / seconds,
         "total_tokens_per_s": (made + args.num_prompts * args.input_len) / seconds,
-        **spread("ttft", first),
+        **spread("ttft", times.first),
+        **spread("itl", times.gaps),
     }
 
 
 def latency(args: argparse.Namespace) -> Figures:
     """One batch at a time, with fresh prompts each time."""
     engine = _engine(args)
-    whole, firsts = [], []
+    measured = []
     for i in range(args.num_iters_warmup + args.num_iters):
         seed = args.prompt_seed + 1_000_003 * (i + 1)
-        first, seconds = _generate(engine, _requests(engine, args, args.batch_size, args.output_len, seed))
+        times = _generate(engine, _requests(engine, args, args.batch_size, args.output_len, seed))
         if i >= args.num_iters_warmup:
-            whole.append(seconds)
-            firsts += first
-    between = fmean(whole) - fmean(firsts)
+            measured.append(times)
     return {
         **_about(engine, args),
         "batch_size": args.batch_size,
         "iterations": args.num_iters,
-        **spread("batch", whole),
-        **spread("ttft", firsts),
-        **({"per_token_ms_mean": 1e3 * between / (args.output_len - 1)} if args.output_len > 1 else {}),
+        **spread("batch", [t.whole for t in measured]),
+        **spread("ttft", [x for t in measured for x in t.first]),
+        **spread("itl", [x for t in measured for x in t.gaps]),
     }
 
 
@@ -174,21 +175,36 @@ def _requests(engine: Engine, args: argparse.Namespace, count: int, output: int,
     ]
 
 
-def _generate(engine: Engine, requests: list[Request]) -> tuple[list[float], float]:
-    """Seconds to the first token of each request, and to the end of all."""
+@dataclass
+class Times:
+    """Seconds of some requests that ran together."""
+
+    whole: float = 0.0
+    first: list[float] = field(default_factory=list)
+    """To the first token, one a request."""
+    gaps: list[float] = field(default_factory=list)
+    """Between a token and the one before it, of all requests."""
+
+
+def _generate(engine: Engine, requests: list[Request]) -> Times:
+    """Runs the requests to their ends."""
     from fnengine.cli.talk import tagged
 
+    times, last, made = Times(), {}, 0
     begin = time.perf_counter()
-    first: dict[int, float] = {}
-    made = 0
     for i, delta in tagged(engine, requests):
         if delta.tokens:
-            first.setdefault(i, time.perf_counter() - begin)
+            now = time.perf_counter()
+            if i in last:
+                times.gaps.append(now - last[i])
+            else:
+                times.first.append(now - begin)
+            last[i] = now
         made += len(delta.tokens)
-    seconds = time.perf_counter() - begin
+    times.whole = time.perf_counter() - begin
     wanted = sum(r.stop.max_tokens or 0 for r in requests)
     assert made == wanted, f"{made} tokens came, {wanted} were asked for"
-    return list(first.values()), seconds
+    return times
 
 
 # --- start-up ---------------------------------------------------------------------------------------------------------

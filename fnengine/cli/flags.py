@@ -203,6 +203,7 @@ def _flags() -> tuple[Flag, ...]:
             ("--metrics-compat",), "serve.metrics_compat", "metrics under vLLM's names as well", server, str, ("vllm",)
         ),
         Flag(("--enable-log-requests",), "serve.enable_log_requests", "a line for each request", server),
+        Flag(("--disable-log-requests",), "-", "as without --enable-log-requests", server),
         Flag(
             ("--uvicorn-log-level",),
             "serve.uvicorn_log_level",

@@ -55,7 +55,9 @@ def add(draft: Draft, run: Run, n: int, emits: bool) -> None:
             draft.needs |= BIT["bias"]
         if (k := run.request.logprobs) is not None:
             draft.logprobs = k if draft.logprobs is None else max(k, draft.logprobs)
-    if run.index == 0 and (k := run.request.prompt_logprobs) is not None and _targets(run, before, n) > 0:
+    if before < run.prompt_len and _targets(run, before, n) > 0:
+        k = run.request.prompt_logprobs
+        assert k is not None
         draft.score = k if draft.score is None else max(k, draft.score)
 
 

@@ -27,7 +27,7 @@ from fnengine.host.request import MAX_BIAS, Request, fold_in
 from fnengine.host.runs import Host, Policy, Run, end, enqueue, first_waiting, key_of, preempt
 from fnengine.host.step import Admission, StepInput
 
-__all__ = ["Host", "Ledger", "Planned", "Policy", "Run", "abort", "gauges", "pipeline_of", "plan", "submit"]
+__all__ = ["Host", "Planned", "Policy", "Run", "abort", "gauges", "pipeline_of", "plan", "submit"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +83,7 @@ def submit(host: Host, request: Request, now: float) -> tuple[Run, ...]:
             tokens=prompt,
             prompt_len=n,
             max_tokens=max_tokens,
+            limit=n + max_tokens,
             path=host.ledger.empty(request.salt),
             known=n,
             total=n,
@@ -226,14 +227,18 @@ def _advance(host: Host, walk: _Walk, run: Run) -> None:
     want = run.wanted()
     if want <= 0:
         return
+    ledger = host.ledger
     if want == 1:
         walk.reserved -= 1
         n = min(walk.left, 1)
+        if n and (path := ledger.advance(run.path, 1)) is not None:
+            run.path = path
+            _take(host, walk, run, 1)
+            return
     else:
         n = walk.chunk(want, host.policy.chunked)
     if n <= 0:
         return
-    ledger = host.ledger
     while True:
         try:
             extension = ledger.extend(run.path, n)
@@ -258,10 +263,11 @@ def _advance(host: Host, walk: _Walk, run: Run) -> None:
 
 def _take(host: Host, walk: _Walk, run: Run, n: int) -> None:
     """The run's path has grown by `n` tokens: counts them, publishes what is full, drafts its batch row."""
-    computed, B = run.path.length, host.ledger.block
+    computed, known, B = run.path.length, run.known, host.ledger.block
     walk.left -= n
-    walk.prompt_tokens += max(min(computed, run.prompt_len) - (computed - n), 0)
-    full = min(run.known, computed) // B
+    if computed - n < run.prompt_len:
+        walk.prompt_tokens += min(computed, run.prompt_len) - (computed - n)
+    full = (known if known < computed else computed) // B
     if full > run.published:
         host.ledger.publish(run.path, run.tokens[: full * B])
         run.published = full

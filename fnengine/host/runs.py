@@ -73,6 +73,8 @@ class Run:
     prompt_len: int
     max_tokens: int
     """Effective: never beyond the context."""
+    limit: int
+    """Length at which it must end: prompt_len + max_tokens."""
     path: Path
     """The computed tokens, those of steps in flight included."""
     known: int
@@ -129,11 +131,6 @@ class Run:
     @property
     def computed(self) -> int:
         return self.path.length
-
-    @property
-    def limit(self) -> int:
-        """Length at which it must end."""
-        return self.prompt_len + self.max_tokens
 
     def wanted(self) -> int:
         """Tokens to compute now: none once everything that may be generated has been launched."""

@@ -1,0 +1,92 @@
+"""Every example runs as a user would run it, and agrees with another way to the same text."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import fnengine as fn
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted(p.name for p in (ROOT / "examples").glob("*.py"))
+PROMPT = "Once upon a time"
+
+
+@cache
+def printed(name: str) -> str:
+    """What an example prints; it must end well and say nothing on stderr but the server's own lines."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", f"examples/{name}"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FNENGINE_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr == "", done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return fn.LLM("demo", max_num_seqs=4)
+
+
+def test_there_are_four_examples_of_under_60_lines():
+    assert EXAMPLES == ["best_of_n.py", "greedy_loop.py", "offline_generate.py", "openai_client.py"]
+    for name in EXAMPLES:
+        assert len((ROOT / "examples" / name).read_text().splitlines()) < 60
+
+
+def test_the_greedy_loop_is_what_generate_does(llm):
+    """Oracle: the engine, greedy."""
+    text, slices = printed("greedy_loop.py").strip().rsplit("\n", 1)
+    (wanted,) = llm.generate(PROMPT, fn.Sampling(temperature=0), fn.Stop(max_tokens=32))
+    assert text == PROMPT + wanted.text
+    choice = wanted.choices[0]
+    length = (
+        len(llm.model.encode(PROMPT)) + len(choice.tokens) - (choice.finish == "stop")
+    )  # the loop keeps no stop token
+    assert slices == f"{length} tokens; {length - 8} of them kept by the slice, 8 computed again"
+
+
+def test_best_of_n_keeps_the_likeliest_fork(llm):
+    """Oracle: each fork is the continuation that the engine samples for its seed, scored by a plain forward over it."""
+    *lines, blocks = printed("best_of_n.py").splitlines()
+    prompt = "In the morning the fox"
+    rt = fn.Runtime(llm.model, max_num_seqs=4)
+    ids, scores = llm.model.encode(prompt), {}
+    for seed in range(6):
+        (done,) = llm.generate(
+            prompt,
+            fn.Sampling(temperature=0.9, seed=seed),
+            fn.Stop(max_tokens=24, ignore_eos=True),
+        )
+        tokens = list(done.choices[0].tokens)
+        _, logits = rt.extend(rt.empty, ids + tokens, logits="all")
+        logp = logits.log_softmax(-1)[len(ids) - 1 : -1]
+        scores[llm.model.decode(tokens)] = float(logp[range(24), tokens].mean())
+    shown = [tuple(line.split("  ", 1)) for line in lines]
+    assert {text for _, text in shown} == {f"{prompt}{text!r}" for text in scores}
+    assert [float(s) for s, _ in shown] == pytest.approx(sorted(scores.values(), reverse=True), abs=0.02)
+    counted = re.fullmatch(r"blocks beyond the prompt's: (\d+) for 6 forks, (\d+) for the best one alone", blocks)
+    assert counted and 0 < int(counted[2]) < int(counted[1])
+
+
+def test_generating_and_serving_say_the_same(llm):
+    """Oracle: two ways in, one path: the greedy answer offline and through HTTP and the openai client."""
+    offline, http = printed("offline_generate.py"), printed("openai_client.py")
+    answer = re.search(r"assistant: (.*)\n\((\d+) tokens", offline, re.DOTALL)
+    assert answer is not None
+    assert re.fullmatch(re.escape(answer[1]) + rf"\n\({answer[2]} tokens from http://127.0.0.1:\d+\)\n", http)
+    assert (
+        answer[1] == llm.chat([{"role": "user", "content": "Hello! Who are you?"}], fn.Sampling(temperature=0))[0].text
+    )
+    assert offline.count(" ...") == 3
