@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fnengine.graphs.bucket import exact
+from fnengine.graphs.bucket import fit
 from fnengine.host.request import MAX_BIAS
 from fnengine.host.step import BLOCK, Admission, Scores, StepInput, StepOutput, Ticket
 from fnengine.kernels import Ops
@@ -168,7 +168,7 @@ class TorchDevice:
     def _batch(self, step: StepInput) -> Batch:
         """The staged batch, padded: the last padding row owns the padding tokens. One host-to-device copy."""
         T, R = len(step.token), len(step.row)
-        b = exact(T, R)
+        b = fit(T, R)
         C = len(step.copy)
         sizes = (b.rows, b.rows + 1, b.tokens, b.rows, 2 * C, 0 if step.target is None else b.tokens)
         packed = np.zeros(sum(sizes), np.int32)

@@ -17,7 +17,21 @@ class Bucket:
     """R after padding; at least one of them is a padding row whenever tokens are padded."""
 
 
-def exact(tokens: int, rows: int) -> Bucket:
-    """The smallest legal shape that holds a step: exact but for `LEAST`."""
-    padded = max(tokens, LEAST)
-    return Bucket(padded, max(LEAST, rows + (padded > tokens)))
+STEPS = ((32, 1), (128, 8))
+"""(up to this size, multiples of this); above the last, multiples of `COARSE`."""
+COARSE = 32
+
+
+def fit(tokens: int, rows: int) -> Bucket:
+    """The smallest shape of the ladder that holds a step.
+
+    Small sizes are exact (but for `LEAST`), large ones rounded up by at most a quarter: the matrix libraries prepare
+    something for every size they meet, and 512 sizes cost hundreds of megabytes and a slow first time each.
+    """
+    padded = _round(tokens)
+    return Bucket(padded, _round(rows + (padded > tokens)))
+
+
+def _round(n: int) -> int:
+    multiple = next((m for top, m in STEPS if n <= top), COARSE)
+    return max(LEAST, -(-n // multiple) * multiple)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fnengine.graphs import compile as compiling
-from fnengine.graphs.bucket import LEAST, exact
+from fnengine.graphs.bucket import LEAST, fit
 from fnengine.graphs.compile import Traces, compile_flat, trace
 
 needs_compiler = pytest.mark.skipif(compiling.missing_compiler() is not None, reason="no C++ compiler here")
@@ -27,21 +27,22 @@ def example():
 DYNAMIC = [(0,), (0,), ()]
 
 
-def test_buckets_are_exact_but_for_the_least():
-    assert [
-        exact(t, r) == (b := exact(t, r)) and (b.tokens, b.rows) for t, r in ((1, 1), (3, 2), (4, 4), (9, 2), (64, 64))
-    ] == [
-        (4, 4),
-        (4, 4),
-        (4, 4),
-        (9, 4),
-        (64, 64),
-    ]
-    for t in range(1, 20):
-        for r in range(1, t + 1):
-            b = exact(t, r)
+def test_the_ladder_by_hand():
+    shapes = {(1, 1): (4, 4), (3, 2): (4, 4), (4, 4): (4, 4), (9, 2): (9, 4), (32, 32): (32, 32), (33, 33): (40, 40)}
+    shapes |= {(64, 64): (64, 64), (129, 1): (160, 4), (512, 64): (512, 64)}
+    for (tokens, rows), expected in shapes.items():
+        b = fit(tokens, rows)
+        assert (b.tokens, b.rows) == expected
+
+
+def test_laws_of_the_ladder():
+    for t in range(1, 600):
+        for r in {1, t // 2 + 1, t}:
+            b = fit(t, r)
             assert b.tokens >= max(t, LEAST) and b.rows >= max(r, LEAST)
             assert b.tokens == t or b.rows > r, "padding tokens need a padding row to own them"
+            assert b.tokens <= max(LEAST, 1.25 * t), "no more than a quarter is padding"
+    assert len({fit(t, 1).tokens for t in range(1, 513)}) == 53, "sizes that a budget of 512 can meet"
 
 
 def test_a_trace_has_symbols_only_where_they_were_declared():
