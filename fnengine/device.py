@@ -159,7 +159,7 @@ class TorchDevice:
         on_host = [_to_host(x) for x in (out.token, out.count, out.logprobs, out.score)]
         done = torch.cuda.Event()
         done.record()
-        return Launched(Out(*on_host, out.logits), len(step.token), len(step.row), done, all_logits)
+        return Launched(Out(*on_host, out.logits), len(step.token), len(step.row), done, all_logits)  # pyright: ignore[reportCallIssue]
 
     def _stage(self, array: np.ndarray) -> Tensor:
         t = torch.from_numpy(np.ascontiguousarray(array))

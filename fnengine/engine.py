@@ -221,7 +221,7 @@ class Engine:
         text = [
             TextStream.start(
                 self.tokenizer,
-                request.prompt,
+                request.prompt,  # pyright: ignore[reportArgumentType]
                 stops.strings,
                 include_stop=stops.include_stop,
                 from_token=max(0, stops.min_tokens - 1),

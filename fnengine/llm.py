@@ -128,7 +128,7 @@ class LLM:
         """Like `generate`, from one conversation or a list of them; without `stop`, up to the end of the context."""
         talks = [messages] if messages and isinstance(messages[0], dict) else messages
         tokenizer = self.engine.tokenizer
-        prompts = [tokenizer.encode(tokenizer.render_chat(m, **template), add_special=False) for m in talks]
+        prompts = [tokenizer.encode(tokenizer.render_chat(m, **template), add_special=False) for m in talks]  # pyright: ignore[reportArgumentType]
         return self.generate(prompts, sampling, stop or Stop(), n=n, on_delta=on_delta)
 
     def default_sampling(self) -> Sampling:

@@ -211,7 +211,7 @@ def _compile(
     from torch._inductor import standalone_compile  # type: ignore[attr-defined]
 
     graph, fakes = trace(fn, example, dynamic)
-    artifact = standalone_compile(graph, fakes, dynamic_shapes="from_graph")
+    artifact = standalone_compile(graph, fakes, dynamic_shapes="from_graph")  # pyright: ignore[reportArgumentType]
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

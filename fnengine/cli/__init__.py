@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line. A mistake in it raises `ConfigError`."""
     top = _plain("fnengine", "A functional LLM engine.", _environment_help())
     top.add_argument("--version", action="version", version=f"fnengine {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=_plain)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=_plain)  # pyright: ignore[reportArgumentType]
 
     p = _command(commands, "serve", "serve a model over an OpenAI-compatible HTTP API")
     _model_argument(p)

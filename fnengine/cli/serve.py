@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         say(banner(url, engine.name, options, time.perf_counter() - t0))
 
     serve(
-        engine,
+        engine,  # pyright: ignore[reportArgumentType]
         sock=sock,
         uds=s.uds,
         shutdown_timeout=s.shutdown_timeout,

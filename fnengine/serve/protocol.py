@@ -267,7 +267,7 @@ def parse(model: type[M], data: dict[str, Any], *, strict: bool = False) -> tupl
         unknown += [f"stream_options.{k}" for k in body.stream_options.model_extra or {}]
     if strict and unknown:
         raise RequestError("unknown field", where=unknown[0][:80], param=unknown[0][:80], remedy="leave it out")
-    return body, tuple(sorted(unknown + hints))
+    return body, tuple(sorted(unknown + hints))  # pyright: ignore[reportReturnType]
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -367,7 +367,9 @@ def _part(part: Any, where: str) -> dict[str, str]:
     if kind == "text" or not isinstance(kind, str):
         _refuse(where, 'must be {"type": "text", "text": "..."}')
     raise RequestError(
-        f"{kind[:40]!r} parts are not implemented, this model reads text", where=f"{where}.type", param=f"{where}.type"
+        f"{str(kind)[:40]!r} parts are not implemented, this model reads text",
+        where=f"{where}.type",
+        param=f"{where}.type",
     )
 
 
@@ -375,6 +377,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         _refuse(f"{where}.function.name", "is required")
+    assert isinstance(call, dict) and isinstance(function, dict)
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
