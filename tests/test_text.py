@@ -550,3 +550,10 @@ def test_offsets_by_hand(load):
     assert offsets(t, ids, 5) == [5, 6, 6, 6, 6, 6, 7]
     assert offsets(t, ids, 0, skip_special=False) == [0, 1, 5, 5, 5, 5, 6]
     assert offsets(t, pepper[2:] + ids[:1], 3, prompt=pepper[:2]) == [3, 3, 4]
+
+
+def test_a_broken_pair_of_prompt_bytes_leaks_nothing(load):
+    """ED A0 waits as a whole and becomes two U+FFFD, both of them the prompt's."""
+    for name in BYTES:
+        t = load(name)
+        assert "".join(stream(t, [], np.array([by_byte(t)[0xED], by_byte(t)[0xA0]], np.int32), False)) == ""

@@ -62,8 +62,9 @@ class _ByteText:
     strip: int
     """Leading spaces that the whole text still has to lose."""
     decoder: codecs.IncrementalDecoder
-    owed: bool = False
-    """The waiting bytes began in the prompt: if they turn out invalid, their U+FFFD is the prompt's."""
+    owed: int = 0
+    """Waiting bytes that began in the prompt: if they turn out invalid, so many U+FFFD are the prompt's (ED A0, say,
+    waits whole and becomes two)."""
 
     @staticmethod
     def start(tokenizer: Tokenizer, prompt: Sequence[int], skip_special: bool) -> _ByteText:
@@ -84,7 +85,7 @@ class _ByteText:
         for size in range(1, min(3, len(tail)) + 1):
             if tail[-size] & 0xC0 != 0x80:  # not a continuation: the last character begins here
                 if not here.decoder.decode(tail[-size:]):
-                    here.owed = True
+                    here.owed = len(tail[-size:].decode("utf-8", "replace"))
                 else:
                     here.decoder = _utf8()
                 break
@@ -105,9 +106,9 @@ class _ByteText:
     def _take(self, text: str) -> str:
         if not text:
             return text
-        if self.owed:
-            self.owed = False
+        for _ in range(self.owed):
             text = text.removeprefix(LOST)
+        self.owed = 0
         if self.strip:
             rest = text.lstrip(" ")
             spaces = min(self.strip, len(text) - len(rest))
