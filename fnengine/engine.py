@@ -17,7 +17,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fnengine import __version__
@@ -99,7 +99,6 @@ class _Live:
     finish: str = "stop"
     max_tokens: int = 0
     completion: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Engine:
