@@ -45,7 +45,7 @@ def build(model: Model, settings: Settings) -> Built:
     """
     device, spec = model.device, model.spec
     mode = settings.mode(device.type)
-    kernels.start(device)
+    kernels.start(device, model.dtype)
     compiling = device.type == "cpu" and not settings.enforce_eager
     why_not = missing_compiler() if compiling else None
     if compiling and why_not is None and not kept(environment.cache_dir() / "artifacts"):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fnengine.errors import CheckpointError, ConfigError, SpecError
 from fnengine.families import FAMILIES, spec_from_config
-from fnengine.leaves import Dense, Packing, packing, place_head
+from fnengine.leaves import Dense, Packing, packing, place_ends
 from fnengine.params import ArrayInfo, abstract, arrays, dummy_array, noise
 from fnengine.spec import ModelSpec
 
@@ -105,7 +105,7 @@ def pick_dtype(spec: ModelSpec, dtype: str, device: torch.device) -> tuple[torch
     if dtype != "auto":
         return DTYPES[dtype], f"dtype {dtype}: asked for"
     own = DTYPES[spec.dtype]
-    if own is torch.float16 and device.type == "cpu" and not packing(device, own).packed:
+    if own is torch.float16 and device.type == "cpu" and packing(device, own).kind == "dense":
         return torch.float32, "dtype float32: the checkpoint is float16, which this CPU does not multiply natively"
     return own, f"dtype {spec.dtype}: the checkpoint's own"
 
@@ -128,7 +128,7 @@ def fill(
     """
     how = packing(device, dtype)
     notes = [f"weights {how.kind}: {how.reason}"]
-    if spec.tied and how.packed:
+    if spec.tied and not how.indexable:
         notes.append("the tied embedding is kept twice: dense to look up, packed as the head")
     if load_format == "dummy":
         notes.append(f"weights are random (--load-format dummy, seed {seed})")
@@ -207,7 +207,7 @@ def dummy(
 def build(infos: dict[str, Any], make: Callable[[str, ArrayInfo], Tensor], how: Packing) -> dict[str, Any]:
     """The tree with `make(path, info)` for every array, each multiplied leaf placed as soon as it is whole."""
 
-    def fill_in(path: str, node: Any, place: bool = True) -> Any:
+    def fill_in(path: str, node: Any, place: bool = True) -> Any:  # the ends wait, because a tied one may serve as both
         if isinstance(node, ArrayInfo):
             return make(path, node)
         if isinstance(node, Dense):
@@ -222,9 +222,9 @@ def build(infos: dict[str, Any], make: Callable[[str, ArrayInfo], Tensor], how: 
             {k: fill_in(f"layers.{i}.{k}", v) for k, v in layer.items()} for i, layer in enumerate(infos["layers"])
         ),
         "norm": fill_in("norm", infos["norm"]),
-        "head": fill_in("head", infos["head"]),
+        "head": fill_in("head", infos["head"], place=False),
     }
-    return {**params, "head": place_head(params, how.place if how.packed else None)}
+    return {**params, **place_ends(params, how)}
 
 
 @dataclasses.dataclass(frozen=True)

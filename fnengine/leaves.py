@@ -1,21 +1,22 @@
 """Weights as leaves of several kinds, and the one `matmul(leaf, x)` that looks at the kind.
 
-A leaf says how a weight is stored; layer code never asks. `pack` turns a tree of dense leaves into the kind that the
-device multiplies fastest, and says why.
+A leaf says how a weight is stored; layer code never asks. `packing` picks the kind that the device multiplies fastest,
+and says why; `checkpoint` places each weight in it as soon as it is read.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fnengine import kernels
+from fnengine.kernels.linear import PANEL
 from fnengine.tree import static
 
 DENSE_ROWS = 16
@@ -53,7 +54,20 @@ class Packed:
     """[N, K] as an mkldnn tensor"""
 
 
-Leaf = Dense | Packed
+@dataclass(frozen=True)
+class Tiled:
+    """The same product with the weight in tiles (`kernels/linear.py`), which a native kernel reads front to back."""
+
+    weight: Tensor
+    """[ceil(N / 32), ceil(K / a), 32, a]"""
+    bias: Tensor | None
+    """[N]"""
+    shape: tuple[int, int] = static()
+    """(N, K)"""
+
+
+Leaf = Dense | Packed | Tiled
+KINDS = (Dense, Packed, Tiled)
 
 _ADDRESSES = itertools.count()
 _PACKED: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
@@ -79,6 +93,8 @@ torch.library.register_fake(
 def matmul(leaf: Leaf, x_TK: Tensor) -> Tensor:
     """y_TN = x_TK weight^T + bias, where a row of y depends on that row of x alone, bit for bit (on CPU)."""
     match leaf:
+        case Tiled(tiles, bias, shape):
+            return kernels.cpu.linear.fn(x_TK, tiles, bias, shape[0])
         case Packed(handle, bias, weight):
             return torch.ops.fnengine.packed_linear(x_TK, handle, bias, weight.shape[0])
         case Dense(weight, bias):
@@ -88,6 +104,21 @@ def matmul(leaf: Leaf, x_TK: Tensor) -> Tensor:
             # While tracing, T is a symbol and must not be branched on: pad by max(16 - T, 0), whatever T will be.
             return F.linear(_pad_rows(x_TK, DENSE_ROWS), weight, bias)[:T]
     raise AssertionError(f"not a leaf: {type(leaf).__name__}")
+
+
+def lookup(leaf: Leaf, index_T: Tensor) -> Tensor:
+    """x_TK: rows of a leaf's weight.
+
+    Raises:
+        AssertionError: a packed weight, which has no rows to look up.
+    """
+    match leaf:
+        case Dense(weight):
+            return F.embedding(index_T, weight)
+        case Tiled(tiles, _, (_, K)):
+            row = index_T.long()
+            return tiles[row // PANEL, :, row % PANEL].flatten(1)[:, :K]
+    raise AssertionError("a packed weight cannot be looked up")
 
 
 def weight_bytes(leaf: Leaf) -> int:
@@ -103,59 +134,88 @@ def pack_leaf(leaf: Dense) -> Packed:
     return Packed(torch.tensor([address]), leaf.bias, weight)
 
 
+def tile_leaf(leaf: Dense) -> Tiled:
+    """The tiled form of a dense leaf on CPU."""
+    return Tiled(kernels.cpu.tile(leaf.weight), leaf.bias, (leaf.weight.shape[0], leaf.weight.shape[1]))
+
+
 @dataclass(frozen=True)
 class Packing:
     """How weights will be stored on a device, and why."""
 
     kind: str
-    """`packed` or `dense`"""
+    """`tiled`, `packed` or `dense`"""
     reason: str
+    atom: int = 1
+    """Channels in an atom of a tile."""
 
     @property
-    def packed(self) -> bool:
-        return self.kind == "packed"
+    def indexable(self) -> bool:
+        """Whether a placed weight can still be looked up, so that a tied embedding need not be held twice."""
+        return self.kind != "packed"
 
     def place(self, leaf: Dense) -> Leaf:
         """The leaf in its final form; the dense one may be freed afterwards."""
-        return pack_leaf(leaf) if self.packed else leaf
+        match self.kind:
+            case "tiled":
+                return tile_leaf(leaf)
+            case "packed":
+                return pack_leaf(leaf)
+        return leaf
+
+    def elements(self, N: int, K: int) -> int:
+        """How many elements a placed weight [N, K] holds."""
+        return -(-N // PANEL) * PANEL * (-(-K // self.atom) * self.atom) if self.kind == "tiled" else N * K
+
+
+LAYOUTS = ("tiled", "packed", "dense")
+"""Kinds of layout on CPU, fastest first."""
+
+
+def layouts(device: torch.device, dtype: torch.dtype) -> dict[str, Packing | str]:
+    """Each kind of layout -> how weights are placed in it on this device, or why that cannot be."""
+    name = str(dtype).removeprefix("torch.")
+    dense = Packing("dense", f"as in the checkpoint, in {name}")
+    if device.type != "cpu":
+        why_not = f"{device.type} multiplies dense weights"
+        return {"tiled": why_not, "packed": why_not, "dense": dense}
+    tiled = kernels.cpu.linear.supports(device, dtype) or Packing(
+        "tiled", f"a native product in {name}", kernels.linear.atom_of(dtype)
+    )
+    packed: Packing | str = "this torch was built without oneDNN (torch.backends.mkldnn)"
+    if torch.backends.mkldnn.is_available():
+        packed = Packing("packed", f"oneDNN packed linears in {name}")
+        try:
+            matmul(pack_leaf(Dense(torch.zeros(32, 32, dtype=dtype))), torch.zeros(4, 32, dtype=dtype))
+        except (RuntimeError, AttributeError) as e:
+            packed = f"oneDNN cannot pack {name} here: {e}"
+    return {"tiled": tiled, "packed": packed, "dense": dense}
 
 
 def packing(device: torch.device, dtype: torch.dtype) -> Packing:
-    """Whether oneDNN's packed layout serves this device and dtype, found by packing a small weight."""
-    if device.type != "cpu":
-        return Packing("dense", f"{device.type} multiplies dense weights")
-    if not torch.backends.mkldnn.is_available():
-        return Packing("dense", "this torch was built without oneDNN (torch.backends.mkldnn is not available)")
-    try:
-        probe = pack_leaf(Dense(torch.zeros(32, 32, dtype=dtype)))
-        matmul(probe, torch.zeros(4, 32, dtype=dtype))
-    except (RuntimeError, AttributeError) as e:
-        return Packing("dense", f"oneDNN cannot pack {str(dtype).removeprefix('torch.')} here: {e}")
-    return Packing("packed", f"oneDNN packed linears in {str(dtype).removeprefix('torch.')}")
+    """The layout whose product is fastest here, with what was passed over.
 
-
-def pack(params: dict[str, Any], device: torch.device) -> tuple[dict[str, Any], str]:
-    """(params with every multiplied weight in the device's best form, the reason).
-
-    The embedding stays dense because it is indexed; when it is also the head (tied), a packed copy becomes the head.
-    Dense weights are freed as soon as the caller lets the old tree go; `checkpoint.load` places leaf by leaf instead,
-    so that both forms never exist at once.
+    Where the processor has matrix units (AMX), oneDNN uses them for bfloat16 and the native product does not.
     """
-    how = packing(device, params["embed"].weight.dtype)
+    found = layouts(device, dtype)
+    if dtype is torch.bfloat16 and isinstance(found["packed"], Packing) and torch.cpu._is_amx_tile_supported():
+        found["tiled"] = "oneDNN uses this processor's matrix units (AMX)"
+    passed = [f"{kind}: {how}" for kind, how in found.items() if isinstance(how, str)]
+    best = next(how for how in found.values() if isinstance(how, Packing))
+    before = [reason for reason in passed if LAYOUTS.index(reason.split(":")[0]) < LAYOUTS.index(best.kind)]
+    return replace(best, reason="; ".join([best.reason, *before]))
 
-    def place(key: str, child: Any) -> Any:
-        return how.place(child) if isinstance(child, Dense) else child
 
-    layers = tuple({k: place(k, v) for k, v in p.items()} for p in params["layers"])
-    return {**params, "layers": layers, "head": place_head(params, how.place if how.packed else None)}, how.reason
+def place_ends(params: dict[str, Any], how: Packing) -> dict[str, Leaf | None]:
+    """The final leaves of dense ends, `embed` and `head`; the head is None where the embedding itself serves.
 
-
-def place_head(params: dict[str, Any], place: Callable[[Dense], Leaf] | None) -> Leaf | None:
-    """The head's final leaf: its own, or a packed copy of a tied embedding; None when the embedding itself serves."""
-    head = params["head"]
-    if place is None or isinstance(head, Packed):
-        return head
-    return place(params["embed"] if head is None else head)
+    An embedding of its own stays dense because it is only looked up. One that is also the head (tied) is placed like
+    any weight where it can still be looked up then; else it stays dense and a packed copy becomes the head.
+    """
+    embed, head = params["embed"], params["head"]
+    if head is not None:
+        return {"embed": embed, "head": how.place(head)}
+    return {"embed": how.place(embed), "head": None} if how.indexable else {"embed": embed, "head": how.place(embed)}
 
 
 def _pad_rows(x: Tensor, least: int) -> Tensor:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from fnengine import checkpoint, hub, kernels
+from fnengine import checkpoint, hub
 from fnengine import model as models
 from fnengine.model import Model
 
@@ -40,8 +40,6 @@ def load(
         CheckpointError: the model is not found, or its weights are missing, damaged or of the wrong shape.
         ConfigError: an argument has no meaning.
     """
-    if not str(device).startswith("cuda"):
-        kernels.start("cpu")  # built, if need be, while the weights are read
     folder = hub.resolve(name_or_path, revision=revision, cache_dir=cache_dir, offline=offline, progress=bool(progress))
     with _report(progress) as report:
         model = models.load(folder, dtype=dtype, device=device, load_format=load_format, seed=seed, progress=report)

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fnengine import checkpoint
+from fnengine import checkpoint, kernels
 from fnengine.host.tokenizer import Tokenizer
 from fnengine.layers import Angles, layer, rms_norm, rope_angles
-from fnengine.leaves import matmul
+from fnengine.leaves import lookup, matmul
 from fnengine.spec import Layer, ModelSpec, Rope
 from fnengine.state import Pool, Where
 
@@ -96,6 +95,7 @@ def load(
     device = checkpoint.pick_device(device)
     spec = checkpoint.read_spec(folder)
     torch_dtype, why = checkpoint.pick_dtype(spec, dtype, device)
+    kernels.start(device, torch_dtype)  # built, if need be, while the weights are read
     params, notes = checkpoint.fill(folder, spec, torch_dtype, device, load_format, seed=seed, progress=progress)
     return Model(spec, params, torch_dtype, device, Path(folder), Path(folder).name, (why, *notes))
 
@@ -118,7 +118,7 @@ def forward(
 
 def embed(spec: ModelSpec, params: dict[str, Any], token_T: Tensor) -> Tensor:
     """x_TD: the embedding of each token."""
-    return F.embedding(token_T, params["embed"].weight)
+    return lookup(params["embed"], token_T)
 
 
 def body(

@@ -76,9 +76,14 @@ class MemoryPlan:
 def memory_plan(spec: ModelSpec, dtype: torch.dtype, how: Packing) -> MemoryPlan:
     """What the weights of a spec take in `dtype`, stored as `how` says."""
     item = dtype.itemsize
-    sizes = [info.size * item for _, info in arrays(abstract(spec))]
-    head = spec.vocab * spec.width * item if spec.tied and how.packed else 0
-    return MemoryPlan(sum(sizes) + head, head, sum(sizes) + head + (max(sizes) if how.packed else 0))
+    looked_up = not spec.tied or not how.indexable  # the embedding stays as it is
+    held = [
+        how.elements(*info.shape) if len(info.shape) == 2 and not (path == "embed.weight" and looked_up) else info.size
+        for path, info in arrays(abstract(spec))
+    ]
+    head = spec.vocab * spec.width * item if spec.tied and not how.indexable else 0
+    weights = sum(held) * item + head
+    return MemoryPlan(weights, head, weights + (0 if how.kind == "dense" else max(held) * item))
 
 
 NOISE = 1_048_573

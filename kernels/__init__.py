@@ -24,13 +24,17 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "kv_write": (cpu.kv_write, reference.kv_write),
     "copy_blocks": (cpu.copy_blocks, reference.copy_blocks),
     "gumbel_argmax": (cpu.gumbel_argmax, reference.gumbel_argmax),
+    "linear": (cpu.linear, reference.linear),
 }
 """op -> its backends, best first."""
 
 
 @dataclass(frozen=True)
 class Ops:
-    """The backends an engine uses, chosen once; model code gets it as an argument."""
+    """The backends an engine uses, chosen once; model code gets it as an argument.
+
+    `linear` is not among them: how a weight is stored says how it is multiplied, and its leaf knows (`leaves.py`).
+    """
 
     paged_attention: Chosen
     kv_write: Chosen
@@ -50,7 +54,7 @@ def ops(device: torch.device | str, dtype: torch.dtype, only: str | None = None)
         LookupError: no backend fits, with each one's reason.
     """
     device = torch.device(device)
-    return Ops(**{name: choose(backends, device, dtype, only) for name, backends in BACKENDS.items()})
+    return Ops(**{f.name: choose(BACKENDS[f.name], device, dtype, only) for f in fields(Ops)})
 
 
 def describe(chosen: Ops) -> list[tuple[str, str, bool, str]]:
@@ -59,7 +63,12 @@ def describe(chosen: Ops) -> list[tuple[str, str, bool, str]]:
     return [(name, c.backend.name, c.backend.invariant, c.reason) for name, c in pairs]
 
 
-def start(device: torch.device | str) -> None:
-    """Begins in the background what `ops` for this device would wait for: the native build takes seconds when cold."""
-    if torch.device(device).type == "cpu":
-        threading.Thread(target=native.load, name="native build", daemon=True).start()
+def start(device: torch.device | str, dtype: torch.dtype) -> None:
+    """Begins in the background what `ops` would wait for: the native build takes seconds when cold."""
+
+    def build() -> None:
+        native.load(cpu.ELEMENT[dtype])
+        native.load(native.COMMON)
+
+    if torch.device(device).type == "cpu" and dtype in cpu.ELEMENT:
+        threading.Thread(target=build, name="native build", daemon=True).start()

@@ -43,7 +43,7 @@ class Backend:
     invariant: bool
     """The result for a row does not depend on other rows, on chunking, or on cache hits: reduction order is fixed by
     absolute index."""
-    note: Callable[[], str] = str
+    note: Callable[[torch.dtype], str] = lambda _dtype: ""
     """More to say about it once it is chosen, e.g. how it was built."""
 
 
@@ -70,7 +70,7 @@ def choose(backends: tuple[Backend, ...], device: torch.device, dtype: torch.dty
             continue
         why_not = b.supports(device, dtype)
         if why_not is None:
-            return Chosen(b, "; ".join([*passed, b.note() or f"{b.name} is the best that fits"]))
+            return Chosen(b, "; ".join([*passed, b.note(dtype) or f"{b.name} is the best that fits"]))
         passed.append(f"{b.name}: {why_not}")
     op = backends[0].op.name
     raise LookupError(f"no backend for {op} on {device} in {dtype}: " + "; ".join(passed or [f"none is called {only}"]))

@@ -11,21 +11,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fnengine.kernels import native
 from fnengine.kernels.attention import PAGED_ATTENTION
 from fnengine.kernels.contract import Backend, Contract
 from fnengine.kernels.library import register
+from fnengine.kernels.linear import LINEAR, PANEL, atom_of
 from fnengine.kernels.noise import GUMBEL_ARGMAX
 from fnengine.kernels.pool import COPY_BLOCKS, KV_WRITE
 
-CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""dtype -> its number in the library."""
+ELEMENT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""dtype -> the library that serves it."""
 
 
-def _library() -> ctypes.CDLL:
-    library = native.load().library
+def _library(dtype: torch.dtype | None = None) -> ctypes.CDLL:
+    library = native.load(native.COMMON if dtype is None else ELEMENT[dtype]).library
     assert library is not None, "the cpu backend was called without having been chosen"
     return library
 
@@ -57,7 +59,7 @@ def _paged_attention(
     q, table, row, start, length = _packed(q), _int32(table), _int32(row), _int32(start), _int32(length)
     out = torch.empty(q.shape, dtype=q.dtype)
     N, B, K, C = k_pool.shape
-    bad = _library().fn_paged_attention(
+    bad = _library(q.dtype).fn_paged_attention(
         q.data_ptr(),
         k_pool.data_ptr(),
         v_pool.data_ptr(),
@@ -77,7 +79,6 @@ def _paged_attention(
         C,
         scale,
         window,
-        CODE[q.dtype],
         torch.get_num_threads(),
     )
     assert not bad, f"a row, length or block is out of range: {row=} {start=} {length=} {N=}"
@@ -140,24 +141,72 @@ def _gumbel_argmax(logits: Tensor, temperature: Tensor, seed: Tensor, position: 
     return token
 
 
+def _linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    P, atoms, _, atom = tiles.shape
+    T, K = x.shape
+    assert x.dtype == tiles.dtype and tiles.is_contiguous() and atoms == -(-K // atom) and -(-n // PANEL) == P
+    if K % atom:
+        x = F.pad(x, (0, -K % atom))
+    elif x.stride(1) != 1 or x.stride(0) % atom:
+        x = x.contiguous()
+    y = torch.empty((T, n), dtype=x.dtype)
+    _library(x.dtype).fn_linear(
+        x.data_ptr(),
+        tiles.data_ptr(),
+        None if bias is None else bias.contiguous().data_ptr(),
+        y.data_ptr(),
+        T,
+        n,
+        atoms * atom,
+        x.stride(0),
+        n,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def tile(weight: Tensor) -> Tensor:
+    """The same as `linear.tile` with this machine's atom, by the library."""
+    atom = atom_of(weight.dtype)
+    N, K = weight.shape
+    if K % atom or weight.stride(1) != 1 or weight.stride(0) % atom:
+        weight = F.pad(weight, (0, -K % atom)).contiguous()
+        K = weight.shape[1]
+    out = weight.new_empty(-(-N // PANEL), K // atom, PANEL, atom)
+    _library(weight.dtype).fn_tile(weight.data_ptr(), out.data_ptr(), N, K, weight.stride(0), torch.get_num_threads())
+    return out
+
+
 def _supports(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"runs on cpu, not on {device.type}"
-    if dtype not in CODE:
+    if dtype not in ELEMENT:
         return f"has no {dtype}"
-    found = native.load()
+    return None
+
+
+def _of_element(device: torch.device, dtype: torch.dtype) -> str | None:
+    return _supports(device, dtype) or _missing(ELEMENT[dtype])
+
+
+def _of_none(device: torch.device, dtype: torch.dtype) -> str | None:
+    return _supports(device, dtype) or _missing(native.COMMON)
+
+
+def _missing(part: str) -> str | None:
+    found = native.load(part)
     return None if found.library is not None else found.reason
 
 
-def _note() -> str:
-    return native.load().reason
+def _backend(op: Contract, fn: Callable[..., Any], supports: Callable[..., str | None]) -> Backend:
+    def note(dtype: torch.dtype) -> str:
+        return native.load(native.COMMON if supports is _of_none else ELEMENT[dtype]).reason
+
+    return Backend("cpu", op, register(op.name, "cpu", fn, key="CPU"), supports, True, note)
 
 
-def _backend(op: Contract, fn: Callable[..., Any]) -> Backend:
-    return Backend("cpu", op, register(op.name, "cpu", fn, key="CPU"), _supports, True, _note)
-
-
-paged_attention = _backend(PAGED_ATTENTION, _paged_attention)
-kv_write = _backend(KV_WRITE, _kv_write)
-copy_blocks = _backend(COPY_BLOCKS, _copy_blocks)
-gumbel_argmax = _backend(GUMBEL_ARGMAX, _gumbel_argmax)
+paged_attention = _backend(PAGED_ATTENTION, _paged_attention, _of_element)
+linear = _backend(LINEAR, _linear, _of_element)
+kv_write = _backend(KV_WRITE, _kv_write, _of_none)
+copy_blocks = _backend(COPY_BLOCKS, _copy_blocks, _of_none)
+gumbel_argmax = _backend(GUMBEL_ARGMAX, _gumbel_argmax, _of_none)

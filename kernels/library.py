@@ -19,6 +19,7 @@ SCHEMAS = {
     "Tensor length, float scale, int window) -> Tensor",
     "kv_write": "(Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slot) -> ()",
     "copy_blocks": "(Tensor(a!)[] pools, Tensor pairs) -> ()",
+    "linear": "(Tensor x, Tensor tiles, Tensor? bias, int n) -> Tensor",
     "gumbel_argmax": "(Tensor logits, Tensor temperature, Tensor seed, Tensor position, int stream) -> Tensor",
 }
 """op -> its signature with what it mutates; the same for every backend of the op."""
@@ -32,6 +33,10 @@ def _shape_of_choice(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty(logits.shape[:1], dtype=torch.int32, device=logits.device)
 
 
+def _shape_of_linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    return torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+
+
 def _nothing(*_: Any) -> None:
     return None
 
@@ -40,6 +45,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "paged_attention": _shape_of_attention,
     "kv_write": _nothing,
     "copy_blocks": _nothing,
+    "linear": _shape_of_linear,
     "gumbel_argmax": _shape_of_choice,
 }
 """op -> what it gives back, without computing it (for tracing)."""

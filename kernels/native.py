@@ -1,6 +1,8 @@
-"""The native CPU library: compiled at first use for this machine, kept in the user's cache, loaded with ctypes.
+"""The native CPU libraries: compiled at first use for this machine, kept in the user's cache, loaded with ctypes.
 
-No torch headers and no Python headers: a build takes a few seconds and serves every version of either. Threads come
+One library per type of element, and one for what has none, because a process needs one type and a cold start waits for
+every line compiled. No torch headers and no Python headers: a build takes two or three seconds and serves every version
+of either. Threads come
 from the OpenMP runtime that torch has loaded, through a pointer (`csrc/parallel.h`), so there is one pool of them.
 """
 
@@ -25,6 +27,11 @@ SOURCE = Path(__file__).parent / "csrc"
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-w")
 """No contraction: which products are fused into additions is part of the arithmetic (`csrc/simd.h`)."""
+COMMON = "common"
+ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2}
+"""Type of element -> its number in the sources."""
+SOURCES = {COMMON: ("noise.cpp", "pool.cpp"), **dict.fromkeys(ELEMENTS, ("attention.cpp", "linear.cpp"))}
+"""Library -> what it is made of, besides `threads.cpp`."""
 REMEDY = "install g++ or clang++ (Debian, Ubuntu: apt install g++)"
 
 
@@ -68,33 +75,48 @@ def _cpu() -> str:
     return "\n".join(sorted({line for line in lines if line.split("\t")[0].strip() in kept}))
 
 
+@cache
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+
+
 def key(compiler: str, isa: tuple[str, ...]) -> str:
     """Name of the build: changes with the sources, the compiler, the flags and the processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
     h = hashlib.sha256()
-    for part in (version, *FLAGS, *isa, _cpu()):
+    for part in (_version(compiler), *FLAGS, *isa, _cpu()):
         h.update(part.encode() + b"\0")
     for file in sorted(SOURCE.glob("*.[ch]*")):
         h.update(file.name.encode() + b"\0" + file.read_bytes())
     return h.hexdigest()[:16]
 
 
-def build(compiler: str, folder: Path, isa: tuple[str, ...]) -> Path:
-    """Path of the library, compiled unless it is there already. Processes may race: each renames a whole file.
+def build(compiler: str, folder: Path, isa: tuple[str, ...], part: str) -> Path:
+    """Path of a library of `SOURCES`, compiled unless it is there already. Processes may race: each renames a
+    whole file.
 
     Raises:
         BuildFailed: the compiler refused, or the folder cannot be written.
     """
-    target = folder / f"kernels-{key(compiler, isa)}.so"
+    target = folder / f"{part}-{key(compiler, isa)}.so"
     if target.exists():
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             objects, jobs = [], []
-            for file in sorted(SOURCE.glob("*.cpp")):  # one process a file: the cores share the work
+            element = [f"-DFN_ELEMENT={ELEMENTS[part]}"] if part in ELEMENTS else []
+            for file in (SOURCE / name for name in (*SOURCES[part], "threads.cpp")):  # one process a file
                 objects.append(str(Path(work) / f"{file.stem}.o"))
-                command = [compiler, *(f for f in FLAGS if f != "-shared"), *isa, "-c", str(file), "-o", objects[-1]]
+                command = [
+                    compiler,
+                    *(f for f in FLAGS if f != "-shared"),
+                    *isa,
+                    *element,
+                    "-c",
+                    str(file),
+                    "-o",
+                    objects[-1],
+                ]
                 jobs.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
             errors = [job.communicate(timeout=300)[1] for job in jobs]
             made = str(Path(work) / "kernels.so")
@@ -124,21 +146,26 @@ def openmp_runtime() -> str | None:
 
 
 P, I, N, D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
-SIGNATURES = {
-    "fn_instructions": (ctypes.c_char_p, []),
-    "fn_use_threads": (None, [P]),
-    "fn_paged_attention": (I, [P] * 8 + [N] * 9 + [D, N, I, I]),
+_ANY = {"fn_instructions": (ctypes.c_char_p, []), "fn_use_threads": (None, [P])}
+_ELEMENT = {
+    "fn_paged_attention": (I, [P] * 8 + [N] * 9 + [D, N, I]),
+    "fn_linear": (None, [P] * 4 + [N] * 5 + [I]),
+    "fn_tile": (None, [P] * 2 + [N] * 3 + [I]),
+    "fn_atom": (I, []),
+}
+_COMMON = {
     "fn_kv_write": (I, [P] * 5 + [N] * 5 + [I]),
     "fn_copy_blocks": (I, [P, P, N, P, N, N, I]),
     "fn_gumbel_argmax": (None, [P] * 5 + [N] * 4 + [I]),
 }
-"""C function -> (result, arguments); see `csrc/`."""
+SIGNATURES = {part: {**_ANY, **(_COMMON if part == COMMON else _ELEMENT)} for part in SOURCES}
+"""Library -> C function -> (result, arguments); see `csrc/`."""
 
 
-def open_library(path: Path) -> tuple[ctypes.CDLL, str]:
+def open_library(path: Path, part: str) -> tuple[ctypes.CDLL, str]:
     """The library at `path` with its functions typed, and where its threads come from."""
     library = ctypes.CDLL(str(path))
-    for name, (result, arguments) in SIGNATURES.items():
+    for name, (result, arguments) in SIGNATURES[part].items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     runtime = openmp_runtime()
@@ -153,24 +180,25 @@ def open_library(path: Path) -> tuple[ctypes.CDLL, str]:
     return library, "one thread (torch's OpenMP runtime was not found)"
 
 
-_loading = threading.Lock()
+_loading = {part: threading.Lock() for part in SOURCES}
 
 
-def load() -> Native:
-    """The library of this process: built or found, then kept. A second caller waits for the first."""
-    with _loading:
-        return _load()
+def load(part: str) -> Native:
+    """A library of this process, by its name in `SOURCES`: built or found, then kept. A second caller waits for the
+    first."""
+    with _loading[part]:
+        return _load(part)
 
 
 @cache
-def _load() -> Native:
+def _load(part: str) -> Native:
     from fnengine.environment import cache_dir
 
     try:
         compiler = find_compiler()
-        library, threads = open_library(build(compiler, cache_dir() / "native", host_isa()))
+        library, threads = open_library(build(compiler, cache_dir() / "native", host_isa(), part), part)
     except (BuildFailed, OSError) as e:
-        log.warning("native CPU kernels are not available, plain torch is used: %s", e)
+        log.warning("native CPU kernels (%s) are not available, plain torch is used: %s", part, e)
         return Native(None, str(e))
     instructions = library.fn_instructions().decode()
     return Native(library, f"native code built by {Path(compiler).name} for {instructions}, {threads}")

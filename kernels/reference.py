@@ -7,6 +7,7 @@ import torch
 from fnengine.kernels.attention import PAGED_ATTENTION
 from fnengine.kernels.contract import Backend, Contract
 from fnengine.kernels.library import register
+from fnengine.kernels.linear import LINEAR
 from fnengine.kernels.noise import GUMBEL_ARGMAX
 from fnengine.kernels.pool import COPY_BLOCKS, KV_WRITE
 
@@ -23,4 +24,6 @@ paged_attention = _backend(PAGED_ATTENTION, invariant=False)
 """Not invariant: torch's matmul picks its order of summation by shape, hence by chunk and by neighbours."""
 kv_write = _backend(KV_WRITE, invariant=True)
 copy_blocks = _backend(COPY_BLOCKS, invariant=True)
+linear = _backend(LINEAR, invariant=False)
+"""Not invariant, for the same reason."""
 gumbel_argmax = _backend(GUMBEL_ARGMAX, invariant=True)

@@ -24,7 +24,7 @@ from fnengine import checkpoint, hub, leaves, model, params, tree
 from fnengine.errors import CheckpointError, ConfigError, FnError, SpecError
 from fnengine.families import spec_from_config
 from fnengine.spec import Llama3Scaling
-from tests.models import TINY, threads, tiny_folder, tiny_model, upstream
+from tests.models import TINY, threads, tiny_folder, upstream
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -298,7 +298,7 @@ def test_dtype_auto_is_the_checkpoints():
     assert model.load(tiny_folder("llama2"), device="cpu").dtype == torch.float32
     spec = checkpoint.read_spec(tiny_folder("llama2", "float16"))
     got, why = checkpoint.pick_dtype(spec, "auto", CPU)
-    native = leaves.packing(CPU, torch.float16).packed
+    native = leaves.packing(CPU, torch.float16).kind != "dense"
     assert (got, native) in ((torch.float16, True), (torch.float32, False)) and "float16" in why
 
 
@@ -324,34 +324,40 @@ def test_dummy_weights(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama2", "qwen2"])
-def test_memory_plan_equals_what_is_held(name: str):
+@pytest.mark.parametrize("kind", leaves.LAYOUTS)
+def test_memory_plan_equals_what_is_held(name: str, kind: str):
     """Bytes planned from shapes are the bytes of the loaded tree."""
-    m = tiny_model(name, dtype="bfloat16")
-    how = leaves.packing(CPU, torch.bfloat16)
-    plan = params.memory_plan(m.spec, torch.bfloat16, how)
+    how = layout(kind, torch.bfloat16)
+    spec = checkpoint.read_spec(tiny_folder(name))
+    plan = params.memory_plan(spec, torch.bfloat16, how)
+    loaded = checkpoint.load(tiny_folder(name), spec, torch.bfloat16, CPU, how)
     held = 0
-    for _, leaf in tree.items(m.params, stop=(leaves.Dense, leaves.Packed)):
+    for _, leaf in tree.items(loaded, stop=leaves.KINDS):
         held += leaf.nbytes if isinstance(leaf, torch.Tensor) else leaves.weight_bytes(leaf)
     assert plan.weights == held
-    assert plan.packed_head == (131 * 64 * 2 if m.spec.tied and how.packed else 0)
+    assert plan.packed_head == (131 * 64 * 2 if spec.tied and kind == "packed" else 0)
     assert plan.peak >= plan.weights
 
 
 # Leaves
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["dense", "packed"])
+def layout(kind: str, dtype: torch.dtype) -> leaves.Packing:
+    """A layout by name, where this machine has it."""
+    found = leaves.layouts(CPU, dtype)[kind]
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", leaves.LAYOUTS)
 @pytest.mark.parametrize(("N", "K"), [(96, 64), (131, 72), (512, 1024)])
 def test_rows_of_matmul_are_independent(kind: str, dtype: torch.dtype, N: int, K: int):
     """Law: each row of a product has the same bits for every number of rows, 1 to 40 and beyond."""
     g = torch.Generator().manual_seed(0)
     leaf = leaves.Dense(torch.randn(N, K, generator=g).to(dtype), torch.randn(N, generator=g).to(dtype))
-    if kind == "packed":
-        how = leaves.packing(CPU, dtype)
-        if not how.packed:
-            pytest.skip(how.reason)
-        leaf = leaves.pack_leaf(leaf)
+    leaf = layout(kind, dtype).place(leaf)
     x = torch.randn(130, K, generator=g).to(dtype)
     with threads(2):
         whole = leaves.matmul(leaf, x)
@@ -362,31 +368,41 @@ def test_rows_of_matmul_are_independent(kind: str, dtype: torch.dtype, N: int, K
             assert torch.equal(leaves.matmul(leaf, x[:M]), whole[:M]), M
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_equals_dense(dtype: torch.dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", leaves.LAYOUTS)
+def test_products_of_every_layout(kind: str, dtype: torch.dtype):
     """Oracle: the product in float64, to the rounding of the dtype."""
-    how = leaves.packing(CPU, dtype)
-    if not how.packed:
-        pytest.skip(how.reason)
+    how = layout(kind, dtype)
     g = torch.Generator().manual_seed(0)
-    dense = leaves.Dense(torch.randn(131, 72, generator=g).to(dtype), torch.randn(131, generator=g).to(dtype))
-    x = torch.randn(9, 72, generator=g).to(dtype)
+    dense = leaves.Dense(torch.randn(131, 73, generator=g).to(dtype), torch.randn(131, generator=g).to(dtype))
+    x = torch.randn(29, 73, generator=g).to(dtype)
     want = x.double() @ dense.weight.double().T + dense.bias.double()
     tolerance = 1e-5 if dtype is torch.float32 else 1e-2
-    for leaf in (dense, leaves.pack_leaf(dense)):
-        torch.testing.assert_close(leaves.matmul(leaf, x).double(), want, rtol=tolerance, atol=tolerance)
+    leaf = how.place(dense)
+    torch.testing.assert_close(leaves.matmul(leaf, x).double(), want, rtol=tolerance, atol=tolerance)
+    if how.indexable:
+        ids = torch.tensor([130, 0, 31, 32, 0], dtype=torch.int32)
+        assert torch.equal(leaves.lookup(leaf, ids), dense.weight[ids.long()])
 
 
-def test_pack_is_a_transform():
-    """pack(params) computes the same and leaves its argument alone."""
+@pytest.mark.parametrize("kind", leaves.LAYOUTS)
+def test_every_layout_holds_the_same_weights(kind: str):
+    """Products agree with the dense ones; a tied embedding is held twice only if packed."""
+    how = layout(kind, torch.float32)
     spec = checkpoint.read_spec(tiny_folder("qwen3"))
     dense = checkpoint.load(tiny_folder("qwen3"), spec, torch.float32, CPU, leaves.Packing("dense", "test"))
-    packed, reason = leaves.pack(dense, CPU)
-    assert isinstance(dense["layers"][0]["qkv"], leaves.Dense) and dense["head"] is None
-    assert "oneDNN" in reason
-    if leaves.packing(CPU, torch.float32).packed:
-        assert isinstance(packed["layers"][0]["qkv"], leaves.Packed) and isinstance(packed["head"], leaves.Packed)
-        assert isinstance(packed["embed"], leaves.Dense)
+    placed = checkpoint.load(tiny_folder("qwen3"), spec, torch.float32, CPU, how)
+    of_kind = dict(zip(leaves.LAYOUTS, (leaves.Tiled, leaves.Packed, leaves.Dense), strict=True))[kind]
+    assert isinstance(placed["layers"][0]["qkv"], of_kind)
+    assert isinstance(placed["embed"], leaves.Dense if kind == "packed" else of_kind)
+    assert (placed["head"] is None) == (kind != "packed")
+    x = torch.randn(5, 64)
+    for key in ("qkv", "down"):
+        leaf = dense["layers"][1][key]
+        y = torch.randn(5, leaf.weight.shape[1]) if key == "down" else x
+        torch.testing.assert_close(
+            leaves.matmul(placed["layers"][1][key], y), leaves.matmul(leaf, y), rtol=1e-5, atol=1e-5
+        )
 
 
 # Names

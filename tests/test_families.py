@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fnengine import kernels, layers, params
+from fnengine import kernels, layers, leaves, params
 from fnengine.families import FAMILIES, spec_from_config
 from fnengine.spec import LinearScaling
 from tests.models import TINY, Paged, dense_ops, threads, tiny_model, upstream
@@ -175,7 +175,8 @@ def test_tied_head_is_the_embedding():
     hidden = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     from fnengine.model import head_logits
 
-    want = layers.rms_norm(hidden, m.params["norm"], m.spec.eps) @ m.params["embed"].weight.T
+    embedding = leaves.lookup(m.params["embed"], torch.arange(m.spec.vocab))
+    want = layers.rms_norm(hidden, m.params["norm"], m.spec.eps) @ embedding.T
     torch.testing.assert_close(head_logits(m.spec, m.params, hidden), want)
 
 

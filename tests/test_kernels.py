@@ -17,7 +17,20 @@ import pytest
 import torch
 
 from fnengine.environment import cache_dir
-from fnengine.kernels import BACKENDS, Backend, attention, choose, cpu, describe, native, noise, ops, philox, reference
+from fnengine.kernels import (
+    BACKENDS,
+    Backend,
+    attention,
+    choose,
+    cpu,
+    describe,
+    linear,
+    native,
+    noise,
+    ops,
+    philox,
+    reference,
+)
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -396,12 +409,50 @@ def test_torch_noise_equals_numpy_noise():
         assert (g[r].numpy() == philox.gumbel(seed, position, 5, np.arange(3000))).all()
 
 
+# ---- products ---------------------------------------------------------------------------------------------------
+
+
+def rows_of_a_product_are_their_own(backend: Backend, dtype: torch.dtype) -> None:
+    """Law: a row of x gives the same bits whatever rows stand beside it and however many threads work."""
+    g = torch.Generator().manual_seed(0)
+    N, K = 100, 514
+    tiles = cpu.tile(torch.randn(N, K, generator=g).to(dtype))
+    x, bias = torch.randn(50, K, generator=g).to(dtype), torch.randn(N, generator=g).to(dtype)
+    alone = torch.cat([backend.fn(row, tiles, bias, N) for row in x.split(1)])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for T in (2, 3, 4, 5, 8, 9, 12, 13, 16, 20, 24, 25, 36, 50):
+                assert torch.equal(backend.fn(x[:T], tiles, bias, N), alone[:T]), (T, threads)
+                assert torch.equal(backend.fn(x[-T:], tiles, bias, N), alone[-T:]), (T, threads)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_product_are_their_own(dtype: torch.dtype):
+    needs(cpu.linear, dtype)
+    rows_of_a_product_are_their_own(cpu.linear, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, K", [(1, 1), (31, 2), (64, 16), (70, 37), (33, 512)])
+def test_tiles_are_laid_out_as_written(dtype: torch.dtype, N: int, K: int):
+    """Oracle: the plain-torch layout, and the way back."""
+    needs(cpu.linear, dtype)
+    for weight in (torch.randn(N, K).to(dtype), torch.randn(K, N).to(dtype).T, torch.randn(N, K + 1).to(dtype)[:, :K]):
+        tiles = cpu.tile(weight)
+        assert torch.equal(tiles, linear.tile(weight, linear.atom_of(dtype)))
+        assert torch.equal(linear.untile(tiles, N, K), weight)
+
+
 # ---- choosing and building --------------------------------------------------------------------------------------
 
 
 def test_ops_report_what_was_chosen():
     o = ops("cpu", torch.bfloat16)
-    assert [line[0] for line in describe(o)] == list(BACKENDS)
+    assert [line[0] for line in describe(o)] == [name for name in BACKENDS if name != "linear"]
     assert o.invariant == all(line[2] for line in describe(o))
     plain = ops("cpu", torch.bfloat16, only="reference")
     assert {line[1] for line in describe(plain)} == {"reference"} and not plain.invariant
@@ -413,10 +464,10 @@ def test_ops_report_what_was_chosen():
 def test_without_a_compiler_the_reference_is_chosen_and_the_remedy_is_said(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("PATH", str(tmp_path))
     with caplog.at_level(logging.WARNING, logger="fnengine"):
-        found = native._load.__wrapped__()
+        found = native._load.__wrapped__("float32")
     assert found.library is None and "apt install g++" in found.reason
     assert len(caplog.records) == 1 and "apt install g++" in caplog.text
-    monkeypatch.setattr(native, "load", lambda: found)
+    monkeypatch.setattr(native, "load", lambda part: found)
     chosen = choose(BACKENDS["paged_attention"], CPU, torch.float32)
     assert chosen.backend is reference.paged_attention
     assert "cpu: no C++ compiler found" in chosen.reason
@@ -432,24 +483,30 @@ def compiler() -> str:
 
 def test_a_failed_build_says_what_the_compiler_said(compiler, tmp_path, monkeypatch):
     (tmp_path / "broken.cpp").write_text("int f( { }")
+    (tmp_path / "threads.cpp").write_text("")
     monkeypatch.setattr(native, "SOURCE", tmp_path)
+    monkeypatch.setattr(native, "SOURCES", {"common": ("broken.cpp",)})
     with pytest.raises(native.BuildFailed, match=r"broken\.cpp.*error"):
-        native.build(compiler, tmp_path / "cache", native.host_isa())
+        native.build(compiler, tmp_path / "cache", native.host_isa(), "common")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(compiler, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(native.BuildFailed, match="FNENGINE_CACHE"):
-        native.build(compiler, tmp_path / "file" / "cache", native.host_isa())
+        native.build(compiler, tmp_path / "file" / "cache", native.host_isa(), "common")
 
 
 def test_racing_builds_leave_one_whole_file(compiler, tmp_path, monkeypatch):
     (tmp_path / "a.cpp").write_text('extern "C" int seven() { return 7; }')
+    (tmp_path / "threads.cpp").write_text("")
     monkeypatch.setattr(native, "SOURCE", tmp_path)
+    monkeypatch.setattr(native, "SOURCES", {"common": ("a.cpp",)})
     made: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: made.append(native.build(compiler, tmp_path / "cache", native.host_isa())))
+        threading.Thread(
+            target=lambda: made.append(native.build(compiler, tmp_path / "cache", native.host_isa(), "common"))
+        )
         for _ in range(3)
     ]
     [t.start() for t in threads]
@@ -457,7 +514,9 @@ def test_racing_builds_leave_one_whole_file(compiler, tmp_path, monkeypatch):
     assert len(made) == 3 and len(set(made)) == 1 and list((tmp_path / "cache").iterdir()) == made[:1]
     assert ctypes.CDLL(str(made[0])).seven() == 7
     (tmp_path / "a.cpp").write_text('extern "C" int seven() { return 8; }')
-    assert native.build(compiler, tmp_path / "cache", native.host_isa()) != made[0], "the key must hold the sources"
+    assert native.build(compiler, tmp_path / "cache", native.host_isa(), "common") != made[0], (
+        "the key must hold the sources"
+    )
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other instruction sets of x86")
@@ -468,12 +527,19 @@ def test_builds_for_lesser_processors_are_right_too(compiler, isa, monkeypatch):
         "AVX512" in torch.backends.cpu.get_cpu_capability()
     ):
         pytest.skip("this processor has no AVX2")
-    library, _ = native.open_library(native.build(compiler, cache_dir() / "native", (f"-march={isa}",)))
-    monkeypatch.setattr(native, "load", lambda: native.Native(library, isa))
+
+    def load(part: str) -> native.Native:
+        path = native.build(compiler, cache_dir() / "native", (f"-march={isa}",), part)
+        return native.Native(native.open_library(path, part)[0], isa)
+
+    libraries = {part: load(part) for part in native.SOURCES}
+    monkeypatch.setattr(native, "load", lambda part: libraries[part])
     assert agrees_with_dense(lambda **e: cpu.paged_attention.fn(*e.values()))
     for dtype in DTYPES:
         assert first_variation(lambda **e: cpu.paged_attention.fn(*e.values()), dtype) is None
         test_backend_equals_reference_in_float32(cpu.paged_attention, dtype)
+        test_backend_equals_reference_in_float32(cpu.linear, dtype)
+        rows_of_a_product_are_their_own(cpu.linear, dtype)
     test_tokens_equal_the_numpy_definition(cpu.gumbel_argmax, 1000, 0.01)
     test_tokens_equal_the_numpy_definition(cpu.gumbel_argmax, 50_001, 3.0)
 
@@ -489,7 +555,7 @@ def test_one_openmp_runtime_serves_torch_and_the_kernels():
     names = {line[5] for line in lines if len(line) == 6}
     runtimes = {n for n in names if Path(n).name.startswith(("libgomp", "libiomp", "libomp"))}
     assert len(runtimes) == 1, runtimes
-    assert "threads of" in native.load().reason
+    assert all("threads of" in native.load(part).reason for part in (native.COMMON, "float32"))
 
 
 @pytest.mark.gpu

@@ -169,9 +169,9 @@ def memory(model: Model, engine: Engine) -> Section:
 
     built = engine.built
     assert built is not None and isinstance(engine.device, TorchDevice)
-    kinds = (leaves.Dense, leaves.Packed)
     weights = sum(
-        leaves.weight_bytes(x) if isinstance(x, kinds) else x.nbytes for _, x in tree.items(model.params, stop=kinds)
+        leaves.weight_bytes(x) if isinstance(x, leaves.KINDS) else x.nbytes
+        for _, x in tree.items(model.params, stop=leaves.KINDS)
     )
     rows = sum(t.nbytes for t in tree.leaves(engine.device.state.rows))
     pool, mode = built.pool, built.mode

@@ -247,12 +247,12 @@ void attend_all(const Call& a, int threads) {
 }  // namespace
 }  // namespace fn
 
-// dtype: 0 float32, 1 bfloat16, 2 float16. q_stride in elements, heads and channels of q contiguous.
+// All of the library's element type. q_stride in elements, heads and channels of q contiguous.
 // Returns 0, or 1 when a row or block lies outside of its array or a length is too small (nothing is computed then).
 extern "C" int fn_paged_attention(const void* q, const void* k, const void* v, void* out, const int32_t* table,
                                   const int32_t* row, const int32_t* start, const int32_t* length, int64_t q_stride,
                                   int64_t R, int64_t M, int64_t P, int64_t N, int64_t B, int64_t H, int64_t K, int64_t C,
-                                  double scale, int64_t window, int dtype, int threads) {
+                                  double scale, int64_t window, int threads) {
     using namespace fn;
     for (int64_t r = 0; r < R; r++) {
         const int64_t n = start[r + 1] - start[r];
@@ -266,31 +266,6 @@ extern "C" int fn_paged_attention(const void* q, const void* k, const void* v, v
     }
     const Call a{q,        k, v, out, table,  row,    start,  length,      q_stride,   R,
                  P,        N, int(B), int(H), int(K), int(C), int(window), int(M), float(scale)};
-    if (dtype == 0)
-        attend_all<float, false>(a, threads);
-    else if (dtype == 2)
-        attend_all<f16, false>(a, threads);
-#if FN_PAIRS
-    else
-        attend_all<bf16, true>(a, threads);
-#else
-    else
-        attend_all<bf16, false>(a, threads);
-#endif
+    attend_all<Element, PAIRS>(a, threads);
     return 0;
-}
-
-// What this library was compiled for, to be shown to people.
-extern "C" const char* fn_instructions() {
-#if FN_PAIRS
-    return "AVX-512 with bfloat16";
-#elif FN_AVX512
-    return "AVX-512";
-#elif FN_AVX2
-    return "AVX2";
-#elif defined(__aarch64__)
-    return "NEON";
-#else
-    return "the baseline instruction set";
-#endif
 }

@@ -31,4 +31,43 @@ void each(int64_t n, int threads, const Body& body) {
         run(&shared);
 }
 
+// The same, where neighbours share memory: each thread walks a range of its own in order, as the hardware foresees, and
+// whoever has finished takes from the far end of another's range.
+template <class Body>
+void each_near(int64_t n, int threads, const Body& body) {
+    constexpr int MOST = 256;
+    struct alignas(64) Range {
+        std::atomic<uint64_t> bounds;  // first << 32 | end
+    };
+    struct Shared {
+        const Body& body;
+        int threads;
+        std::atomic<int> next{0};
+        Range range[MOST];
+    };
+    if (threads > n) threads = static_cast<int>(n);
+    if (threads > MOST) threads = MOST;
+    if (threads <= 1 || !fork_threads) {
+        for (int64_t i = 0; i < n; i++) body(i);
+        return;
+    }
+    Shared shared{body, threads, {}, {}};
+    for (int t = 0; t < threads; t++)
+        shared.range[t].bounds = uint64_t(n * t / threads) << 32 | uint64_t(n * (t + 1) / threads);
+    auto run = [](void* p) {
+        auto& s = *static_cast<Shared*>(p);
+        const int self = s.next.fetch_add(1, std::memory_order_relaxed);
+        for (int k = 0; k < s.threads; k++) {
+            auto& bounds = s.range[(self + k) % s.threads].bounds;
+            for (uint64_t b = bounds.load(std::memory_order_relaxed); b >> 32 < (b & 0xffffffff);) {
+                const uint64_t rest = k == 0 ? b + (uint64_t(1) << 32) : b - 1;
+                if (!bounds.compare_exchange_weak(b, rest, std::memory_order_relaxed)) continue;
+                s.body(k == 0 ? int64_t(b >> 32) : int64_t(b & 0xffffffff) - 1);
+                b = bounds.load(std::memory_order_relaxed);
+            }
+        }
+    };
+    fork_threads(run, &shared, static_cast<unsigned>(threads), 0);
+}
+
 }  // namespace fn

@@ -3,14 +3,7 @@
 
 #include "parallel.h"
 
-namespace fn {
-Fork fork_threads = nullptr;
-}
-
 extern "C" {
-
-// Where to find threads; see parallel.h.
-void fn_use_threads(fn::Fork fork) { fn::fork_threads = fork; }
 
 // k, v: `tokens` rows of `bytes`, k_stride and v_stride bytes apart; slot[t] is the row of the pools that t goes to.
 // Returns 0, or 1 when a slot lies outside of the pool (nothing is written for it).

@@ -16,6 +16,9 @@ namespace fn {
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define FN_AVX512 1
+#if defined(__AVX512BF16__)
+#define FN_AVX512_BF16 1
+#endif
 constexpr int W = 16;
 #elif defined(__AVX2__) && defined(__FMA__)
 #define FN_AVX2 1
@@ -120,6 +123,22 @@ struct bf16 {
 struct f16 {
     uint16_t bits;
 };
+
+// A library serves one type of element (-DFN_ELEMENT): one build is a third of the work of three.
+#if FN_ELEMENT == 1
+using Element = bf16;
+#elif FN_ELEMENT == 2
+using Element = f16;
+#else
+using Element = float;
+#endif
+
+// Whether two elements make one "atom" of 32 bits, which one instruction multiplies and adds.
+#if FN_AVX512_BF16 && FN_ELEMENT == 1
+constexpr bool PAIRS = true;
+#else
+constexpr bool PAIRS = false;
+#endif
 
 FN_INLINE vf load_float(const float* p) { return load<vf>(p); }
 FN_INLINE vu widen(vh h) {  // GCC splits the conversion of a whole register into halves, hence the intrinsics

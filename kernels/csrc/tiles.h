@@ -14,15 +14,11 @@ constexpr float NONE = -INFINITY;  // score of a token that is not seen
 using vh32 = uint16_t __attribute__((vector_size(64)));
 #endif
 
-#if FN_AVX512 && defined(__AVX512BF16__)
-#define FN_PAIRS 1
-#endif
-
 // ---- atoms ----------------------------------------------------------------------------------------------------------
 
 template <bool PAIR>
 FN_INLINE vf madd(vf sum, uint32_t a, vu b) {
-#if FN_PAIRS
+#if FN_AVX512_BF16
     if constexpr (PAIR)
         return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
     else
