@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fnengine import checkpoint, kernels
+from fnengine.graphs import compile
 from fnengine.host.tokenizer import Tokenizer
 from fnengine.layers import Angles, layer, rms_norm, rope_angles
 from fnengine.leaves import lookup, matmul
@@ -95,7 +96,8 @@ def load(
     device = checkpoint.pick_device(device)
     spec = checkpoint.read_spec(folder)
     torch_dtype, why = checkpoint.pick_dtype(spec, dtype, device)
-    kernels.start(device, torch_dtype)  # built, if need be, while the weights are read
+    if kernels.start(device, torch_dtype):  # built while the weights are read
+        compile.start_in_background()  # a first start on this machine will compile layers, too
     params, notes = checkpoint.fill(folder, spec, torch_dtype, device, load_format, seed=seed, progress=progress)
     return Model(spec, params, torch_dtype, device, Path(folder), Path(folder).name, (why, *notes))
 

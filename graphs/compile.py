@@ -8,17 +8,21 @@ place), so a wrong one is a programmer's error, not a trace.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import platform
 import shutil
+import subprocess
+import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -64,8 +68,14 @@ def missing_compiler() -> str | None:
     return None
 
 
+def start_in_background() -> None:
+    """Begins to import Inductor, where it can compile anything here: while a C++ build is waited for, say."""
+    if missing_compiler() is None:
+        threading.Thread(target=start, name="import of Inductor", daemon=True).start()
+
+
 def start() -> None:
-    """Imports Inductor now: seconds of Python that can pass while something else (a C++ build, say) is waited for."""
+    """Imports Inductor now: seconds of Python."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Inductor's own deprecations are not the user's business
         from torch._inductor import compile_fx, standalone_compile  # noqa: F401
@@ -165,7 +175,7 @@ def _through_inductor(
     from torch._inductor.codecache import PyCodeCache
 
     call, source, before = None, "loaded", len(PyCodeCache.modules)
-    with warnings.catch_warnings(), _inductor_options():
+    with warnings.catch_warnings(), _inductor_options(), _flags_at_their_word():
         warnings.simplefilter("ignore")  # Inductor's own deprecations are not the user's business
         if path is not None and path.exists():
             call = _load(path)
@@ -180,12 +190,29 @@ def _through_inductor(
 def _inductor_options() -> Any:
     """Inductor's settings while an artifact is made or loaded.
 
-    Shapes are asserted by the caller. `vec_isa_ok` takes the processor's flags at their word: asking the compiler
-    instead costs a test program each time the cache is cold (10.8 s fell to 5.8-7.4 s for a layer on two cores).
+    Shapes are asserted by the caller.
     """
     from torch._inductor import config
 
     return config.patch({"size_asserts": False, "alignment_asserts": False, "cpp.vec_isa_ok": True})
+
+
+@contextlib.contextmanager
+def _flags_at_their_word() -> Iterator[None]:
+    """Inductor's question whether instructions work here, answered by the processor's flags and by the compiler accepting
+    its own, without the four test programs that Inductor would build and run each time the cache is cold (two seconds).
+    """
+    from torch._inductor import cpu_vec_isa
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    def check_build(isa: Any, code: str) -> bool:
+        flags = isa.build_arch_flags().split()
+        run = subprocess.run([get_cpp_compiler(), *flags, "-E", "-x", "c++", "/dev/null"], capture_output=True)
+        return run.returncode == 0
+
+    known = "check_build" in vars(cpu_vec_isa.VecISA)
+    with mock.patch.object(cpu_vec_isa.VecISA, "check_build", check_build) if known else contextlib.nullcontext():
+        yield
 
 
 def _load(path: Path) -> Callable[..., Any] | None:

@@ -63,12 +63,13 @@ def describe(chosen: Ops) -> list[tuple[str, str, bool, str]]:
     return [(name, c.backend.name, c.backend.invariant, c.reason) for name, c in pairs]
 
 
-def start(device: torch.device | str, dtype: torch.dtype) -> None:
-    """Begins in the background what `ops` would wait for: the native build takes seconds when cold."""
+def start(device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Begins in the background what `ops` would wait for: the native build. Whether it will take seconds."""
+    if torch.device(device).type != "cpu" or dtype not in cpu.ELEMENT:
+        return False
+    parts = (cpu.ELEMENT[dtype], native.COMMON)
 
-    def build() -> None:
-        native.load(cpu.ELEMENT[dtype])
-        native.load(native.COMMON)
-
-    if torch.device(device).type == "cpu" and dtype in cpu.ELEMENT:
-        threading.Thread(target=build, name="native build", daemon=True).start()
+    building = not all(map(native.built, parts))
+    for part in parts:
+        threading.Thread(target=native.load, args=(part,), name=f"native build, {part}", daemon=True).start()
+    return building

@@ -90,6 +90,20 @@ def key(compiler: str, isa: tuple[str, ...]) -> str:
     return h.hexdigest()[:16]
 
 
+def built(part: str) -> bool:
+    """Whether a library is there already, or can never be."""
+    from fnengine.environment import cache_dir
+
+    try:
+        return _target(find_compiler(), cache_dir() / "native", host_isa(), part).exists()
+    except (BuildFailed, OSError):
+        return True
+
+
+def _target(compiler: str, folder: Path, isa: tuple[str, ...], part: str) -> Path:
+    return folder / f"{part}-{key(compiler, isa)}.so"
+
+
 def build(compiler: str, folder: Path, isa: tuple[str, ...], part: str) -> Path:
     """Path of a library of `SOURCES`, compiled unless it is there already. Processes may race: each renames a
     whole file.
@@ -97,7 +111,7 @@ def build(compiler: str, folder: Path, isa: tuple[str, ...], part: str) -> Path:
     Raises:
         BuildFailed: the compiler refused, or the folder cannot be written.
     """
-    target = folder / f"{part}-{key(compiler, isa)}.so"
+    target = _target(compiler, folder, isa, part)
     if target.exists():
         return target
     try:

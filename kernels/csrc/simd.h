@@ -6,6 +6,8 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+
+#include "isa.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -13,19 +15,6 @@
 #endif
 
 namespace fn {
-
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
-#define FN_AVX512 1
-#if defined(__AVX512BF16__)
-#define FN_AVX512_BF16 1
-#endif
-constexpr int W = 16;
-#elif defined(__AVX2__) && defined(__FMA__)
-#define FN_AVX2 1
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
 
 using vf = float __attribute__((vector_size(W * 4)));
 using vi = int32_t __attribute__((vector_size(W * 4)));

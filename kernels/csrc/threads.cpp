@@ -1,6 +1,6 @@
 // What every library of ours has: where its threads come from, and what it was compiled for.
+#include "isa.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace fn {
 Fork fork_threads = nullptr;
