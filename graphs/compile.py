@@ -199,8 +199,8 @@ def _inductor_options() -> Any:
 
 @contextlib.contextmanager
 def _flags_at_their_word() -> Iterator[None]:
-    """Inductor's question whether instructions work here, answered by the processor's flags and by the compiler accepting
-    its own, without the four test programs that Inductor would build and run each time the cache is cold (two seconds).
+    """Inductor's question whether instructions work here, answered by the processor's flags and by the compiler
+    accepting its own, without the test programs that Inductor would build and run when the cache is cold (1.2 s).
     """
     from torch._inductor import cpu_vec_isa
     from torch._inductor.cpp_builder import get_cpp_compiler
