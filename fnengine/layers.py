@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fnengine.kernels.rope import rms_norm
 from fnengine.leaves import matmul
 from fnengine.spec import Attention, Layer, LinearScaling, Llama3Scaling, Mlp, Rope
 from fnengine.state import Pool, Where
@@ -48,18 +49,14 @@ def attention(
     eps: float,
 ) -> Tensor:
     """Causal softmax attention of the new tokens over their rows' KV, projected back to [T, D]. Donates `pool`."""
-    H, K, C = a.heads, a.kv_heads, a.width
-    qkv_THC = matmul(params["qkv"], x_TD).view(-1, H + 2 * K, C)
-    q_THC, k_TKC, v_TKC = qkv_THC[:, :H], qkv_THC[:, H : H + K], qkv_THC[:, H + K :]
-    if a.qk_norm:
-        q_THC, k_TKC = rms_norm(q_THC, params["q_norm"], eps), rms_norm(k_TKC, params["k_norm"], eps)
-    q_THC, k_TKC = apply_rope(q_THC, angles), apply_rope(k_TKC, angles)
-    ops.kv_write(k_TKC, v_TKC, pool.k, pool.v, where.slot)
+    qkv_TE = matmul(params["qkv"], x_TD)
+    norms = (params["q_norm"], params["k_norm"]) if a.qk_norm else (None, None)
+    q_THC = ops.rope_write(qkv_TE, *norms, *angles, pool.k, pool.v, where.slot, eps)
     window = 0 if a.window is None else a.window
     o_THC = ops.paged_attention(
         q_THC, pool.k, pool.v, where.table, where.row, where.start, where.length, a.scale, window
     )
-    return matmul(params["o"], o_THC.reshape(-1, H * C))
+    return matmul(params["o"], o_THC.flatten(1))
 
 
 def mlp(m: Mlp, params: dict[str, Any], x_TD: Tensor) -> Tensor:
@@ -67,16 +64,6 @@ def mlp(m: Mlp, params: dict[str, Any], x_TD: Tensor) -> Tensor:
     assert m.act == "silu", m.act
     gate_TF, up_TF = matmul(params["gate_up"], x_TD).split(m.width, dim=-1)
     return matmul(params["down"], (silu(gate_TF) * up_TF.float()).to(x_TD.dtype))
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension, in float32, rounded once to x's dtype.
-
-    Source: Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4.
-    """
-    x32 = x.float()
-    scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return (x32 * scale * weight.float()).to(x.dtype)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -111,17 +98,3 @@ def rope_angles(rope: Rope, position_T: Tensor) -> Angles:
     """(cos, sin) of every token's rotary angles, [T, width / 2] float32; once a step for each distinct Rope."""
     angle = position_T.float()[:, None] * inverse_frequencies(rope, position_T.device)
     return angle.cos(), angle.sin()
-
-
-def apply_rope(x_THC: Tensor, angles: Angles) -> Tensor:
-    """x with channel i of the first half and of the second half rotated as a pair, in float32, rounded once.
-
-    Channels beyond the rope's width pass unchanged.
-    """
-    cos_TW, sin_TW = (t[:, None, :] for t in angles)
-    half = cos_TW.shape[-1]
-    a, b = x_THC[..., :half].float(), x_THC[..., half : 2 * half].float()
-    parts = [a * cos_TW - b * sin_TW, b * cos_TW + a * sin_TW]
-    if 2 * half < x_THC.shape[-1]:
-        parts.append(x_THC[..., 2 * half :].float())
-    return torch.cat(parts, dim=-1).to(x_THC.dtype)

@@ -17,7 +17,8 @@ from torch import Tensor
 from fnengine import checkpoint, kernels
 from fnengine.graphs import compile
 from fnengine.host.tokenizer import Tokenizer
-from fnengine.layers import Angles, layer, rms_norm, rope_angles
+from fnengine.kernels.rope import rms_norm
+from fnengine.layers import Angles, layer, rope_angles
 from fnengine.leaves import lookup, matmul
 from fnengine.spec import Layer, ModelSpec, Rope
 from fnengine.state import Pool, Where

@@ -1,7 +1,7 @@
 """Ops that the compiler cannot write well, each under a contract. See `contract.py` for what a contract is.
 
     ops = fnengine.kernels.ops(torch.device("cpu"), torch.bfloat16)
-    ops.kv_write(k_TKC, v_TKC, pool.k, pool.v, where.slot)
+    q_THC = ops.rope_write(qkv_TE, q_norm, k_norm, cos, sin, pool.k, pool.v, where.slot, eps)
     o_THC = ops.paged_attention(q_THC, pool.k, pool.v, where.table, where.row, where.start, where.length, scale, window)
 
 A backend is one file listed in `BACKENDS`.
@@ -21,7 +21,7 @@ __all__ = ["BACKENDS", "Backend", "Chosen", "Contract", "Ops", "choose", "descri
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "paged_attention": (cpu.paged_attention, reference.paged_attention),
-    "kv_write": (cpu.kv_write, reference.kv_write),
+    "rope_write": (cpu.rope_write, reference.rope_write),
     "copy_blocks": (cpu.copy_blocks, reference.copy_blocks),
     "gumbel_argmax": (cpu.gumbel_argmax, reference.gumbel_argmax),
     "linear": (cpu.linear, reference.linear),
@@ -37,7 +37,7 @@ class Ops:
     """
 
     paged_attention: Chosen
-    kv_write: Chosen
+    rope_write: Chosen
     copy_blocks: Chosen
     gumbel_argmax: Chosen
 

@@ -20,7 +20,8 @@ from fnengine.kernels.contract import Backend, Contract
 from fnengine.kernels.library import register
 from fnengine.kernels.linear import LINEAR, PANEL, atom_of
 from fnengine.kernels.noise import GUMBEL_ARGMAX
-from fnengine.kernels.pool import COPY_BLOCKS, KV_WRITE
+from fnengine.kernels.pool import COPY_BLOCKS
+from fnengine.kernels.rope import ROPE_WRITE
 
 ELEMENT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """dtype -> the library that serves it."""
@@ -85,25 +86,47 @@ def _paged_attention(
     return out
 
 
-def _kv_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot: Tensor) -> None:
+def _rope_write(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slot: Tensor,
+    eps: float,
+) -> Tensor:
+    assert qkv.dtype == k_pool.dtype == v_pool.dtype and cos.dtype == sin.dtype == torch.float32
     assert k_pool.is_contiguous() and v_pool.is_contiguous() and k_pool.shape == v_pool.shape
-    k, v, slot = _packed(k.to(k_pool.dtype)), _packed(v.to(v_pool.dtype)), _int32(slot)
+    assert all(norm is None or (norm.dtype == qkv.dtype and norm.is_contiguous()) for norm in (q_norm, k_norm))
     N, B, K, C = k_pool.shape
-    size = k_pool.element_size()
-    bad = _library().fn_kv_write(
-        k.data_ptr(),
-        v.data_ptr(),
+    T, W = cos.shape
+    qkv, slot = (qkv if qkv.stride(1) == 1 else qkv.contiguous()), _int32(slot)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    q = torch.empty((T, qkv.shape[1] // C - 2 * K, C), dtype=qkv.dtype)
+    bad = _library(qkv.dtype).fn_rope_write(
+        qkv.data_ptr(),
+        None if q_norm is None else q_norm.data_ptr(),
+        None if k_norm is None else k_norm.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
         k_pool.data_ptr(),
         v_pool.data_ptr(),
         slot.data_ptr(),
-        slot.shape[0],
-        k.stride(0) * size,
-        v.stride(0) * size,
-        K * C * size,
+        q.data_ptr(),
+        qkv.stride(0),
+        T,
+        q.shape[1],
+        K,
+        C,
+        W,
         N * B,
+        eps,
         torch.get_num_threads(),
     )
-    assert not bad, f"a slot is out of range: {slot=} {N=} {B=}"
+    assert not bad, f"a slot is out of range or a head too wide: {slot=} {N=} {B=} {C=}"
+    return q
 
 
 def _copy_blocks(pools: list[Tensor], pairs: Tensor) -> None:
@@ -207,6 +230,6 @@ def _backend(op: Contract, fn: Callable[..., Any], supports: Callable[..., str |
 
 paged_attention = _backend(PAGED_ATTENTION, _paged_attention, _of_element)
 linear = _backend(LINEAR, _linear, _of_element)
-kv_write = _backend(KV_WRITE, _kv_write, _of_none)
+rope_write = _backend(ROPE_WRITE, _rope_write, _of_element)
 copy_blocks = _backend(COPY_BLOCKS, _copy_blocks, _of_none)
 gumbel_argmax = _backend(GUMBEL_ARGMAX, _gumbel_argmax, _of_none)

@@ -17,7 +17,8 @@ NAMESPACE = "fnengine"
 SCHEMAS = {
     "paged_attention": "(Tensor q, Tensor k_pool, Tensor v_pool, Tensor table, Tensor row, Tensor start, "
     "Tensor length, float scale, int window) -> Tensor",
-    "kv_write": "(Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slot) -> ()",
+    "rope_write": "(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin, Tensor(a!) k_pool, "
+    "Tensor(b!) v_pool, Tensor slot, float eps) -> Tensor",
     "copy_blocks": "(Tensor(a!)[] pools, Tensor pairs) -> ()",
     "linear": "(Tensor x, Tensor tiles, Tensor? bias, int n) -> Tensor",
     "gumbel_argmax": "(Tensor logits, Tensor temperature, Tensor seed, Tensor position, int stream) -> Tensor",
@@ -33,6 +34,13 @@ def _shape_of_choice(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty(logits.shape[:1], dtype=torch.int32, device=logits.device)
 
 
+def _shape_of_queries(
+    qkv: Tensor, q_norm: Any, k_norm: Any, cos: Tensor, sin: Tensor, k_pool: Tensor, *_: Any
+) -> Tensor:
+    K, C = k_pool.shape[2:]
+    return torch.empty((qkv.shape[0], qkv.shape[1] // C - 2 * K, C), dtype=qkv.dtype, device=qkv.device)
+
+
 def _shape_of_linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int) -> Tensor:
     return torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
 
@@ -43,7 +51,7 @@ def _nothing(*_: Any) -> None:
 
 SHAPES: dict[str, Callable[..., Any]] = {
     "paged_attention": _shape_of_attention,
-    "kv_write": _nothing,
+    "rope_write": _shape_of_queries,
     "copy_blocks": _nothing,
     "linear": _shape_of_linear,
     "gumbel_argmax": _shape_of_choice,

@@ -9,7 +9,8 @@ from fnengine.kernels.contract import Backend, Contract
 from fnengine.kernels.library import register
 from fnengine.kernels.linear import LINEAR
 from fnengine.kernels.noise import GUMBEL_ARGMAX
-from fnengine.kernels.pool import COPY_BLOCKS, KV_WRITE
+from fnengine.kernels.pool import COPY_BLOCKS
+from fnengine.kernels.rope import ROPE_WRITE
 
 
 def _supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -22,7 +23,7 @@ def _backend(op: Contract, invariant: bool) -> Backend:
 
 paged_attention = _backend(PAGED_ATTENTION, invariant=False)
 """Not invariant: torch's matmul picks its order of summation by shape, hence by chunk and by neighbours."""
-kv_write = _backend(KV_WRITE, invariant=True)
+rope_write = _backend(ROPE_WRITE, invariant=False)
 copy_blocks = _backend(COPY_BLOCKS, invariant=True)
 linear = _backend(LINEAR, invariant=False)
 """Not invariant, for the same reason."""

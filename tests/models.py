@@ -219,9 +219,26 @@ class Paged:
 def dense_ops() -> Any:
     """The ops of a step in the plainest torch there is, one row and one head at a time: slow and easy to believe."""
 
-    def kv_write(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot: Tensor) -> None:
-        k_pool.view(-1, *k_pool.shape[2:])[slot.long()] = k
-        v_pool.view(-1, *v_pool.shape[2:])[slot.long()] = v
+    def rope_write(qkv, q_norm, k_norm, cos, sin, k_pool, v_pool, slot, eps):
+        K, C = k_pool.shape[2:]
+        heads = qkv.unflatten(1, (-1, C))
+        q_THC = torch.empty_like(heads[:, : -2 * K])
+        for t in range(len(slot)):
+            at = divmod(int(slot[t]), k_pool.shape[1])
+            for h, x in enumerate(heads[t, :-K].float()):
+                norm = q_norm if h < q_THC.shape[1] else k_norm
+                if norm is not None:
+                    x = (x / (x.square().mean() + eps).sqrt() * norm.float()).to(qkv.dtype).float()
+                # a rotation in the plane of channels i and i + W, as complex numbers
+                W = cos.shape[1]
+                turned = torch.complex(x[:W], x[W : 2 * W]) * torch.complex(cos[t], sin[t])
+                x = torch.cat([turned.real, turned.imag, x[2 * W :]])
+                if h < q_THC.shape[1]:
+                    q_THC[t, h] = x
+                else:
+                    k_pool[at][h - q_THC.shape[1]] = x
+            v_pool[at] = heads[t, -K:]
+        return q_THC
 
     def paged_attention(q, k_pool, v_pool, table, row, start, length, scale, window):
         out = torch.empty_like(q)
@@ -249,5 +266,5 @@ def dense_ops() -> Any:
         pass
 
     ops: Any = Ops()
-    ops.kv_write, ops.paged_attention = kv_write, paged_attention
+    ops.rope_write, ops.paged_attention = rope_write, paged_attention
     return ops
