@@ -16,9 +16,8 @@ from fnengine.graphs.compile import Traces, kept, missing_compiler
 from fnengine.graphs.compile import start as start_compiler
 from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops
-from fnengine.layers import layer
-from fnengine.model import Model
-from fnengine.program import compiled_layers
+from fnengine.model import Model, one_by_one
+from fnengine.program import RECORDED_TOKENS, Recorded, compiled_layers
 from fnengine.settings import Mode, PoolSize, Settings, size_pool
 from fnengine.spec import kv_bytes_per_token
 from fnengine.step import make_step
@@ -63,15 +62,16 @@ def build(model: Model, settings: Settings) -> Built:
         total=total,
     )
     traces = Traces()
-    run_layer, execution = layer, "eager: --enforce-eager"
+    run_layers, execution = one_by_one(), "eager: --enforce-eager"
     if device.type != "cpu":
         execution = "eager: CUDA steps run uncaptured on the reference kernels for now"
     elif compiling:
         if why_not is None and ops.paged_attention.backend.name != "reference":
             folder = environment.cache_dir() / "artifacts"
-            run_layer = compiled_layers(spec, model.params, ops, model.dtype, device, folder, traces)
+            run_layers = compiled_layers(spec, model.params, ops, model.dtype, device, folder, traces)
             sources = ", ".join(f"{name} {source} in {s:.1f} s" for name, source, s in traces.log)
-            execution = f"compiled: {sources}"
+            recorded = f", up to {RECORDED_TOKENS} tokens recorded" if isinstance(run_layers, Recorded) else ""
+            execution = f"compiled: {sources}{recorded}"
         else:
             execution = f"eager: {why_not or ops.paged_attention.reason}"
     if execution.startswith("eager"):
@@ -81,7 +81,7 @@ def build(model: Model, settings: Settings) -> Built:
         device=TorchDevice(
             spec,
             model.params,
-            make_step(spec, ops, run_layer),
+            make_step(spec, ops, run_layers),
             ops,
             blocks=pool.blocks,
             rows=mode.rows,

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 RunLayer = Callable[[Layer, Any, Pool, Where, Angles, "Ops", Tensor], Tensor]
 """`layers.layer`, or anything that computes the same: a compiled form of it."""
+RunLayers = Callable[[ModelSpec, Any, tuple[Pool, ...], Where, dict[Rope, Angles], "Ops", Tensor], Tensor]
+"""(spec, params, pool, where, angles, ops, x_TD) -> x_TD after all layers: `one_by_one`, or a recorded form of it."""
 
 
 @dataclass(frozen=True)
@@ -103,22 +105,6 @@ def load(
     return Model(spec, params, torch_dtype, device, Path(folder), Path(folder).name, (why, *notes))
 
 
-def forward(
-    spec: ModelSpec,
-    params: dict[str, Any],
-    pool: tuple[Pool, ...],
-    where: Where,
-    token_T: Tensor,
-    ops: Ops,
-    run_layer: RunLayer = layer,
-) -> Tensor:
-    """hidden_TD of all new tokens, before the final norm (`head_logits` applies it to the rows it is given).
-
-    Donates: `pool`.
-    """
-    return body(spec, params, pool, where, ops, embed(spec, params, token_T), run_layer)
-
-
 def embed(spec: ModelSpec, params: dict[str, Any], token_T: Tensor) -> Tensor:
     """x_TD: the embedding of each token."""
     return lookup(params["embed"], token_T)
@@ -131,16 +117,33 @@ def body(
     where: Where,
     ops: Ops,
     x_TD: Tensor,
-    run_layer: RunLayer = layer,
+    run_layers: RunLayers,
 ) -> Tensor:
     """x_TD after all layers. Donates `pool`."""
     angles: dict[Rope, Angles] = {}
     for kind in spec.layers:
         if kind.mixer.rope not in angles:
             angles[kind.mixer.rope] = rope_angles(kind.mixer.rope, where.position)
-    for kind, p, kv in zip(spec.layers, params["layers"], pool, strict=True):
-        x_TD = run_layer(kind, p, kv, where, angles[kind.mixer.rope], ops, x_TD)
-    return x_TD
+    return run_layers(spec, params, pool, where, angles, ops, x_TD)
+
+
+def one_by_one(run_layer: RunLayer = layer) -> RunLayers:
+    """All layers in a row, each by `run_layer`."""
+
+    def run_layers(
+        spec: ModelSpec,
+        params: dict[str, Any],
+        pool: tuple[Pool, ...],
+        where: Where,
+        angles: dict[Rope, Angles],
+        ops: Ops,
+        x_TD: Tensor,
+    ) -> Tensor:
+        for kind, p, kv in zip(spec.layers, params["layers"], pool, strict=True):
+            x_TD = run_layer(kind, p, kv, where, angles[kind.mixer.rope], ops, x_TD)
+        return x_TD
+
+    return run_layers
 
 
 def head_logits(spec: ModelSpec, params: dict[str, Any], hidden_nD: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One compiled artifact per kind of layer, used for every layer of that kind.
+"""One compiled artifact per kind of layer, used for every layer of that kind; all layers recorded for small steps.
 
 The artifact takes tensors in one fixed order: what the step derived, the layer's pool, the layer's weights. It is
 dynamic in tokens, rows, blocks and table size, so one artifact serves prefill, decode and every pool.
@@ -7,7 +7,7 @@ dynamic in tokens, rows, blocks and table size, so one artifact serves prefill, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,22 @@ from torch import Tensor
 
 import fnengine
 from fnengine import kernels, layers, leaves, tree
+from fnengine.graphs import replay
 from fnengine.graphs.compile import Artifact, Traces, compile_flat
 from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops
-from fnengine.spec import Layer, ModelSpec
+from fnengine.kernels.recording import Arena, NotRecordable, Program, record, recordable, recordable_empty
+from fnengine.layers import Angles
+from fnengine.model import RunLayers, one_by_one
+from fnengine.spec import Layer, ModelSpec, Rope
 from fnengine.state import Pool, Where
+
+log = logging.getLogger("fnengine")
+
+RECORDED_TOKENS = 64
+"""Largest step that is recorded: with 28 layers Python costs some 7 ms, 2 % of a step of 128 tokens."""
+ARENA_BYTES = 1 << 28
+"""Address space for one layer's buffers at that size; memory is taken as it is written."""
 
 _T, _R, _N, _M, _P = 7, 11, 13, 17, 19
 """Example sizes: distinct, so that each stands for its own symbol, and above 1, because 0 and 1 specialise."""
@@ -34,8 +45,8 @@ def compiled_layers(
     device: torch.device,
     folder: Path | None,
     traces: Traces,
-) -> Callable[..., Tensor]:
-    """A drop-in for `layers.layer` that calls the artifact of the layer's kind; all are made here, at once."""
+) -> RunLayers:
+    """All layers in a row, each by the artifact of its kind; all artifacts are made here, at once."""
     artifacts: dict[Any, Artifact] = {}
     flat: dict[int, list[Tensor]] = {}
     of_layer: dict[int, Artifact] = {}
@@ -54,7 +65,63 @@ def compiled_layers(
             x_TD, *angles, w.slot, w.row, w.start, w.length, w.table, pool.k, pool.v, *flat[id(p)]
         )
 
-    return run_layer
+    layers_in_a_row = one_by_one(run_layer)
+    return Recorded(layers_in_a_row) if all(a.hooked for a in artifacts.values()) else layers_in_a_row
+
+
+class Recorded:
+    """All layers by recorded programs (`kernels/recording.py`), one for each size of a small step that has come twice.
+
+    Larger steps take long enough for Python's share not to matter; they run as they always did, and so does everything
+    once something could not be recorded.
+    """
+
+    def __init__(self, run: RunLayers):
+        self.run = run
+        self.arena = Arena(ARENA_BYTES)
+        self.programs: dict[Any, Program] = {}
+        self.seen: set[Any] = set()
+        self.why_not = ""
+        """Why nothing is recorded any more, if so."""
+
+    def __call__(
+        self,
+        spec: ModelSpec,
+        params: Any,
+        pool: tuple[Pool, ...],
+        where: Where,
+        angles: dict[Rope, Angles],
+        ops: Ops,
+        x_TD: Tensor,
+    ) -> Tensor:
+        everything = (spec, params, pool, where, angles, ops, x_TD)
+        if self.why_not or len(x_TD) > RECORDED_TOKENS:
+            return self.run(*everything)
+        w = where
+        inputs = (x_TD, *(t for pair in angles.values() for t in pair), w.slot, w.row, w.start, w.length, w.table)
+        key = (len(x_TD), len(w.row), id(params), pool[0].k.data_ptr())
+        program = self.programs.get(key)
+        if program is not None:
+            return program.run(inputs)
+        if key not in self.seen:
+            self.seen.add(key)
+            return self.run(*everything)
+        return self._record(key, everything, inputs)
+
+    def _record(self, key: Any, everything: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+        try:
+            if not all(t.is_contiguous() for t in inputs):
+                raise NotRecordable("an input is not contiguous")
+            program = record(lambda *_: self.run(*everything), inputs, self.arena, everything[1:3])
+            first = program.output.clone()
+            if not torch.equal(program.run(inputs), first):  # writing the same KV twice changes nothing
+                raise NotRecordable("the recording computes something else than what was recorded")
+        except NotRecordable as e:
+            log.warning("small steps run without a recording: %s", e)
+            self.why_not = str(e)
+            return self.run(*everything)
+        self.programs[key] = program
+        return first
 
 
 def _compile_kind(
@@ -109,6 +176,7 @@ def _compile_kind(
         key=key,
         folder=folder,
         traces=traces,
+        hooks=replay.Hooks(recordable, recordable_empty),
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fnengine import sampling
 from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops
-from fnengine.model import RunLayer, body, embed, head_logits
+from fnengine.model import RunLayers, body, embed, head_logits
 from fnengine.spec import ModelSpec
 from fnengine.state import Batch, Out, State, Top, locate
 
@@ -25,8 +25,8 @@ SCORED_AT_ONCE = 64
 """Rows of logits [n, V] alive at once while prompts are scored: 39 MB for a vocabulary of 151,936."""
 
 
-def make_step(spec: ModelSpec, ops: Ops, run_layer: RunLayer) -> Step:
-    """The step of a model. `run_layer` is `layers.layer` itself or a compiled form of it."""
+def make_step(spec: ModelSpec, ops: Ops, run_layers: RunLayers) -> Step:
+    """The step of a model. `run_layers` is `model.one_by_one()`, or a compiled and recorded form of it."""
 
     def step(params: Any, state: State, batch: Batch) -> tuple[State, Out]:
         rows, ask = state.rows, batch.ask
@@ -38,7 +38,7 @@ def make_step(spec: ModelSpec, ops: Ops, run_layer: RunLayer) -> Step:
         token_T = torch.where(batch.token < 0, rows.history[where.row_T, at], batch.token)
         rows.history[where.row_T, at] = token_T
 
-        x_TD = body(spec, params, state.pool, where, ops, embed(spec, params, token_T), run_layer)
+        x_TD = body(spec, params, state.pool, where, ops, embed(spec, params, token_T), run_layers)
 
         row_R = batch.row.long()
         rows.length[row_R] = where.length

@@ -41,6 +41,8 @@ class Artifact:
     """`compiled` or `loaded`."""
     seconds: float
     key: str
+    hooked: bool
+    """Whether its kernels and buffers go through the hooks that were given."""
 
     def __call__(self, *args: Any) -> Any:
         return self.call(*args)
@@ -102,6 +104,7 @@ def compile_flat(
     key: dict[str, str],
     folder: Path | None,
     traces: Traces,
+    hooks: replay.Hooks | None = None,
 ) -> Artifact:
     """`fn(*tensors) -> tensor`, compiled.
 
@@ -111,6 +114,7 @@ def compile_flat(
         dynamic: for each tensor the dims whose size may vary.
         key: what the function's meaning depends on beyond shapes; with `environment_key` it names the file.
         folder: where artifacts are kept, None for nowhere.
+        hooks: see `replay.Hooks`; an artifact that is not replayed has none, and says so by `hooked`.
     """
     t0 = time.perf_counter()
     device = example[0].device.type
@@ -121,9 +125,12 @@ def compile_flat(
     whole = {**environment_key(device), **key, "shapes": json.dumps(shapes)}
     digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:20]
     path = None if folder is None else folder / f"{name}-{digest}.bin"
-    call, source = None if path is None else _replay(path), "loaded"
+    call, source = None if path is None else _replay(path, hooks), "loaded"
+    hooked = call is not None and hooks is not None
     if call is None:
         call, source = _through_inductor(fn, example, dynamic, path, whole)
+        if hooks is not None and path is not None and (again := _replay(path, hooks)) is not None:
+            call, hooked = again, True  # as every later process will run it
     seconds = time.perf_counter() - t0
     if source == "compiled":
         traces.compiled += 1
@@ -131,7 +138,7 @@ def compile_flat(
         traces.loaded += 1
     traces.seconds += seconds
     traces.log.append((name, source, seconds))
-    return Artifact(call, source, seconds, digest)
+    return Artifact(call, source, seconds, digest, hooked)
 
 
 def kept(folder: Path) -> bool:
@@ -139,13 +146,13 @@ def kept(folder: Path) -> bool:
     return any(folder.glob("*.zip"))
 
 
-def _replay(path: Path) -> Callable[..., Any] | None:
+def _replay(path: Path, hooks: replay.Hooks | None) -> Callable[..., Any] | None:
     """What `_keep` kept of the artifact at `path`, if it did and it can be loaded."""
     file = path.with_suffix(".zip")
     if not file.exists():
         return None
     try:
-        call = replay.load(file)
+        call = replay.load(file, hooks)
     except Exception as e:
         log.warning("%s could not be loaded (%s: %s); taking the long way", file.name, type(e).__name__, e)
         return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import ctypes
 import hashlib
 import importlib.util
 import math
@@ -19,6 +20,7 @@ import tempfile
 import types
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,16 @@ SOURCE = "runner.py"
 
 class NotReplayable(Exception):
     """The generated code is of another form than this module knows."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What stands between generated code and its kernels and buffers, so that somebody can write down what it does."""
+
+    kernel: Callable[[Callable[..., None], int], Callable[..., None]]
+    """(a kernel, where its machine code begins) -> what the code calls."""
+    empty: Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]
+    """The allocator (shape, stride, dtype) of CPU buffers -> what the code calls."""
 
 
 def keep(module: types.ModuleType, path: Path) -> None:
@@ -64,7 +76,7 @@ def keep(module: types.ModuleType, path: Path) -> None:
     os.replace(part, path)
 
 
-def load(path: Path) -> Callable[[list[Any]], tuple[Any, ...]]:
+def load(path: Path, hooks: Hooks | None = None) -> Callable[[list[Any]], tuple[Any, ...]]:
     """The generated function: a list of tensors, which it empties -> a tuple of results.
 
     Raises:
@@ -79,13 +91,16 @@ def load(path: Path) -> Callable[[list[Any]], tuple[Any, ...]]:
     with tempfile.TemporaryDirectory(prefix="kernels-", dir=place) as folder:
         for file, data in files.items():
             name = file.removesuffix(".so")
-            space[name] = _kernel(Path(folder) / file, data)
+            kernel, at = _kernel(Path(folder) / file, data)
+            space[name] = kernel if hooks is None else hooks.kernel(kernel, at)
+    if hooks is not None:
+        space["empty_strided_cpu"] = hooks.empty(space["empty_strided_cpu"])
     exec(compile(source, str(path), "exec"), space)
     return space["Runner"]([]).call
 
 
-def _kernel(file: Path, data: bytes) -> Any:
-    """The function in a library; its file may go once it is mapped."""
+def _kernel(file: Path, data: bytes) -> tuple[Any, int]:
+    """The function in a library, and where its machine code begins; its file may go once it is mapped."""
     name = f"fnengine_{hashlib.sha256(data).hexdigest()[:16]}.kernel"  # the part after the dot names its init function
     if name not in sys.modules:
         file.write_bytes(data)
@@ -93,8 +108,11 @@ def _kernel(file: Path, data: bytes) -> Any:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        code = ctypes.CDLL(str(file)).kernel
+        vars(module)["machine_code"] = ctypes.cast(code, ctypes.c_void_p).value
         sys.modules[name] = module
-    return sys.modules[name].kernel
+    module = sys.modules[name]
+    return module.kernel, vars(module)["machine_code"]
 
 
 def _runner(text: str) -> str:

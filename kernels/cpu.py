@@ -21,6 +21,7 @@ from fnengine.kernels.library import register
 from fnengine.kernels.linear import LINEAR, PANEL, atom_of
 from fnengine.kernels.noise import GUMBEL_ARGMAX
 from fnengine.kernels.pool import COPY_BLOCKS
+from fnengine.kernels.recording import bits, empty, invoke
 from fnengine.kernels.rope import ROPE_WRITE
 
 ELEMENT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -58,9 +59,10 @@ def _paged_attention(
     assert q.dtype == k_pool.dtype == v_pool.dtype, (q.dtype, k_pool.dtype, v_pool.dtype)
     assert k_pool.is_contiguous() and v_pool.is_contiguous() and k_pool.shape == v_pool.shape
     q, table, row, start, length = _packed(q), _int32(table), _int32(row), _int32(start), _int32(length)
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = empty(q.shape, q.dtype)
     N, B, K, C = k_pool.shape
-    bad = _library(q.dtype).fn_paged_attention(
+    bad = invoke(
+        _library(q.dtype).fn_paged_attention,
         q.data_ptr(),
         k_pool.data_ptr(),
         v_pool.data_ptr(),
@@ -78,9 +80,10 @@ def _paged_attention(
         q.shape[1],
         K,
         C,
-        scale,
+        bits(scale),
         window,
         torch.get_num_threads(),
+        checked=True,
     )
     assert not bad, f"a row, length or block is out of range: {row=} {start=} {length=} {N=}"
     return out
@@ -104,8 +107,9 @@ def _rope_write(
     T, W = cos.shape
     qkv, slot = (qkv if qkv.stride(1) == 1 else qkv.contiguous()), _int32(slot)
     cos, sin = cos.contiguous(), sin.contiguous()
-    q = torch.empty((T, qkv.shape[1] // C - 2 * K, C), dtype=qkv.dtype)
-    bad = _library(qkv.dtype).fn_rope_write(
+    q = empty((T, qkv.shape[1] // C - 2 * K, C), qkv.dtype)
+    bad = invoke(
+        _library(qkv.dtype).fn_rope_write,
         qkv.data_ptr(),
         None if q_norm is None else q_norm.data_ptr(),
         None if k_norm is None else k_norm.data_ptr(),
@@ -122,8 +126,9 @@ def _rope_write(
         C,
         W,
         N * B,
-        eps,
+        bits(eps),
         torch.get_num_threads(),
+        checked=True,
     )
     assert not bad, f"a slot is out of range or a head too wide: {slot=} {N=} {B=} {C=}"
     return q
@@ -172,8 +177,9 @@ def _linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int) -> Tensor:
         x = F.pad(x, (0, -K % atom))
     elif x.stride(1) != 1 or x.stride(0) % atom:
         x = x.contiguous()
-    y = torch.empty((T, n), dtype=x.dtype)
-    _library(x.dtype).fn_linear(
+    y = empty((T, n), x.dtype)
+    invoke(
+        _library(x.dtype).fn_linear,
         x.data_ptr(),
         tiles.data_ptr(),
         None if bias is None else bias.contiguous().data_ptr(),

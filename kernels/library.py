@@ -58,6 +58,9 @@ SHAPES: dict[str, Callable[..., Any]] = {
 }
 """op -> what it gives back, without computing it (for tracing)."""
 
+IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
+"""Registered operator -> the function that it runs."""
+
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -71,4 +74,6 @@ def register(
     if key != "CompositeExplicitAutograd":
         _LIBRARY.impl(name, SHAPES[op], "Meta")
     torch.library.register_fake(f"{NAMESPACE}::{name}", SHAPES[op], lib=_LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    registered = getattr(getattr(torch.ops, NAMESPACE), name).default
+    IMPLEMENTATIONS[registered] = fn
+    return registered

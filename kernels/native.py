@@ -30,7 +30,10 @@ FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "
 COMMON = "common"
 ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2}
 """Type of element -> its number in the sources."""
-SOURCES = {COMMON: ("noise.cpp", "pool.cpp"), **dict.fromkeys(ELEMENTS, ("attention.cpp", "linear.cpp", "rope.cpp"))}
+SOURCES = {
+    COMMON: ("noise.cpp", "pool.cpp", "program.cpp"),
+    **dict.fromkeys(ELEMENTS, ("attention.cpp", "linear.cpp", "rope.cpp")),
+}
 """Library -> what it is made of, besides `threads.cpp`."""
 REMEDY = "install g++ or clang++ (Debian, Ubuntu: apt install g++)"
 
@@ -159,16 +162,17 @@ def openmp_runtime() -> str | None:
     return None
 
 
-P, I, N, D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
+P, I, N = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64  # and no floating point: see `recording.py`
 _ANY = {"fn_instructions": (ctypes.c_char_p, []), "fn_use_threads": (None, [P])}
 _ELEMENT = {
-    "fn_paged_attention": (I, [P] * 8 + [N] * 9 + [D, N, I]),
-    "fn_rope_write": (I, [P] * 9 + [N] * 7 + [D, I]),
+    "fn_paged_attention": (I, [P] * 8 + [N] * 11 + [I]),
+    "fn_rope_write": (I, [P] * 9 + [N] * 8 + [I]),
     "fn_linear": (None, [P] * 4 + [N] * 5 + [I]),
     "fn_tile": (None, [P] * 2 + [N] * 3 + [I]),
     "fn_atom": (I, []),
 }
 _COMMON = {
+    "fn_run_program": (N, [P, N, P, N, P]),
     "fn_copy_blocks": (I, [P, P, N, P, N, N, I]),
     "fn_gumbel_argmax": (None, [P] * 5 + [N] * 4 + [I]),
 }

@@ -208,7 +208,13 @@ class Paged:
         batch = Batch(row, i32(start), token, torch.zeros_like(row), torch.zeros(0, 2, dtype=torch.int32), None)
         where = locate(self.rows, batch, BLOCK)
         hidden = fn_model.body(
-            spec, self.model.params, self.pool, where, self.ops, embed(spec, self.model.params, token)
+            spec,
+            self.model.params,
+            self.pool,
+            where,
+            self.ops,
+            embed(spec, self.model.params, token),
+            fn_model.one_by_one(),
         )
         logits = head_logits(spec, self.model.params, hidden)
         self.rows.length[row.long()] = where.length

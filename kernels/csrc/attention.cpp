@@ -247,13 +247,16 @@ void attend_all(const Call& a, int threads) {
 }  // namespace
 }  // namespace fn
 
-// All of the library's element type. q_stride in elements, heads and channels of q contiguous.
+// All of the library's element type. q_stride in elements, heads and channels of q contiguous; scale as the bits of a
+// double.
 // Returns 0, or 1 when a row or block lies outside of its array or a length is too small (nothing is computed then).
 extern "C" int fn_paged_attention(const void* q, const void* k, const void* v, void* out, const int32_t* table,
                                   const int32_t* row, const int32_t* start, const int32_t* length, int64_t q_stride,
                                   int64_t R, int64_t M, int64_t P, int64_t N, int64_t B, int64_t H, int64_t K, int64_t C,
-                                  double scale, int64_t window, int threads) {
+                                  int64_t scale_bits, int64_t window, int threads) {
     using namespace fn;
+    double scale;
+    memcpy(&scale, &scale_bits, sizeof scale);
     for (int64_t r = 0; r < R; r++) {
         const int64_t n = start[r + 1] - start[r];
         if (n == 0) continue;

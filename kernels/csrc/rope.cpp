@@ -67,12 +67,15 @@ void head(const Element* x, const Element* weight, const Turn& t, Element* out) 
 }  // namespace fn
 
 // qkv: T rows, `stride` elements apart, of H + 2 K heads of C channels; cos, sin: [T, half]; norms [C] or null;
-// slot[t] is the row of the pools [slots, K, C] that token t goes to; q: [T, H, C].
+// slot[t] is the row of the pools [slots, K, C] that token t goes to; q: [T, H, C]; eps as the bits of a double.
 // Returns 0, 1 when a slot lies outside of the pool (nothing is written for it), 2 when a head is too wide.
 extern "C" int fn_rope_write(const void* qkv, const void* q_norm, const void* k_norm, const float* cos, const float* sin,
                              void* k_pool, void* v_pool, const int32_t* slot, void* q, int64_t stride, int64_t T,
-                             int64_t H, int64_t K, int64_t C, int64_t half, int64_t slots, double eps, int threads) {
+                             int64_t H, int64_t K, int64_t C, int64_t half, int64_t slots, int64_t eps_bits,
+                             int threads) {
     using namespace fn;
+    double eps;
+    memcpy(&eps, &eps_bits, sizeof eps);
     if (C > MOST) return 2;
     constexpr int64_t CHUNK = 8;  // tokens an item takes
     std::atomic<int> bad{0};
