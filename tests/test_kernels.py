@@ -285,6 +285,57 @@ def test_padding_longer_than_its_table_is_inert(backend: Backend):
     assert torch.equal(got, want) if backend.invariant else torch.allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+def sharing_rows(dtype: torch.dtype, heads: int, kv_heads: int, width: int) -> dict:
+    """Rows of 1 to 6 new tokens: most begin with the same blocks, some only with a part of them, one with its own."""
+    g = torch.Generator().manual_seed(heads)
+    lengths = [200, 130, 131, 64, 65, 300, 200, 90, 257, 128, 129, 192, 71]
+    new = [1, 1, 2, 1, 1, 4, 6, 3, 1, 1, 1, 2, 1]
+    shared = [128, 128, 128, 48, 64, 256, 192, 0, 256, 112, 128, 64, 64]
+    P = 20
+    table = torch.randperm(len(lengths) * P, generator=g).view(len(lengths), P).int() + 1
+    for r, tokens in enumerate(shared):
+        table[r, : tokens // 16] = table[5, : tokens // 16]
+    pool = torch.randn(2, len(lengths) * P + 1, 16, kv_heads, width, generator=g).to(dtype)
+    return {
+        "q": torch.randn(sum(new), heads, width, generator=g).to(dtype),
+        "k": pool[0],
+        "v": pool[1],
+        "table": table,
+        "row": torch.randperm(len(lengths), generator=g).int(),
+        "start": torch.tensor([0, *new]).cumsum(0).int(),
+        "length": torch.tensor(lengths, dtype=torch.int32),
+        "scale": width**-0.5,
+        "window": 0,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, kv_heads, width", [(4, 2, 64), (2, 2, 20), (32, 1, 32), (3, 1, 128)])
+def test_rows_that_share_a_prefix_have_the_bits_they_have_alone(dtype, heads, kv_heads, width):
+    """Law: reading shared tiles once for all rows changes nothing. Oracle: each row in a call of its own."""
+    needs(cpu.paged_attention, dtype)
+    e = sharing_rows(dtype, heads, kv_heads, width)
+    e["table"] = e["table"][e["row"].argsort()]  # batch row r has table r
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for window in (0, 100):
+                together = cpu.paged_attention.fn(*(e | {"window": window}).values())
+                for r in range(len(e["length"])):
+                    lo, hi = int(e["start"][r]), int(e["start"][r + 1])
+                    one = {
+                        "q": e["q"][lo:hi],
+                        "row": e["row"][r : r + 1],
+                        "start": torch.tensor([0, hi - lo], dtype=torch.int32),
+                        "length": e["length"][r : r + 1],
+                        "window": window,
+                    }
+                    assert torch.equal(cpu.paged_attention.fn(*(e | one).values()), together[lo:hi]), (r, window)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_native_ops_refuse_addresses_outside_of_the_pool():
     needs(cpu.paged_attention)
     e = small_examples()[1]
