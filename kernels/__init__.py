@@ -17,7 +17,7 @@ import torch
 from fnengine.kernels import cpu, native, reference
 from fnengine.kernels.contract import Backend, Chosen, Contract, choose
 
-__all__ = ["BACKENDS", "Backend", "Chosen", "Contract", "Ops", "choose", "describe", "ops", "start"]
+__all__ = ["BACKENDS", "Backend", "Chosen", "Contract", "Ops", "choose", "describe", "expected", "ops", "start"]
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "paged_attention": (cpu.paged_attention, reference.paged_attention),
@@ -55,6 +55,14 @@ def ops(device: torch.device | str, dtype: torch.dtype, only: str | None = None)
     """
     device = torch.device(device)
     return Ops(**{f.name: choose(BACKENDS[f.name], device, dtype, only) for f in fields(Ops)})
+
+
+def expected(device: torch.device | str, dtype: torch.dtype) -> Ops:
+    """What `ops` will choose once the native code is built, without building it."""
+    device = torch.device(device)
+    if cpu.unfit(device, dtype) is not None:
+        return ops(device, dtype, only="reference")
+    return Ops(**{f.name: Chosen(BACKENDS[f.name][0], "once it is built") for f in fields(Ops)})
 
 
 def describe(chosen: Ops) -> list[tuple[str, str, bool, str]]:

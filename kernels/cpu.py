@@ -177,7 +177,8 @@ def tile(weight: Tensor) -> Tensor:
     return out
 
 
-def _supports(device: torch.device, dtype: torch.dtype) -> str | None:
+def unfit(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why native code cannot serve a device and a dtype, or None; whether it can be built is another question."""
     if device.type != "cpu":
         return f"runs on cpu, not on {device.type}"
     if dtype not in ELEMENT:
@@ -186,11 +187,11 @@ def _supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _of_element(device: torch.device, dtype: torch.dtype) -> str | None:
-    return _supports(device, dtype) or _missing(ELEMENT[dtype])
+    return unfit(device, dtype) or _missing(ELEMENT[dtype])
 
 
 def _of_none(device: torch.device, dtype: torch.dtype) -> str | None:
-    return _supports(device, dtype) or _missing(native.COMMON)
+    return unfit(device, dtype) or _missing(native.COMMON)
 
 
 def _missing(part: str) -> str | None:
