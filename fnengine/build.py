@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from fnengine import environment, kernels
+from fnengine import kernels
 from fnengine.device import TorchDevice
-from fnengine.graphs.compile import Traces, kept, missing_compiler
+from fnengine.graphs.compile import Traces, folder, kept, missing_compiler
 from fnengine.graphs.compile import start as start_compiler
 from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops
@@ -48,7 +48,7 @@ def build(model: Model, settings: Settings) -> Built:
     kernels.start(device, model.dtype)
     compiling = device.type == "cpu" and not settings.enforce_eager
     why_not = missing_compiler() if compiling else None
-    if compiling and why_not is None and not kept(environment.cache_dir() / "artifacts"):
+    if compiling and why_not is None and not kept(folder()):
         start_compiler()  # while the native kernels are built
     ops = kernels.ops(device, model.dtype)
     per_token = kv_bytes_per_token(spec, model.dtype.itemsize)
@@ -68,8 +68,7 @@ def build(model: Model, settings: Settings) -> Built:
         execution = "eager: CUDA steps run uncaptured on the reference kernels for now"
     elif compiling:
         if why_not is None and ops.paged_attention.backend.name != "reference":
-            folder = environment.cache_dir() / "artifacts"
-            run_layer = compiled_layers(spec, model.params, ops, model.dtype, device, folder, traces)
+            run_layer = compiled_layers(spec, model.params, ops, model.dtype, device, folder(), traces)
             sources = ", ".join(f"{name} {source} in {s:.1f} s" for name, source, s in traces.log)
             execution = f"compiled: {sources}"
         else:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fnengine import keys
-from fnengine.environment import processor
+from fnengine.environment import cache_dir, processor
 from fnengine.graphs import replay
 
 log = logging.getLogger("fnengine")
@@ -175,6 +175,11 @@ def make(wanted: Wanted, folder: Path | None, traces: Traces) -> Artifact:
     traces.seconds += seconds
     traces.log.append((wanted.name, source, seconds))
     return Artifact(call, source, seconds, keys.digest(wanted.key))
+
+
+def folder() -> Path:
+    """Where artifacts are kept. It may be copied to another path: nothing in it depends on where it is."""
+    return cache_dir() / "artifacts"
 
 
 def kept(folder: Path) -> bool:

@@ -75,8 +75,7 @@ def start(device: torch.device | str, dtype: torch.dtype) -> bool:
     """Begins in the background what `ops` would wait for: the native build. Whether it will take seconds."""
     if torch.device(device).type != "cpu" or dtype not in cpu.ELEMENT:
         return False
-    parts = (cpu.ELEMENT[dtype], native.COMMON)
-
+    parts = cpu.parts(dtype)
     building = not all(map(native.built, parts))
     for part in parts:
         threading.Thread(target=native.load, args=(part,), name=f"native build, {part}", daemon=True).start()

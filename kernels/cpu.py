@@ -26,6 +26,11 @@ ELEMENT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: 
 """dtype -> the library that serves it."""
 
 
+def parts(dtype: torch.dtype) -> tuple[str, str]:
+    """The native libraries that a process with this dtype loads."""
+    return ELEMENT[dtype], native.COMMON
+
+
 def _library(dtype: torch.dtype | None = None) -> ctypes.CDLL:
     library = native.load(native.COMMON if dtype is None else ELEMENT[dtype]).library
     assert library is not None, "the cpu backend was called without having been chosen"

@@ -41,6 +41,7 @@ FLOORS = {
     "fnengine.transforms": 5,
     "fnengine.device": 6,
     "fnengine.build": 6,
+    "fnengine.artifacts": 6,
     "fnengine.runtime": 6,
     "fnengine.decoding": 6,
     "fnengine.engine": 6,
