@@ -39,7 +39,7 @@ class Library:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an engine would load, if the native code can be built."""
+    """What an engine would load, if what is missing can be built."""
 
     spec: ModelSpec
     dtype: torch.dtype
@@ -48,6 +48,8 @@ class Needs:
     layers: tuple[Kind, ...]
     eager: str | None
     """Why layers run eagerly and have no artifacts, or None."""
+    unable: str | None
+    """Why nothing can be compiled here, or None. What is in the cache can be loaded all the same."""
 
 
 @dataclass(frozen=True)
@@ -83,28 +85,33 @@ def needs(folder: Path, *, dtype: str = "auto", device: str = "auto", enforce_ea
         CheckpointError, SpecError, ConfigError: as `model.load`, but for the weights, which need not be there.
     """
     spec, on = checkpoint.read_spec(folder), checkpoint.pick_device(device)
-    kind, _ = checkpoint.pick_dtype(spec, dtype, on, leaves.expected_tiles)
-    found: tuple[Library, ...] = ()
-    eager = None if on.type == "cpu" else f"steps on {on.type} run on the reference kernels"
+    try:  # where no compiler can build native code, what is chosen now is what will be
+        compiler, tiles, choose = native.find_compiler(), leaves.expected_tiles, kernels.expected
+    except native.BuildFailed:
+        compiler, tiles, choose = None, leaves.tiles, kernels.ops
+    kind, _ = checkpoint.pick_dtype(spec, dtype, on, tiles)
+    ops = choose(on, kind)
+    libraries = _libraries(kind, compiler) if kernels.cpu.unfit(on, kind) is None else ()
+    eager = ops.paged_attention.reason if ops.paged_attention.backend.name == "reference" else None
+    if enforce_eager:
+        eager = "--enforce-eager"
+    layers: list[Kind] = []
     if eager is None:
-        eager = "--enforce-eager" if enforce_eager else compile.missing_compiler()
-        if kernels.cpu.unfit(on, kind) is None:
-            try:
-                found = _libraries(kind)
-            except native.BuildFailed as e:
-                eager = str(e)
-    if eager is not None:
-        return Needs(spec, kind, on, found, (), eager)
-    outline = checkpoint.outline(spec, kind, leaves.packing(on, kind, leaves.expected_tiles))
-    return Needs(spec, kind, on, found, tuple(wanted_layers(spec, outline, kernels.expected(on, kind), kind, on)), None)
+        layers = wanted_layers(spec, checkpoint.outline(spec, kind, leaves.packing(on, kind, tiles)), ops, kind, on)
+    unable = compile.missing_compiler() if on.type == "cpu" else None
+    return Needs(spec, kind, on, libraries, tuple(layers), eager, unable)
 
 
-def _libraries(dtype: torch.dtype) -> tuple[Library, ...]:
-    compiler, isa = native.find_compiler(), native.host_isa()
-    key = native.key(compiler, isa)
-    return tuple(
-        Library(part, key, native.target(compiler, native.folder(), isa, part)) for part in kernels.cpu.parts(dtype)
-    )
+def _libraries(dtype: torch.dtype, compiler: str | None) -> tuple[Library, ...]:
+    isa, folder = native.host_isa(), native.folder()
+
+    def library(part: str) -> Library:
+        kept = native.find_kept(folder, isa, part) if compiler is None else None
+        if kept is not None:
+            return Library(part, keys.kept(folder, f"{kept.stem}.json")[kept.stem], kept)
+        return Library(part, native.key(compiler, isa), native.target(compiler, folder, isa, part))
+
+    return tuple(library(part) for part in kernels.cpu.parts(dtype))
 
 
 def statuses(needs: Needs) -> list[Status]:
@@ -137,6 +144,8 @@ def fill(needs: Needs) -> Iterator[Made]:
     Raises:
         ConfigError: the compiler is missing or refuses, or the cache cannot be written.
     """
+    if needs.unable is not None:
+        raise ConfigError(f"nothing can be compiled: {needs.unable}", where="compile")
     if any(kind.wanted.kept(compile.folder()) is None for kind in needs.layers):
         compile.start_in_background()  # while the native kernels are built
     with ThreadPoolExecutor(len(needs.libraries) or 1) as pool:

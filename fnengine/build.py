@@ -18,7 +18,7 @@ from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops
 from fnengine.layers import layer
 from fnengine.model import Model
-from fnengine.program import compiled_layers
+from fnengine.program import compiled_layers, wanted_layers
 from fnengine.settings import Mode, PoolSize, Settings, size_pool
 from fnengine.spec import kv_bytes_per_token
 from fnengine.step import make_step
@@ -67,12 +67,16 @@ def build(model: Model, settings: Settings) -> Built:
     if device.type != "cpu":
         execution = "eager: CUDA steps run uncaptured on the reference kernels for now"
     elif compiling:
-        if why_not is None and ops.paged_attention.backend.name != "reference":
-            run_layer = compiled_layers(spec, model.params, ops, model.dtype, device, folder(), traces)
+        kinds = wanted_layers(spec, model.params, ops, model.dtype, device)
+        warm = all(kind.wanted.replayable(folder()) for kind in kinds)
+        if ops.paged_attention.backend.name == "reference":
+            execution = f"eager: {why_not or ops.paged_attention.reason}"
+        elif why_not is not None and not warm:
+            execution = f"eager: {why_not}"
+        else:
+            run_layer = compiled_layers(kinds, model.params, folder(), traces)
             sources = ", ".join(f"{name} {source} in {s:.1f} s" for name, source, s in traces.log)
             execution = f"compiled: {sources}"
-        else:
-            execution = f"eager: {why_not or ops.paged_attention.reason}"
     if execution.startswith("eager"):
         log.warning("steps run %s", execution)
     slots = int(settings.swap_space * 2**30) // (per_token * BLOCK)

@@ -28,17 +28,17 @@ _T, _R, _N, _M, _P = 7, 11, 13, 17, 19
 """Example sizes: distinct, so that each stands for its own symbol, and above 1, because 0 and 1 specialise."""
 
 
-def compiled_layers(
-    spec: ModelSpec,
-    params: Any,
-    ops: Ops,
-    dtype: torch.dtype,
-    device: torch.device,
-    folder: Path | None,
-    traces: Traces,
-) -> Callable[..., Tensor]:
+@dataclass(frozen=True)
+class Kind:
+    """Layers that are the same function of tensors of the same shapes."""
+
+    wanted: Wanted
+    layers: tuple[int, ...]
+    """Their numbers, from 0."""
+
+
+def compiled_layers(kinds: list[Kind], params: Any, folder: Path | None, traces: Traces) -> Callable[..., Tensor]:
     """A drop-in for `layers.layer` that calls the artifact of the layer's kind; all are made here, at once."""
-    kinds = wanted_layers(spec, params, ops, dtype, device)
     of_layer: dict[int, Artifact] = {}
     for kind in kinds:
         artifact = make(kind.wanted, folder, traces)
@@ -54,15 +54,6 @@ def compiled_layers(
         )
 
     return run_layer
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Layers that are the same function of tensors of the same shapes."""
-
-    wanted: Wanted
-    layers: tuple[int, ...]
-    """Their numbers, from 0."""
 
 
 def wanted_layers(spec: ModelSpec, params: Any, ops: Ops, dtype: torch.dtype, device: torch.device) -> list[Kind]:

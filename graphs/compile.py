@@ -102,9 +102,13 @@ class Wanted:
 
     def kept(self, folder: Path) -> str | None:
         """How the artifact would be loaded from a folder, or None: it would be compiled."""
-        if (folder / f"{self.stem}.zip").exists():
+        if self.replayable(folder):
             return "without a compiler"
         return "through Inductor" if (folder / f"{self.stem}.bin").exists() else None
+
+    def replayable(self, folder: Path) -> bool:
+        """Whether the artifact can be loaded where nothing can be compiled."""
+        return (folder / f"{self.stem}.zip").exists()
 
     def bytes(self, folder: Path) -> int:
         """What the artifact's files take."""

@@ -73,10 +73,10 @@ def _version(compiler: str) -> str:
     return said.partition("\n")[0]
 
 
-def key(compiler: str, isa: tuple[str, ...]) -> keys.Key:
+def key(compiler: str | None, isa: tuple[str, ...]) -> keys.Key:
     """What a build is made from. The processor is part of it, because a cache folder may be shared by machines."""
     return {
-        "compiler": _version(compiler),
+        "compiler": keys.ABSENT if compiler is None else _version(compiler),
         "flags": " ".join((*FLAGS, *isa)),
         **processor(),
         "source": keys.of_files(sorted(SOURCE.glob("*.[ch]*"))),
@@ -96,9 +96,19 @@ def built(part: str) -> bool:
         return True
 
 
-def target(compiler: str, folder: Path, isa: tuple[str, ...], part: str) -> Path:
+def target(compiler: str | None, folder: Path, isa: tuple[str, ...], part: str) -> Path:
     """Where a library is, or will be once it is built; its key is beside it, as JSON."""
     return folder / f"{part}-{keys.digest(key(compiler, isa), 16)}.so"
+
+
+def find_kept(folder: Path, isa: tuple[str, ...], part: str) -> Path | None:
+    """A library that is right for this machine and these sources, whichever compiler built it: where there is none, a
+    cache that was filled elsewhere will do."""
+    wanted = {**key(None, isa), "compiler": ""}
+    for name, kept in keys.kept(folder, f"{part}-*.json").items():
+        if {**kept, "compiler": ""} == wanted and (folder / f"{name}.so").exists():
+            return folder / f"{name}.so"
+    return None
 
 
 def expected_atom(compiler: str, isa: tuple[str, ...], part: str) -> int:
@@ -217,13 +227,25 @@ def load(part: str) -> Native:
         return _load(part)
 
 
+def _found(part: str) -> tuple[Path, str]:
+    """(path of a library, what built it)"""
+    try:
+        compiler = find_compiler()
+    except BuildFailed:
+        path = find_kept(folder(), host_isa(), part)
+        if path is None:
+            raise
+        return path, "another machine's compiler"
+    return build(compiler, folder(), host_isa(), part), Path(compiler).name
+
+
 @cache
 def _load(part: str) -> Native:
     try:
-        compiler = find_compiler()
-        library, threads = open_library(build(compiler, folder(), host_isa(), part), part)
+        path, by = _found(part)
+        library, threads = open_library(path, part)
     except (BuildFailed, OSError) as e:
         log.warning("native CPU kernels (%s) are not available, plain torch is used: %s", part, e)
         return Native(None, str(e))
     instructions = library.fn_instructions().decode()
-    return Native(library, f"native code built by {Path(compiler).name} for {instructions}, {threads}")
+    return Native(library, f"native code built by {by} for {instructions}, {threads}")

@@ -147,7 +147,7 @@ def test_nothing_compiled_is_needed_to_run_eagerly(monkeypatch):
     folder = tiny_folder("qwen3")
     assert artifacts.needs(folder, enforce_eager=True).layers == ()
     monkeypatch.setattr(compiling, "missing_compiler", lambda: "no C++ compiler found: apt install g++")
-    assert "apt install g++" in (artifacts.needs(folder).eager or "")
+    assert "apt install g++" in (artifacts.needs(folder).unable or "")
 
 
 # --- a cache of one model ---------------------------------------------------------------------------------------------
@@ -170,9 +170,9 @@ print(json.dumps({"compiled": built.traces.compiled, "loaded": built.traces.load
 """
 
 
-def process(cache: Path, *words: str) -> str:
+def process(cache: Path, *words: str, **more: str) -> str:
     """What a process with this cache prints; nothing may go wrong in it."""
-    env = {**environment.with_cache(cache), "FNENGINE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    env = {**environment.with_cache(cache), "FNENGINE_THREADS": "1", "OMP_NUM_THREADS": "1", **more}
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -223,7 +223,8 @@ def test_compile_says_what_it_made_and_makes_it_once(filled, monkeypatch, capsys
     assert contents(cache) == before
 
 
-def test_a_copied_folder_is_warm(filled, tmp_path):
+@pytest.mark.parametrize("compiler", ["here", "nowhere"])
+def test_a_copied_folder_is_warm(filled, compiler, tmp_path):
     """Oracles: a process that may not trace, and counts; the logits of transformers from the same weights.
 
     The original is gone, so that nothing can be read from where it was made.
@@ -236,7 +237,8 @@ def test_a_copied_folder_is_warm(filled, tmp_path):
     before = contents(copy)
     cache.rename(away)
     try:
-        got = json.loads(process(copy, "-c", START, str(tiny_folder("qwen3"))))
+        more = {} if compiler == "here" else {"PATH": str(tmp_path)}
+        got = json.loads(process(copy, "-c", START, str(tiny_folder("qwen3")), **more))
     finally:
         away.rename(cache)
     assert (got["compiled"], got["loaded"]) == (0, 1), got["execution"]
@@ -319,6 +321,17 @@ def test_another_dtype_is_explained_by_its_name_and_long_lists_are_cut(filled, m
     assert "    dtype: float32 -> bfloat16" in out and "more (--json shows all)" in out
     assert "native bfloat16" in out and "native common" in out
     assert "fnengine compile " + str(tiny_folder("qwen3")) + " --dtype bfloat16" in out
+
+
+def test_without_a_compiler_doctor_tells_what_a_kept_cache_is_good_for(filled, tmp_path):
+    """Oracle: the start above, which needs no compiler; and an empty cache, with which it would be eager."""
+    words = ("-m", "fnengine", "doctor", "--why-cold", str(tiny_folder("qwen3")), "--dtype", "float32", "--json")
+    said = json.loads(process(filled[0], *words, PATH=str(tmp_path)))
+    assert "apt install g++" in said["unable"] and said["eager"] is None
+    assert [a["warm"] for a in said["artifacts"]] == ["as it is", "as it is", "without a compiler"]
+    said = json.loads(process(tmp_path, *words, PATH=str(tmp_path)))
+    assert "no C++ compiler" in said["eager"]
+    assert [(a["name"], a["warm"]) for a in said["artifacts"]] == [("native float32", None), ("native common", None)]
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

@@ -463,6 +463,7 @@ def test_ops_report_what_was_chosen():
 
 def test_without_a_compiler_the_reference_is_chosen_and_the_remedy_is_said(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("FNENGINE_CACHE", str(tmp_path))  # a kept library would do
     with caplog.at_level(logging.WARNING, logger="fnengine"):
         found = native._load.__wrapped__("float32")
     assert found.library is None and "apt install g++" in found.reason

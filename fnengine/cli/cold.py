@@ -32,14 +32,17 @@ def run(args: argparse.Namespace) -> int:
     found = artifacts.statuses(needs)
     if args.json:
         rows = [dataclasses.asdict(s) for s in found]
-        print(json.dumps({"cache": str(environment.cache_dir()), "eager": needs.eager, "artifacts": rows}, indent=1))
+        facts = {"cache": str(environment.cache_dir()), "eager": needs.eager, "unable": needs.unable}
+        print(json.dumps({**facts, "artifacts": rows}, indent=1))
         return 0
     print(f"cache {environment.cache_dir()}")
     for status in found:
         print(*lines(status), sep="\n")
     if needs.eager is not None:
         print(f"layers run eagerly and need no artifacts: {needs.eager}")
-    if any(s.warm is None for s in found):
+    if needs.unable is not None:
+        print(f"nothing can be compiled here: {needs.unable}")
+    elif any(s.warm is None for s in found):
         model = args.model if args.model_flag is None else args.model_flag
         print("to fill the cache:", *["fnengine compile", *([] if model is None else [model]), *flags_of(args)])
     return 0

@@ -15,7 +15,6 @@ from typing import Any
 
 from fnengine import environment
 from fnengine.config import Options, resolve
-from fnengine.errors import ConfigError
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,8 +25,6 @@ def run(args: argparse.Namespace) -> int:
 
     begin = time.perf_counter()
     needs = artifacts.needs(config_folder(options), **asked(options))
-    if needs.eager is not None and needs.eager != "--enforce-eager":
-        raise ConfigError(f"nothing can be compiled: {needs.eager}", where="compile")
     rows = []
     if not args.json:
         print(f"cache {environment.cache_dir()}", flush=True)
@@ -46,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         }
         print(json.dumps({**facts, **found}, indent=1))
         return 0
+    if needs.eager is not None:
+        print(f"layers run eagerly and need no artifacts: {needs.eager}")
     new = sum(made.compiled for made in rows)
     print(
         f"{name} in {dtype} on {needs.device} with {options.threads} threads: {new} compiled, "
