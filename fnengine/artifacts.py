@@ -144,7 +144,7 @@ def fill(needs: Needs) -> Iterator[Made]:
     Raises:
         ConfigError: the compiler is missing or refuses, or the cache cannot be written.
     """
-    if needs.unable is not None:
+    if needs.unable is not None and any(status.warm is None for status in statuses(needs)):
         raise ConfigError(f"nothing can be compiled: {needs.unable}", where="compile")
     if any(kind.wanted.kept(compile.folder()) is None for kind in needs.layers):
         compile.start_in_background()  # while the native kernels are built
@@ -166,7 +166,7 @@ def fill(needs: Needs) -> Iterator[Made]:
 def _build(lib: Library) -> Made:
     t0, there = time.perf_counter(), lib.path.exists()
     try:
-        path = native.build(native.find_compiler(), lib.path.parent, native.host_isa(), lib.part)
+        path = lib.path if there else native.build(native.find_compiler(), lib.path.parent, native.host_isa(), lib.part)
     except native.BuildFailed as e:
         raise ConfigError(str(e), where=f"native library {lib.part}") from None
     seconds = time.perf_counter() - t0

@@ -12,7 +12,7 @@ import torch
 
 from fnengine import kernels
 from fnengine.device import TorchDevice
-from fnengine.graphs.compile import Traces, folder, kept, missing_compiler
+from fnengine.graphs.compile import CannotCompile, Traces, folder, kept, missing_compiler
 from fnengine.graphs.compile import start as start_compiler
 from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops
@@ -67,16 +67,16 @@ def build(model: Model, settings: Settings) -> Built:
     if device.type != "cpu":
         execution = "eager: CUDA steps run uncaptured on the reference kernels for now"
     elif compiling:
-        kinds = wanted_layers(spec, model.params, ops, model.dtype, device)
-        warm = all(kind.wanted.replayable(folder()) for kind in kinds)
         if ops.paged_attention.backend.name == "reference":
             execution = f"eager: {why_not or ops.paged_attention.reason}"
-        elif why_not is not None and not warm:
-            execution = f"eager: {why_not}"
         else:
-            run_layer = compiled_layers(kinds, model.params, folder(), traces)
-            sources = ", ".join(f"{name} {source} in {s:.1f} s" for name, source, s in traces.log)
-            execution = f"compiled: {sources}"
+            kinds = wanted_layers(spec, model.params, ops, model.dtype, device)
+            try:
+                run_layer = compiled_layers(kinds, model.params, folder(), traces)
+                sources = ", ".join(f"{name} {source} in {s:.1f} s" for name, source, s in traces.log)
+                execution = f"compiled: {sources}"
+            except CannotCompile as e:
+                execution = f"eager: {e}"
     if execution.startswith("eager"):
         log.warning("steps run %s", execution)
     slots = int(settings.swap_space * 2**30) // (per_token * BLOCK)

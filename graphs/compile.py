@@ -57,6 +57,10 @@ class Traces:
     """(name, source, seconds)"""
 
 
+class CannotCompile(Exception):
+    """An artifact is not kept whole, and nothing can be compiled here; the message says why, with the remedy."""
+
+
 def missing_compiler() -> str | None:
     """Why nothing can be compiled on CPU here, with the remedy, or None."""
     import sysconfig
@@ -102,13 +106,9 @@ class Wanted:
 
     def kept(self, folder: Path) -> str | None:
         """How the artifact would be loaded from a folder, or None: it would be compiled."""
-        if self.replayable(folder):
+        if (folder / f"{self.stem}.zip").exists():
             return "without a compiler"
         return "through Inductor" if (folder / f"{self.stem}.bin").exists() else None
-
-    def replayable(self, folder: Path) -> bool:
-        """Whether the artifact can be loaded where nothing can be compiled."""
-        return (folder / f"{self.stem}.zip").exists()
 
     def bytes(self, folder: Path) -> int:
         """What the artifact's files take."""
@@ -165,11 +165,17 @@ def compile_flat(
 
 
 def make(wanted: Wanted, folder: Path | None, traces: Traces) -> Artifact:
-    """The artifact, loaded from `folder` (None for nowhere) or else compiled and kept there."""
+    """The artifact, loaded from `folder` (None for nowhere) or else compiled and kept there.
+
+    Raises:
+        CannotCompile: it would have to be compiled, and cannot be.
+    """
     t0 = time.perf_counter()
     path = None if folder is None else folder / f"{wanted.stem}.bin"
     call, source = None if path is None else _replay(path), "loaded"
     if call is None:
+        if wanted.device.type == "cpu" and (why_not := missing_compiler()) is not None:
+            raise CannotCompile(why_not)
         call, source = _through_inductor(wanted, path)
     seconds = time.perf_counter() - t0
     if source == "compiled":

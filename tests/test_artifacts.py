@@ -323,12 +323,28 @@ def test_another_dtype_is_explained_by_its_name_and_long_lists_are_cut(filled, m
     assert "fnengine compile " + str(tiny_folder("qwen3")) + " --dtype bfloat16" in out
 
 
+def test_a_damaged_artifact_where_nothing_can_be_compiled_makes_steps_eager(filled, tmp_path, monkeypatch, caplog):
+    """Oracle: the reason, with its remedy; and the warning that names the file."""
+    from fnengine import build
+
+    for file in (filled[0] / "artifacts").glob("layer*"):
+        (tmp_path / file.name).write_bytes(b"garbage" if file.suffix == ".zip" else file.read_bytes())
+    monkeypatch.setattr(build, "folder", lambda: tmp_path)
+    for module in (build, compiling):
+        monkeypatch.setattr(module, "missing_compiler", lambda: "no C++ compiler found: apt install g++")
+    built = build.build(tiny_model("qwen3", "float32"), build.Settings(max_model_len=32, max_num_seqs=2))
+    assert built.execution == "eager: no C++ compiler found: apt install g++"
+    assert "layer0" in caplog.text and (built.traces.compiled, built.traces.loaded) == (0, 0)
+
+
 def test_without_a_compiler_doctor_tells_what_a_kept_cache_is_good_for(filled, tmp_path):
     """Oracle: the start above, which needs no compiler; and an empty cache, with which it would be eager."""
     words = ("-m", "fnengine", "doctor", "--why-cold", str(tiny_folder("qwen3")), "--dtype", "float32", "--json")
     said = json.loads(process(filled[0], *words, PATH=str(tmp_path)))
     assert "apt install g++" in said["unable"] and said["eager"] is None
     assert [a["warm"] for a in said["artifacts"]] == ["as it is", "as it is", "without a compiler"]
+    said = process(filled[0], "-m", "fnengine", "compile", *words[4:], PATH=str(tmp_path))
+    assert not any(a["compiled"] for a in json.loads(said)["artifacts"])
     said = json.loads(process(tmp_path, *words, PATH=str(tmp_path)))
     assert "no C++ compiler" in said["eager"]
     assert [(a["name"], a["warm"]) for a in said["artifacts"]] == [("native float32", None), ("native common", None)]
