@@ -10,14 +10,14 @@ from pathlib import Path
 import psutil
 import torch
 
-from fnengine import environment, kernels
+from fnengine import kernels
 from fnengine.device import TorchDevice
-from fnengine.graphs.compile import Traces, kept, missing_compiler
+from fnengine.graphs.compile import CannotCompile, Traces, folder, kept, missing_compiler
 from fnengine.graphs.compile import start as start_compiler
 from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops
 from fnengine.model import Model, one_by_one
-from fnengine.program import RECORDED_TOKENS, Recorded, compiled_layers
+from fnengine.program import RECORDED_TOKENS, Recorded, compiled_layers, wanted_layers
 from fnengine.settings import Mode, PoolSize, Settings, size_pool
 from fnengine.spec import kv_bytes_per_token
 from fnengine.step import make_step
@@ -47,7 +47,7 @@ def build(model: Model, settings: Settings) -> Built:
     kernels.start(device, model.dtype)
     compiling = device.type == "cpu" and not settings.enforce_eager
     why_not = missing_compiler() if compiling else None
-    if compiling and why_not is None and not kept(environment.cache_dir() / "artifacts"):
+    if compiling and why_not is None and not kept(folder()):
         start_compiler()  # while the native kernels are built
     ops = kernels.ops(device, model.dtype)
     per_token = kv_bytes_per_token(spec, model.dtype.itemsize)
@@ -66,14 +66,17 @@ def build(model: Model, settings: Settings) -> Built:
     if device.type != "cpu":
         execution = "eager: CUDA steps run uncaptured on the reference kernels for now"
     elif compiling:
-        if why_not is None and ops.paged_attention.backend.name != "reference":
-            folder = environment.cache_dir() / "artifacts"
-            run_layers = compiled_layers(spec, model.params, ops, model.dtype, device, folder, traces)
-            sources = ", ".join(f"{name} {source} in {s:.1f} s" for name, source, s in traces.log)
-            recorded = f", up to {RECORDED_TOKENS} tokens recorded" if isinstance(run_layers, Recorded) else ""
-            execution = f"compiled: {sources}{recorded}"
-        else:
+        if ops.paged_attention.backend.name == "reference":
             execution = f"eager: {why_not or ops.paged_attention.reason}"
+        else:
+            kinds = wanted_layers(spec, model.params, ops, model.dtype, device)
+            try:
+                run_layers = compiled_layers(kinds, model.params, folder(), traces)
+                sources = ", ".join(f"{name} {source} in {s:.1f} s" for name, source, s in traces.log)
+                recorded = f", up to {RECORDED_TOKENS} tokens recorded" if isinstance(run_layers, Recorded) else ""
+                execution = f"compiled: {sources}{recorded}"
+            except CannotCompile as e:
+                execution = f"eager: {e}"
     if execution.startswith("eager"):
         log.warning("steps run %s", execution)
     slots = int(settings.swap_space * 2**30) // (per_token * BLOCK)

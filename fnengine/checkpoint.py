@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fnengine.errors import CheckpointError, ConfigError, SpecError
 from fnengine.families import FAMILIES, spec_from_config
-from fnengine.leaves import Dense, Packing, packing, place_ends
+from fnengine.leaves import Dense, Packing, Tiles, packing, place_ends, tiles
 from fnengine.params import ArrayInfo, abstract, arrays, dummy_array, noise
 from fnengine.spec import ModelSpec
 
@@ -94,7 +94,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
-def pick_dtype(spec: ModelSpec, dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
+def pick_dtype(spec: ModelSpec, dtype: str, device: torch.device, tiles: Tiles = tiles) -> tuple[torch.dtype, str]:
     """(dtype of parameters, activations and KV; why).
 
     `auto` is the checkpoint's own dtype, but float16 on a CPU that cannot multiply it runs in float32, which holds
@@ -105,7 +105,7 @@ def pick_dtype(spec: ModelSpec, dtype: str, device: torch.device) -> tuple[torch
     if dtype != "auto":
         return DTYPES[dtype], f"dtype {dtype}: asked for"
     own = DTYPES[spec.dtype]
-    if own is torch.float16 and device.type == "cpu" and packing(device, own).kind == "dense":
+    if own is torch.float16 and device.type == "cpu" and packing(device, own, tiles).kind == "dense":
         return torch.float32, "dtype float32: the checkpoint is float16, which this CPU does not multiply natively"
     return own, f"dtype {spec.dtype}: the checkpoint's own"
 
@@ -202,6 +202,11 @@ def dummy(
         return out
 
     return build(infos, make, how)
+
+
+def outline(spec: ModelSpec, dtype: torch.dtype, how: Packing) -> dict[str, Any]:
+    """A params tree on the meta device: the shapes and dtypes that `load` and `dummy` give, and no values."""
+    return build(abstract(spec), lambda _path, info: torch.empty(info.shape, dtype=dtype, device="meta"), how)
 
 
 def build(infos: dict[str, Any], make: Callable[[str, ArrayInfo], Tensor], how: Packing) -> dict[str, Any]:

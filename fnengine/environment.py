@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fnengine.errors import ConfigError
 
@@ -89,6 +92,32 @@ def quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     except (OSError, ValueError):
         return None
     return None if limit == "max" else max(1, math.ceil(int(limit) / int(period)))
+
+
+INSTRUCTIONS = (
+    *("sse", "ssse", "pni", "avx", "amx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "xop", "tbm"),
+    *("aes", "vaes", "pclmul", "vpclmul", "gfni", "sha", "adx", "cx16", "lahf", "lzcnt"),
+)
+"""Beginnings of the names of instructions that compilers use by themselves. The kernel lists others beside them (of
+power, virtualization and mitigations), which change with its version and not with what code may run."""
+
+
+@cache
+def processor() -> dict[str, Any]:
+    """Fields of a key for code that is compiled for this processor: its name, and its instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    names = ("vendor_id", "model name", "cpu family", "model", "CPU implementer", "CPU part")
+    told = [f"{name} {said[name]}" for name in names if name in said]
+    flags = [f for f in said.get("flags", "").split() if f.startswith(INSTRUCTIONS)]
+    return {
+        "machine": platform.machine(),
+        "processor": ", ".join(told) or platform.processor(),
+        "instructions": sorted({*flags, *said.get("Features", "").split()}),
+    }
 
 
 def prepare() -> dict[str, str]:

@@ -19,6 +19,9 @@ BUNDLED = Path(__file__).parent / "bundled"
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.tiktoken")
 """What a model needs of its repository: weights, configs, chat templates, tokenizers."""
 
+CONFIG = ("config.json", "generation_config.json")
+"""What says which shapes a model has."""
+
 LEFT_OUT = ("consolidated*", "original/*", "onnx/*", "*/*")
 """Second copies of the weights in other formats, which would double the download."""
 
@@ -39,6 +42,7 @@ def resolve(
     cache_dir: str | Path | None = None,
     offline: bool = False,
     progress: bool = True,
+    files: tuple[str, ...] = FILES,
 ) -> Path:
     """The local folder of a model, downloaded first if it has to be.
 
@@ -48,6 +52,7 @@ def resolve(
         cache_dir: where snapshots are kept; None is huggingface_hub's own place (HF_HOME).
         offline: look only into the cache.
         progress: draw download bars on stderr.
+        files: what to fetch of a repository, if not all that a model needs.
 
     Raises:
         CheckpointError: no such folder or repository, no access, no network, or nothing in the cache.
@@ -71,10 +76,17 @@ def resolve(
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
     if looks_local or not _NAME.fullmatch(name):
         raise CheckpointError("no such directory", where=name, remedy="give a folder, owner/name, or demo")
-    return _snapshot(name, revision, cache_dir, offline, progress)
+    return _snapshot(name, revision, cache_dir, offline, progress, files)
 
 
-def _snapshot(name: str, revision: str | None, cache_dir: str | Path | None, offline: bool, progress: bool) -> Path:
+def _snapshot(
+    name: str,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    offline: bool,
+    progress: bool,
+    files: tuple[str, ...],
+) -> Path:
     import huggingface_hub as hf
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
@@ -87,7 +99,7 @@ def _snapshot(name: str, revision: str | None, cache_dir: str | Path | None, off
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=offline,
-            allow_patterns=list(FILES),
+            allow_patterns=list(files),
             ignore_patterns=list(LEFT_OUT),
         )
     except errors.GatedRepoError:

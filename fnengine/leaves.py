@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,15 +129,21 @@ def weight_bytes(leaf: Leaf) -> int:
 
 def pack_leaf(leaf: Dense) -> Packed:
     """The packed form of a dense leaf on CPU; rows of 32 are what the layout is tuned for, any number may follow."""
+    if leaf.weight.is_meta:
+        return Packed(torch.empty(1, dtype=torch.int64, device="meta"), leaf.bias, leaf.weight)
     weight = torch.ops.mkldnn._reorder_linear_weight(leaf.weight.contiguous(), 32)
     address = next(_ADDRESSES)
     _PACKED[address] = weight
     return Packed(torch.tensor([address]), leaf.bias, weight)
 
 
-def tile_leaf(leaf: Dense) -> Tiled:
-    """The tiled form of a dense leaf on CPU."""
-    return Tiled(kernels.cpu.tile(leaf.weight), leaf.bias, (leaf.weight.shape[0], leaf.weight.shape[1]))
+def tile_leaf(leaf: Dense, atom: int) -> Tiled:
+    """The tiled form of a dense leaf on CPU, with this machine's atom; the library tiles, but for a tensor of no values
+    it need not be there."""
+    w = leaf.weight
+    return Tiled(
+        kernels.linear.tile(w, atom) if w.is_meta else kernels.cpu.tile(w), leaf.bias, (w.shape[0], w.shape[1])
+    )
 
 
 @dataclass(frozen=True)
@@ -155,10 +162,10 @@ class Packing:
         return self.kind != "packed"
 
     def place(self, leaf: Dense) -> Leaf:
-        """The leaf in its final form; the dense one may be freed afterwards."""
+        """The leaf in its final form; the dense one may be freed afterwards. On the meta device only its shapes."""
         match self.kind:
             case "tiled":
-                return tile_leaf(leaf)
+                return tile_leaf(leaf, self.atom)
             case "packed":
                 return pack_leaf(leaf)
         return leaf
@@ -172,16 +179,37 @@ LAYOUTS = ("tiled", "packed", "dense")
 """Kinds of layout on CPU, fastest first."""
 
 
-def layouts(device: torch.device, dtype: torch.dtype) -> dict[str, Packing | str]:
+Tiles = Callable[[torch.device, torch.dtype], Packing | str]
+"""How weights are placed in tiles, or why they cannot be."""
+
+
+def tiles(device: torch.device, dtype: torch.dtype) -> Packing | str:
+    """By the native library, which is built for it."""
+    name = str(dtype).removeprefix("torch.")
+    return kernels.cpu.linear.supports(device, dtype) or Packing(
+        "tiled", f"a native product in {name}", kernels.linear.atom_of(dtype)
+    )
+
+
+def expected_tiles(device: torch.device, dtype: torch.dtype) -> Packing | str:
+    """What `tiles` will say once the library is built, without building it."""
+    if why_not := kernels.cpu.unfit(device, dtype):
+        return why_not
+    native = kernels.native
+    try:
+        atom = native.expected_atom(native.find_compiler(), native.host_isa(), kernels.cpu.ELEMENT[dtype])
+    except native.BuildFailed as e:
+        return str(e)
+    return Packing("tiled", "a native product, once it is built", atom)
+
+
+def layouts(device: torch.device, dtype: torch.dtype, tiles: Tiles = tiles) -> dict[str, Packing | str]:
     """Each kind of layout -> how weights are placed in it on this device, or why that cannot be."""
     name = str(dtype).removeprefix("torch.")
     dense = Packing("dense", f"as in the checkpoint, in {name}")
     if device.type != "cpu":
         why_not = f"{device.type} multiplies dense weights"
         return {"tiled": why_not, "packed": why_not, "dense": dense}
-    tiled = kernels.cpu.linear.supports(device, dtype) or Packing(
-        "tiled", f"a native product in {name}", kernels.linear.atom_of(dtype)
-    )
     packed: Packing | str = "this torch was built without oneDNN (torch.backends.mkldnn)"
     if torch.backends.mkldnn.is_available():
         packed = Packing("packed", f"oneDNN packed linears in {name}")
@@ -189,15 +217,15 @@ def layouts(device: torch.device, dtype: torch.dtype) -> dict[str, Packing | str
             matmul(pack_leaf(Dense(torch.zeros(32, 32, dtype=dtype))), torch.zeros(4, 32, dtype=dtype))
         except (RuntimeError, AttributeError) as e:
             packed = f"oneDNN cannot pack {name} here: {e}"
-    return {"tiled": tiled, "packed": packed, "dense": dense}
+    return {"tiled": tiles(device, dtype), "packed": packed, "dense": dense}
 
 
-def packing(device: torch.device, dtype: torch.dtype) -> Packing:
+def packing(device: torch.device, dtype: torch.dtype, tiles: Tiles = tiles) -> Packing:
     """The layout whose product is fastest here, with what was passed over.
 
     Where the processor has matrix units (AMX), oneDNN uses them for bfloat16 and the native product does not.
     """
-    found = layouts(device, dtype)
+    found = layouts(device, dtype, tiles)
     if dtype is torch.bfloat16 and isinstance(found["packed"], Packing) and torch.cpu._is_amx_tile_supported():
         found["tiled"] = "oneDNN uses this processor's matrix units (AMX)"
     passed = [f"{kind}: {how}" for kind, how in found.items() if isinstance(how, str)]

@@ -6,8 +6,9 @@ dynamic in tokens, rows, blocks and table size, so one artifact serves prefill, 
 
 from __future__ import annotations
 
-import hashlib
 import logging
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 import fnengine
-from fnengine import kernels, layers, leaves, tree
-from fnengine.graphs import replay
-from fnengine.graphs.compile import Artifact, Traces, compile_flat
+from fnengine import kernels, keys, layers, leaves, tree
+from fnengine.graphs import compile, replay
+from fnengine.graphs.compile import Artifact, Traces, Wanted, make, wanted
 from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops
 from fnengine.kernels.recording import Arena, NotRecordable, Program, record, recordable, recordable_empty
@@ -37,25 +38,22 @@ _T, _R, _N, _M, _P = 7, 11, 13, 17, 19
 """Example sizes: distinct, so that each stands for its own symbol, and above 1, because 0 and 1 specialise."""
 
 
-def compiled_layers(
-    spec: ModelSpec,
-    params: Any,
-    ops: Ops,
-    dtype: torch.dtype,
-    device: torch.device,
-    folder: Path | None,
-    traces: Traces,
-) -> RunLayers:
+@dataclass(frozen=True)
+class Kind:
+    """Layers that are the same function of tensors of the same shapes."""
+
+    wanted: Wanted
+    layers: tuple[int, ...]
+    """Their numbers, from 0."""
+
+
+def compiled_layers(kinds: list[Kind], params: Any, folder: Path | None, traces: Traces) -> RunLayers:
     """All layers in a row, each by the artifact of its kind; all artifacts are made here, at once."""
-    artifacts: dict[Any, Artifact] = {}
-    flat: dict[int, list[Tensor]] = {}
     of_layer: dict[int, Artifact] = {}
-    for kind, p in zip(spec.layers, params["layers"], strict=True):
-        weights = tree.leaves(p)
-        signature = (kind, tuple((path, tuple(w.shape), str(w.dtype)) for path, w in tree.items(p)))
-        if signature not in artifacts:
-            artifacts[signature] = _compile_kind(kind, p, ops, dtype, device, folder, traces, len(artifacts))
-        of_layer[id(p)], flat[id(p)] = artifacts[signature], weights
+    for kind in kinds:
+        artifact = make(kind.wanted, folder, traces, replay.Hooks(recordable, recordable_empty))
+        of_layer.update((id(params["layers"][i]), artifact) for i in kind.layers)
+    flat = {id(p): tree.leaves(p) for p in params["layers"]}
 
     def run_layer(
         kind: Layer, p: Any, pool: Pool, where: Where, angles: tuple[Tensor, Tensor], ops: Ops, x_TD: Tensor
@@ -66,7 +64,7 @@ def compiled_layers(
         )
 
     layers_in_a_row = one_by_one(run_layer)
-    return Recorded(layers_in_a_row) if all(a.hooked for a in artifacts.values()) else layers_in_a_row
+    return Recorded(layers_in_a_row) if all(a.hooked for a in of_layer.values()) else layers_in_a_row
 
 
 class Recorded:
@@ -124,23 +122,31 @@ class Recorded:
         return first
 
 
-def _compile_kind(
-    kind: Layer,
-    p: Any,
-    ops: Ops,
-    dtype: torch.dtype,
-    device: torch.device,
-    folder: Path | None,
-    traces: Traces,
-    number: int,
-) -> Artifact:
+def wanted_layers(spec: ModelSpec, params: Any, ops: Ops, dtype: torch.dtype, device: torch.device) -> list[Kind]:
+    """One wanted artifact for each kind of layer; nothing is traced yet. Of `params` only shapes and dtypes are looked
+    at, so they may be on the meta device (`checkpoint.outline`), and of `ops` only names."""
+    alike: dict[Any, list[int]] = {}
+    for i, (kind, p) in enumerate(zip(spec.layers, params["layers"], strict=True)):
+        signature = (kind, tuple((path, tuple(w.shape), str(w.dtype)) for path, w in tree.items(p)))
+        alike.setdefault(signature, []).append(i)
+    return [
+        Kind(_wanted(f"layer{n}", spec.layers[i[0]], params["layers"][i[0]], ops, dtype, device), tuple(i))
+        for n, i in enumerate(alike.values())
+    ]
+
+
+FIXED = ("x", "cos", "sin", "slot", "row", "start", "length", "table", "k", "v")
+"""Names of an artifact's first tensors; the weights follow under their paths."""
+
+
+def _wanted(name: str, kind: Layer, p: Any, ops: Ops, dtype: torch.dtype, device: torch.device) -> Wanted:
     a = kind.mixer
 
     def ints(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
+        return torch.empty(shape, dtype=torch.int32, device="meta")
 
     def floats(*shape: int, dt: torch.dtype = dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dt, device=device)
+        return torch.empty(shape, dtype=dt, device="meta")
 
     width = next(w.shape[-1] for path, w in tree.items(p) if path.startswith("norm1"))
     angles = [floats(_T, a.rope.width // 2, dt=torch.float32) for _ in range(2)]
@@ -167,21 +173,24 @@ def _compile_kind(
         where = Where(row=row, start=start, row_T=row, position=slot, slot=slot, length=length, table=table)
         return layers.layer(kind, params, Pool(k, v), where, (cos, sin), ops, x)
 
-    key = {"kind": repr(kind), "source": _source_key(), "ops": repr(kernels.describe(ops))}
-    return compile_flat(
+    return wanted(
+        name,
         fn,
         [*fixed, *weights],
         [*dynamic, *(() for _ in weights)],
-        name=f"layer{number}",
-        key=key,
-        folder=folder,
-        traces=traces,
-        hooks=replay.Hooks(recordable, recordable_empty),
+        device=device,
+        key={
+            "dtype": str(dtype).removeprefix("torch."),
+            "kind": keys.described(kind),
+            "ops": {op: backend for op, backend, _, _ in kernels.describe(ops)},
+            "source": _sources(),
+        },
+        names=[*FIXED, *(path for path, _ in tree.items(p))],
     )
 
 
-def _source_key() -> str:
-    """A digest of the code an artifact was traced from."""
-    files = [Path(m.__file__) for m in (layers, leaves, fnengine.program) if m.__file__]
-    files += sorted(Path(kernels.__path__[0]).glob("*.py"))
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
+@cache
+def _sources() -> keys.Key:
+    """Digests of the code that an artifact is traced from and made by."""
+    files = [Path(m.__file__) for m in (layers, leaves, fnengine.program, compile) if m.__file__]
+    return keys.of_files([*files, *sorted(Path(kernels.__path__[0]).glob("*.py"))])

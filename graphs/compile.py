@@ -9,8 +9,6 @@ place), so a wrong one is a programmer's error, not a trace.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import platform
 import shutil
@@ -27,6 +25,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from fnengine import keys
+from fnengine.environment import cache_dir, processor
 from fnengine.graphs import replay
 
 log = logging.getLogger("fnengine")
@@ -59,6 +59,10 @@ class Traces:
     """(name, source, seconds)"""
 
 
+class CannotCompile(Exception):
+    """An artifact is not kept whole, and nothing can be compiled here; the message says why, with the remedy."""
+
+
 def missing_compiler() -> str | None:
     """Why nothing can be compiled on CPU here, with the remedy, or None."""
     import sysconfig
@@ -83,16 +87,68 @@ def start() -> None:
         from torch._inductor import compile_fx, standalone_compile  # noqa: F401
 
 
-def environment_key(device: str) -> dict[str, str]:
-    """The part of every artifact's key that the machine and the versions give; printable and diffable."""
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "device": device if device == "cpu" else torch.cuda.get_device_name(),
-        "isa": torch.backends.cpu.get_cpu_capability() if device == "cpu" else "",
-        "threads": str(torch.get_num_threads()),
-    }
+@dataclass(frozen=True)
+class Wanted:
+    """A function that is wanted compiled, and what its artifact is known by. Having one costs nothing yet."""
+
+    name: str
+    fn: Callable[..., Tensor]
+    example: tuple[Tensor, ...]
+    """Tensors of the right dtypes, on any device, `meta` too: no value is looked at. Equal dynamic sizes stand for the
+    same symbol, so sizes that may differ must differ here, and none may be 0 or 1."""
+    dynamic: tuple[tuple[int, ...], ...]
+    """For each tensor the dims whose size may vary."""
+    device: torch.device
+    key: keys.Key
+
+    @property
+    def stem(self) -> str:
+        """Of the files that hold the artifact."""
+        return f"{self.name}-{keys.digest(self.key)}"
+
+    def kept(self, folder: Path) -> str | None:
+        """How the artifact would be loaded from a folder, or None: it would be compiled."""
+        if (folder / f"{self.stem}.zip").exists():
+            return "without a compiler"
+        return "through Inductor" if (folder / f"{self.stem}.bin").exists() else None
+
+    def bytes(self, folder: Path) -> int:
+        """What the artifact's files take."""
+        return sum(f.stat().st_size for f in folder.glob(f"{self.stem}.*"))
+
+
+def environment_key(device: torch.device) -> keys.Key:
+    """The part of every artifact's key that the machine and the versions give."""
+    here = {"torch": torch.__version__, "python": platform.python_version()}
+    if device.type == "cpu":
+        isa = torch.backends.cpu.get_cpu_capability()
+        return {**here, "device": "cpu", **processor(), "isa": isa, "threads": str(torch.get_num_threads())}
+    return {**here, "device": torch.cuda.get_device_name(device), "machine": platform.machine()}
+
+
+def wanted(
+    name: str,
+    fn: Callable[..., Tensor],
+    example: Sequence[Tensor],
+    dynamic: Sequence[tuple[int, ...]],
+    *,
+    device: torch.device,
+    key: keys.Key,
+    names: Sequence[str] = (),
+) -> Wanted:
+    """`fn(*tensors) -> tensor` with the whole key of its artifact.
+
+    Args:
+        key: what the function's meaning depends on beyond shapes and the machine.
+        names: of the tensors, for the key; numbers where there are none.
+    """
+    shapes = {}
+    for i, (x, dyn) in enumerate(zip(example, dynamic, strict=True)):
+        sizes = ", ".join(f"s{s}" if d in dyn else str(s) for d, s in enumerate(x.shape))
+        shapes[names[i] if names else str(i)] = f"{str(x.dtype).removeprefix('torch.')} [{sizes}]"
+    assert len(shapes) == len(example), f"two tensors have one name: {names}"
+    whole = {**environment_key(device), **key, "order": " ".join(shapes), "shapes": shapes}
+    return Wanted(name, fn, tuple(example), tuple(dynamic), device, whole)
 
 
 def compile_flat(
@@ -101,34 +157,32 @@ def compile_flat(
     dynamic: Sequence[tuple[int, ...]],
     *,
     name: str,
-    key: dict[str, str],
+    key: keys.Key,
     folder: Path | None,
     traces: Traces,
-    hooks: replay.Hooks | None = None,
 ) -> Artifact:
-    """`fn(*tensors) -> tensor`, compiled.
+    """`fn(*tensors) -> tensor`, compiled, on the device of its examples; see `wanted` and `make`."""
+    device = example[0].device
+    return make(wanted(name, fn, example, dynamic, device=device, key=key), folder, traces)
+
+
+def make(wanted: Wanted, folder: Path | None, traces: Traces, hooks: replay.Hooks | None = None) -> Artifact:
+    """The artifact, loaded from `folder` (None for nowhere) or else compiled and kept there.
 
     Args:
-        example: tensors of the right dtypes; equal dynamic sizes stand for the same symbol, so sizes that may differ
-            must differ here, and none may be 0 or 1.
-        dynamic: for each tensor the dims whose size may vary.
-        key: what the function's meaning depends on beyond shapes; with `environment_key` it names the file.
-        folder: where artifacts are kept, None for nowhere.
         hooks: see `replay.Hooks`; an artifact that is not replayed has none, and says so by `hooked`.
+
+    Raises:
+        CannotCompile: it would have to be compiled, and cannot be.
     """
     t0 = time.perf_counter()
-    device = example[0].device.type
-    shapes = [
-        [f"s{s}" if d in dyn else s for d, s in enumerate(x.shape)] + [str(x.dtype)]
-        for x, dyn in zip(example, dynamic, strict=True)
-    ]
-    whole = {**environment_key(device), **key, "shapes": json.dumps(shapes)}
-    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:20]
-    path = None if folder is None else folder / f"{name}-{digest}.bin"
+    path = None if folder is None else folder / f"{wanted.stem}.bin"
     call, source = None if path is None else _replay(path, hooks), "loaded"
     hooked = call is not None and hooks is not None
     if call is None:
-        call, source = _through_inductor(fn, example, dynamic, path, whole)
+        if wanted.device.type == "cpu" and (why_not := missing_compiler()) is not None:
+            raise CannotCompile(why_not)
+        call, source = _through_inductor(wanted, path)
         if hooks is not None and path is not None and (again := _replay(path, hooks)) is not None:
             call, hooked = again, True  # as every later process will run it
     seconds = time.perf_counter() - t0
@@ -137,8 +191,13 @@ def compile_flat(
     else:
         traces.loaded += 1
     traces.seconds += seconds
-    traces.log.append((name, source, seconds))
-    return Artifact(call, source, seconds, digest, hooked)
+    traces.log.append((wanted.name, source, seconds))
+    return Artifact(call, source, seconds, keys.digest(wanted.key), hooked)
+
+
+def folder() -> Path:
+    """Where artifacts are kept. It may be copied to another path: nothing in it depends on where it is."""
+    return cache_dir() / "artifacts"
 
 
 def kept(folder: Path) -> bool:
@@ -170,13 +229,7 @@ def _keep(modules: list[Any], path: Path) -> None:
         log.info("%s will be loaded through Inductor: %s", path.name, e)
 
 
-def _through_inductor(
-    fn: Callable[..., Tensor],
-    example: Sequence[Tensor],
-    dynamic: Sequence[tuple[int, ...]],
-    path: Path | None,
-    key: dict[str, str],
-) -> tuple[Callable[..., Any], str]:
+def _through_inductor(wanted: Wanted, path: Path | None) -> tuple[Callable[..., Any], str]:
     """(the artifact, `compiled` or `loaded`)."""
     start()
     from torch._inductor.codecache import PyCodeCache
@@ -188,7 +241,7 @@ def _through_inductor(
             call = _load(path)
         if call is None:
             source = "compiled"
-            call = _compile(fn, example, dynamic, path, key)
+            call = _compile(wanted, path)
         if path is not None:
             _keep(PyCodeCache.modules[before:], path)
     return call, source
@@ -235,25 +288,25 @@ def _load(path: Path) -> Callable[..., Any] | None:
     return _only(artifact)
 
 
-def _compile(
-    fn: Callable[..., Tensor],
-    example: Sequence[Tensor],
-    dynamic: Sequence[tuple[int, ...]],
-    path: Path | None,
-    key: dict[str, str],
-) -> Callable[..., Any]:
+def _compile(wanted: Wanted, path: Path | None) -> Callable[..., Any]:
     from torch._inductor import standalone_compile  # type: ignore[attr-defined]
 
-    graph, fakes = trace(fn, example, dynamic)
+    graph, fakes = trace(wanted.fn, [_on(wanted.device, x) for x in wanted.example], wanted.dynamic)
     artifact = standalone_compile(graph, fakes, dynamic_shapes="from_graph")  # pyright: ignore[reportArgumentType]
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             artifact.save(path=str(path), format="binary")
-            path.with_suffix(".json").write_text(json.dumps(key, indent=1, sort_keys=True))
+            path.with_suffix(".json").write_text(keys.text(wanted.key))
         except Exception as e:
             log.warning("compiled artifact %s could not be kept (%s: %s)", path.name, type(e).__name__, e)
     return _only(artifact)
+
+
+def _on(device: torch.device, x: Tensor) -> Tensor:
+    """An example on the device that the function is for. Nothing writes to what is made here, so on CPU it takes
+    addresses and no memory."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) if x.is_meta else x
 
 
 def _only(artifact: Any) -> Callable[..., Any]:

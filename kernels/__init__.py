@@ -17,7 +17,7 @@ import torch
 from fnengine.kernels import cpu, native, reference
 from fnengine.kernels.contract import Backend, Chosen, Contract, choose
 
-__all__ = ["BACKENDS", "Backend", "Chosen", "Contract", "Ops", "choose", "describe", "ops", "start"]
+__all__ = ["BACKENDS", "Backend", "Chosen", "Contract", "Ops", "choose", "describe", "expected", "ops", "start"]
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "paged_attention": (cpu.paged_attention, reference.paged_attention),
@@ -57,6 +57,14 @@ def ops(device: torch.device | str, dtype: torch.dtype, only: str | None = None)
     return Ops(**{f.name: choose(BACKENDS[f.name], device, dtype, only) for f in fields(Ops)})
 
 
+def expected(device: torch.device | str, dtype: torch.dtype) -> Ops:
+    """What `ops` will choose once the native code is built, without building it."""
+    device = torch.device(device)
+    if cpu.unfit(device, dtype) is not None:
+        return ops(device, dtype, only="reference")
+    return Ops(**{f.name: Chosen(BACKENDS[f.name][0], "once it is built") for f in fields(Ops)})
+
+
 def describe(chosen: Ops) -> list[tuple[str, str, bool, str]]:
     """(op, backend, invariant, reason) for each op, to be printed."""
     pairs = [(f.name, getattr(chosen, f.name)) for f in fields(chosen)]
@@ -67,8 +75,7 @@ def start(device: torch.device | str, dtype: torch.dtype) -> bool:
     """Begins in the background what `ops` would wait for: the native build. Whether it will take seconds."""
     if torch.device(device).type != "cpu" or dtype not in cpu.ELEMENT:
         return False
-    parts = (cpu.ELEMENT[dtype], native.COMMON)
-
+    parts = cpu.parts(dtype)
     building = not all(map(native.built, parts))
     for part in parts:
         threading.Thread(target=native.load, args=(part,), name=f"native build, {part}", daemon=True).start()

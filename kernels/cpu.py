@@ -28,6 +28,11 @@ ELEMENT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: 
 """dtype -> the library that serves it."""
 
 
+def parts(dtype: torch.dtype) -> tuple[str, str]:
+    """The native libraries that a process with this dtype loads."""
+    return ELEMENT[dtype], native.COMMON
+
+
 def _library(dtype: torch.dtype | None = None) -> ctypes.CDLL:
     library = native.load(native.COMMON if dtype is None else ELEMENT[dtype]).library
     assert library is not None, "the cpu backend was called without having been chosen"
@@ -206,7 +211,8 @@ def tile(weight: Tensor) -> Tensor:
     return out
 
 
-def _supports(device: torch.device, dtype: torch.dtype) -> str | None:
+def unfit(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why native code cannot serve a device and a dtype, or None; whether it can be built is another question."""
     if device.type != "cpu":
         return f"runs on cpu, not on {device.type}"
     if dtype not in ELEMENT:
@@ -215,11 +221,11 @@ def _supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _of_element(device: torch.device, dtype: torch.dtype) -> str | None:
-    return _supports(device, dtype) or _missing(ELEMENT[dtype])
+    return unfit(device, dtype) or _missing(ELEMENT[dtype])
 
 
 def _of_none(device: torch.device, dtype: torch.dtype) -> str | None:
-    return _supports(device, dtype) or _missing(native.COMMON)
+    return unfit(device, dtype) or _missing(native.COMMON)
 
 
 def _missing(part: str) -> str | None:

@@ -9,7 +9,6 @@ from the OpenMP runtime that torch has loaded, through a pointer (`csrc/parallel
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import os
 import platform
@@ -20,6 +19,9 @@ import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from fnengine import keys
+from fnengine.environment import cache_dir, processor
 
 log = logging.getLogger("fnengine")
 
@@ -68,55 +70,74 @@ def host_isa() -> tuple[str, ...]:
     return ("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ("-mcpu=native",)
 
 
-def _cpu() -> str:
-    """What the processor can do, in words: part of the key, because a cache folder may be shared by machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() + platform.machine()
-    kept = ("model name", "flags", "Features", "CPU part", "vendor_id", "cpu family", "model")
-    return "\n".join(sorted({line for line in lines if line.split("\t")[0].strip() in kept}))
-
-
 @cache
 def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+    return said.partition("\n")[0]
 
 
-def key(compiler: str, isa: tuple[str, ...]) -> str:
-    """Name of the build: changes with the sources, the compiler, the flags and the processor."""
-    h = hashlib.sha256()
-    for part in (_version(compiler), *FLAGS, *isa, _cpu()):
-        h.update(part.encode() + b"\0")
-    for file in sorted(SOURCE.glob("*.[ch]*")):
-        h.update(file.name.encode() + b"\0" + file.read_bytes())
-    return h.hexdigest()[:16]
+def key(compiler: str | None, isa: tuple[str, ...]) -> keys.Key:
+    """What a build is made from. The processor is part of it, because a cache folder may be shared by machines."""
+    return {
+        "compiler": keys.ABSENT if compiler is None else _version(compiler),
+        "flags": " ".join((*FLAGS, *isa)),
+        **processor(),
+        "source": keys.of_files(sorted(SOURCE.glob("*.[ch]*"))),
+    }
+
+
+def folder() -> Path:
+    """Where libraries are kept."""
+    return cache_dir() / "native"
 
 
 def built(part: str) -> bool:
     """Whether a library is there already, or can never be."""
-    from fnengine.environment import cache_dir
-
     try:
-        return _target(find_compiler(), cache_dir() / "native", host_isa(), part).exists()
+        return target(find_compiler(), folder(), host_isa(), part).exists()
     except (BuildFailed, OSError):
         return True
 
 
-def _target(compiler: str, folder: Path, isa: tuple[str, ...], part: str) -> Path:
-    return folder / f"{part}-{key(compiler, isa)}.so"
+def target(compiler: str | None, folder: Path, isa: tuple[str, ...], part: str) -> Path:
+    """Where a library is, or will be once it is built; its key is beside it, as JSON."""
+    return folder / f"{part}-{keys.digest(key(compiler, isa), 16)}.so"
+
+
+def find_kept(folder: Path, isa: tuple[str, ...], part: str) -> Path | None:
+    """A library that is right for this machine and these sources, whichever compiler built it: where there is none, a
+    cache that was filled elsewhere will do."""
+    wanted = {**key(None, isa), "compiler": ""}
+    for name, kept in keys.kept(folder, f"{part}-*.json").items():
+        if {**kept, "compiler": ""} == wanted and (folder / f"{name}.so").exists():
+            return folder / f"{name}.so"
+    return None
+
+
+def expected_atom(compiler: str, isa: tuple[str, ...], part: str) -> int:
+    """What `fn_atom` of a library will say once it is built: the preprocessor knows, in milliseconds.
+
+    Raises:
+        BuildFailed: the compiler does not run.
+    """
+    command = [compiler, *isa, f"-DFN_ELEMENT={ELEMENTS[part]}", "-E", "-dM", "-x", "c++", str(SOURCE / "isa.h")]
+    try:
+        macros = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as e:
+        raise BuildFailed(f"{compiler} does not run: {e}; {REMEDY}") from e
+    return 2 if part == "bfloat16" and "#define FN_AVX512_BF16" in macros else 1
 
 
 def build(compiler: str, folder: Path, isa: tuple[str, ...], part: str) -> Path:
-    """Path of a library of `SOURCES`, compiled unless it is there already. Processes may race: each renames a
-    whole file.
+    """Path of a library of `SOURCES`, compiled unless it is there already. Processes may race: each renames whole
+    files, the key before the library.
 
     Raises:
         BuildFailed: the compiler refused, or the folder cannot be written.
     """
-    target = _target(compiler, folder, isa, part)
-    if target.exists():
-        return target
+    library = target(compiler, folder, isa, part)
+    if library.exists():
+        return library
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
@@ -142,10 +163,12 @@ def build(compiler: str, folder: Path, isa: tuple[str, ...], part: str) -> Path:
                 errors.append(link.stderr)
             if not Path(made).exists():
                 raise BuildFailed(f"{compiler} failed: {''.join(errors).strip()[-500:]}")
-            os.replace(made, target)
+            (Path(work) / "key.json").write_text(keys.text(key(compiler, isa)))
+            os.replace(Path(work) / "key.json", library.with_suffix(".json"))
+            os.replace(made, library)
     except (OSError, subprocess.SubprocessError) as e:
         raise BuildFailed(f"cannot build in {folder}: {e}; point FNENGINE_CACHE to a folder that can be written") from e
-    return target
+    return library
 
 
 def openmp_runtime() -> str | None:
@@ -208,15 +231,25 @@ def load(part: str) -> Native:
         return _load(part)
 
 
-@cache
-def _load(part: str) -> Native:
-    from fnengine.environment import cache_dir
-
+def _found(part: str) -> tuple[Path, str]:
+    """(path of a library, what built it)"""
     try:
         compiler = find_compiler()
-        library, threads = open_library(build(compiler, cache_dir() / "native", host_isa(), part), part)
+    except BuildFailed:
+        path = find_kept(folder(), host_isa(), part)
+        if path is None:
+            raise
+        return path, "another machine's compiler"
+    return build(compiler, folder(), host_isa(), part), Path(compiler).name
+
+
+@cache
+def _load(part: str) -> Native:
+    try:
+        path, by = _found(part)
+        library, threads = open_library(path, part)
     except (BuildFailed, OSError) as e:
         log.warning("native CPU kernels (%s) are not available, plain torch is used: %s", part, e)
         return Native(None, str(e))
     instructions = library.fn_instructions().decode()
-    return Native(library, f"native code built by {Path(compiler).name} for {instructions}, {threads}")
+    return Native(library, f"native code built by {by} for {instructions}, {threads}")

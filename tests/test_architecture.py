@@ -19,6 +19,7 @@ FLOORS = {
     "fnengine.errors": 0,
     "fnengine.tree": 0,
     "fnengine.environment": 0,
+    "fnengine.keys": 0,
     "fnengine.kernels": 1,
     "fnengine.graphs": 1,
     "fnengine.host": 1,
@@ -40,6 +41,7 @@ FLOORS = {
     "fnengine.transforms": 5,
     "fnengine.device": 6,
     "fnengine.build": 6,
+    "fnengine.artifacts": 6,
     "fnengine.runtime": 6,
     "fnengine.decoding": 6,
     "fnengine.engine": 6,
@@ -51,7 +53,14 @@ FLOORS = {
 }
 APART = ({"fnengine.kernels", "fnengine.graphs", "fnengine.host"},)
 """Modules of one floor that must not import one another."""
-TORCH_FREE = ("fnengine.errors", "fnengine.tree", "fnengine.environment", "fnengine.host", "fnengine.settings")
+TORCH_FREE = (
+    "fnengine.errors",
+    "fnengine.tree",
+    "fnengine.environment",
+    "fnengine.keys",
+    "fnengine.host",
+    "fnengine.settings",
+)
 ENVIRONMENT = ("fnengine.environment", "fnengine.config", "fnengine.cli", "fnengine.__main__")
 """The only readers of os.environ and sys.argv."""
 

@@ -84,12 +84,14 @@ def test_without_a_compiler_the_reason_names_the_remedy(monkeypatch):
     assert "apt install g++" in (compiling.missing_compiler() or "")
 
 
-def test_without_a_compiler_the_engine_is_eager_and_says_so(monkeypatch):
+def test_without_a_compiler_the_engine_is_eager_and_says_so(monkeypatch, tmp_path):
     from fnengine import build as building
     from fnengine.settings import Settings
     from tests.models import tiny_model
 
-    monkeypatch.setattr(building, "missing_compiler", lambda: "no C++ compiler found: apt install g++")
+    for module in (building, compiling):
+        monkeypatch.setattr(module, "missing_compiler", lambda: "no C++ compiler found: apt install g++")
+    monkeypatch.setattr(building, "folder", lambda: tmp_path)  # a kept artifact would do
     built = building.build(tiny_model("qwen3", "float32"), Settings(max_model_len=32, max_num_seqs=2))
     assert built.execution.startswith("eager") and "apt install g++" in built.execution
     assert dataclasses.is_dataclass(built)

@@ -1,4 +1,4 @@
-"""The command line: `fnengine serve | chat | complete | bench | doctor`.
+"""The command line: `fnengine serve | chat | complete | bench | compile | doctor`.
 
 Nothing heavy is imported before a command is known, so `--help` and `--version` answer at once. What a user did wrong
 is one line on stderr and exit code 2; `--debug` shows where it was raised.
@@ -78,9 +78,19 @@ def parser() -> argparse.ArgumentParser:
 
     _bench(commands)
 
+    p = _command(commands, "compile", "fill the cache ahead of a start: native kernels and layers, without the weights")
+    _model_argument(p)
+    p.add_argument("--json", action="store_true", help="print JSON, with the keys")
+    add_flags(p, "model", "engine")
+
     p = _command(commands, "doctor", "versions, device, kernels and why, memory plan, and what is missing")
     _model_argument(p)
     p.add_argument("--json", action="store_true", help="print JSON")
+    p.add_argument(
+        "--why-cold",
+        action="store_true",
+        help="only say which artifacts are in the cache, and which fields of a key made it miss others",
+    )
     add_flags(p, "model", "engine")
     return top
 

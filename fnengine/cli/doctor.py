@@ -34,6 +34,10 @@ _PACKAGES = (
 
 def run(args: argparse.Namespace) -> int:
     """Prints every section as soon as it is known; 0 also when something is missing, which is listed at the end."""
+    if args.why_cold:
+        from fnengine.cli import cold
+
+        return cold.run(args)
     options = resolve(args)
     found: dict[str, Section] = {}
 
@@ -87,13 +91,13 @@ def machine(options: Options) -> Section:
         ("processor", f"{processor()}, {torch.backends.cpu.get_cpu_capability()} in torch"),
         ("cores", f"{environment.cores()} usable, CPU quota {environment.quota() or 'none'}"),
         ("threads of a step", f"{options.threads} ({options.origins.get('--threads', 'default')})"),
-        ("memory", f"{_size(available)} available of {_size(total)}"),
+        ("memory", f"{size(available)} available of {size(total)}"),
     ]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
-            free, size = torch.cuda.mem_get_info(i)
+            free, whole = torch.cuda.mem_get_info(i)
             name, (major, minor) = torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)
-            rows.append((f"cuda:{i}", f"{name}, sm_{major}{minor}, {_size(free)} free of {_size(size)}"))
+            rows.append((f"cuda:{i}", f"{name}, sm_{major}{minor}, {size(free)} free of {size(whole)}"))
     else:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
         rows.append(("cuda", f"none; {built}"))
@@ -177,13 +181,13 @@ def memory(model: Model, engine: Engine) -> Section:
     pool, mode = built.pool, built.mode
     available, total = measure(model.device)
     return [
-        ("weights", _size(weights)),
-        ("KV pool", f"{_size(pool.bytes)}: {pool.blocks} blocks of 16 tokens; {pool.reason}"),
-        ("rows", f"{_size(rows)} for {mode.rows} sequences of at most {pool.max_len} tokens"),
-        ("logits, at most", f"{_size(4 * mode.rows * model.spec.vocab)} (float32, one row per sequence)"),
+        ("weights", size(weights)),
+        ("KV pool", f"{size(pool.bytes)}: {pool.blocks} blocks of 16 tokens; {pool.reason}"),
+        ("rows", f"{size(rows)} for {mode.rows} sequences of at most {pool.max_len} tokens"),
+        ("logits, at most", f"{size(4 * mode.rows * model.spec.vocab)} (float32, one row per sequence)"),
         ("host KV for swapping", f"{engine.device.host_slots} blocks"),
         ("tokens a step", str(mode.budget)),
-        (f"left on {model.device}", f"{_size(available)} of {_size(total)}; on CPU the pool takes memory as it fills"),
+        (f"left on {model.device}", f"{size(available)} of {size(total)}; on CPU the pool takes memory as it fills"),
     ]
 
 
@@ -207,7 +211,7 @@ def missing(options: Options, model: Model, engine: Engine) -> Section:
     return rows
 
 
-def _size(n: int) -> str:
+def size(n: int) -> str:
     """Bytes in the largest binary unit that leaves at least 1."""
     value = float(n)
     for unit in ("B", "KiB", "MiB"):

@@ -1,0 +1,178 @@
+"""What an engine of a model loads from the cache, known from its config alone: to fill the cache ahead of time, and to
+say what is missing there and why.
+
+Nothing here reads weights: a key depends on shapes, so parameters stand on the meta device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fnengine import checkpoint, kernels, keys, leaves
+from fnengine.errors import ConfigError
+from fnengine.graphs import compile
+from fnengine.graphs.compile import Traces
+from fnengine.kernels import native
+from fnengine.program import Kind, wanted_layers
+from fnengine.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Library:
+    """A native library that an engine loads."""
+
+    part: str
+    """Its name in `native.SOURCES`."""
+    key: keys.Key
+    path: Path
+
+    @property
+    def digest(self) -> str:
+        return self.path.stem.removeprefix(f"{self.part}-")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an engine would load, if what is missing can be built."""
+
+    spec: ModelSpec
+    dtype: torch.dtype
+    device: torch.device
+    libraries: tuple[Library, ...]
+    layers: tuple[Kind, ...]
+    eager: str | None
+    """Why layers run eagerly and have no artifacts, or None."""
+    unable: str | None
+    """Why nothing can be compiled here, or None. What is in the cache can be loaded all the same."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether one needed thing is in the cache."""
+
+    name: str
+    digest: str
+    key: keys.Key
+    warm: str | None
+    """How it would be loaded, or None: it would be compiled."""
+    nearest: keys.Nearest | None
+    """Where it is cold: what is kept of the same library or model that is most like it."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """One needed thing that is in the cache now."""
+
+    name: str
+    digest: str
+    key: keys.Key
+    compiled: bool
+    """False: it was there already."""
+    seconds: float
+    bytes: int
+
+
+def needs(folder: Path, *, dtype: str = "auto", device: str = "auto", enforce_eager: bool = False) -> Needs:
+    """What an engine of the model in `folder` will load; nothing is built, traced or compiled to know it.
+
+    Raises:
+        CheckpointError, SpecError, ConfigError: as `model.load`, but for the weights, which need not be there.
+    """
+    spec, on = checkpoint.read_spec(folder), checkpoint.pick_device(device)
+    try:  # where no compiler can build native code, what is chosen now is what will be
+        compiler, tiles, choose = native.find_compiler(), leaves.expected_tiles, kernels.expected
+    except native.BuildFailed:
+        compiler, tiles, choose = None, leaves.tiles, kernels.ops
+    kind, _ = checkpoint.pick_dtype(spec, dtype, on, tiles)
+    ops = choose(on, kind)
+    libraries = _libraries(kind, compiler) if kernels.cpu.unfit(on, kind) is None else ()
+    eager = ops.paged_attention.reason if ops.paged_attention.backend.name == "reference" else None
+    if enforce_eager:
+        eager = "--enforce-eager"
+    layers: list[Kind] = []
+    if eager is None:
+        layers = wanted_layers(spec, checkpoint.outline(spec, kind, leaves.packing(on, kind, tiles)), ops, kind, on)
+    unable = compile.missing_compiler() if on.type == "cpu" else None
+    return Needs(spec, kind, on, libraries, tuple(layers), eager, unable)
+
+
+def _libraries(dtype: torch.dtype, compiler: str | None) -> tuple[Library, ...]:
+    isa, folder = native.host_isa(), native.folder()
+
+    def library(part: str) -> Library:
+        kept = native.find_kept(folder, isa, part) if compiler is None else None
+        if kept is not None:
+            return Library(part, keys.kept(folder, f"{kept.stem}.json")[kept.stem], kept)
+        return Library(part, native.key(compiler, isa), native.target(compiler, folder, isa, part))
+
+    return tuple(library(part) for part in kernels.cpu.parts(dtype))
+
+
+def statuses(needs: Needs) -> list[Status]:
+    """Whether each needed thing is in the cache, and where it is not, what differs."""
+    return [*map(_library_status, needs.libraries), *map(_layer_status, needs.layers)]
+
+
+def _library_status(lib: Library) -> Status:
+    if lib.path.exists():
+        return Status(f"native {lib.part}", lib.digest, lib.key, "as it is", None)
+    kept = keys.kept(lib.path.parent, f"{lib.part}-*.json")
+    return Status(f"native {lib.part}", lib.digest, lib.key, None, keys.nearest(lib.key, kept))
+
+
+def _layer_status(kind: Kind) -> Status:
+    w, folder = kind.wanted, compile.folder()
+
+    def related(key: keys.Key) -> bool:
+        """Of this model: the same layer in other shapes (another dtype), or another layer in the same ones."""
+        return any(key.get(field) == w.key[field] for field in ("kind", "shapes"))
+
+    warm = w.kept(folder)
+    near = keys.nearest(w.key, keys.kept(folder), related) if warm is None else None
+    return Status(w.name, keys.digest(w.key), w.key, warm, near)
+
+
+def fill(needs: Needs) -> Iterator[Made]:
+    """Builds, traces and compiles what is not in the cache, and loads what is, one after another.
+
+    Raises:
+        ConfigError: the compiler is missing or refuses, or the cache cannot be written.
+    """
+    if needs.unable is not None and any(status.warm is None for status in statuses(needs)):
+        raise ConfigError(f"nothing can be compiled: {needs.unable}", where="compile")
+    if any(kind.wanted.kept(compile.folder()) is None for kind in needs.layers):
+        compile.start_in_background()  # while the native kernels are built
+    with ThreadPoolExecutor(len(needs.libraries) or 1) as pool:
+        yield from pool.map(_build, needs.libraries)
+    if not needs.layers:
+        return
+    spec, dtype, device = needs.spec, needs.dtype, needs.device
+    outline = checkpoint.outline(spec, dtype, leaves.packing(device, dtype))
+    for kind in wanted_layers(spec, outline, kernels.ops(device, dtype), dtype, device):
+        w = kind.wanted
+        artifact = compile.make(w, compile.folder(), Traces())
+        if w.kept(compile.folder()) is None:
+            raise _unwritable(compile.folder())
+        compiled = artifact.source == "compiled"
+        yield Made(w.name, artifact.key, w.key, compiled, artifact.seconds, w.bytes(compile.folder()))
+
+
+def _build(lib: Library) -> Made:
+    t0, there = time.perf_counter(), lib.path.exists()
+    try:
+        path = lib.path if there else native.build(native.find_compiler(), lib.path.parent, native.host_isa(), lib.part)
+    except native.BuildFailed as e:
+        raise ConfigError(str(e), where=f"native library {lib.part}") from None
+    seconds = time.perf_counter() - t0
+    return Made(f"native {lib.part}", lib.digest, lib.key, not there, seconds, path.stat().st_size)
+
+
+def _unwritable(folder: Path) -> ConfigError:
+    remedy = "point FNENGINE_CACHE to a folder that can be written"
+    return ConfigError("an artifact was compiled but could not be kept", where=str(folder), remedy=remedy)

@@ -1,0 +1,70 @@
+"""`fnengine compile`: everything that a start of this model would build or compile, put into the cache now.
+
+Only the config is read: an artifact depends on shapes, so weights are neither downloaded nor read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fnengine import environment
+from fnengine.config import Options, resolve
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a line for each artifact as soon as it is there."""
+    options = resolve(args)
+    from fnengine import artifacts, hub
+    from fnengine.cli.doctor import size
+
+    begin = time.perf_counter()
+    needs = artifacts.needs(config_folder(options), **asked(options))
+    rows = []
+    if not args.json:
+        print(f"cache {environment.cache_dir()}", flush=True)
+    for made in artifacts.fill(needs):
+        rows.append(made)
+        if not args.json:
+            how = "compiled" if made.compiled else "already there"
+            print(f"{made.name:<16} {made.digest:<20} {how:<13} {made.seconds:6.2f} s  {size(made.bytes)}", flush=True)
+    name, dtype = hub.display_name(options.model.model), str(needs.dtype).removeprefix("torch.")
+    if args.json:
+        facts = {"model": name, "dtype": dtype, "device": str(needs.device), "threads": options.threads}
+        found = {
+            "cache": str(environment.cache_dir()),
+            "eager": needs.eager,
+            "artifacts": [dataclasses.asdict(made) for made in rows],
+        }
+        print(json.dumps({**facts, **found}, indent=1))
+        return 0
+    if needs.eager is not None:
+        print(f"layers run eagerly and need no artifacts: {needs.eager}")
+    new = sum(made.compiled for made in rows)
+    print(
+        f"{name} in {dtype} on {needs.device} with {options.threads} threads: {new} compiled, "
+        f"{len(rows) - new} already there, {time.perf_counter() - begin:.1f} s"
+    )
+    return 0
+
+
+def config_folder(options: Options) -> Path:
+    """The folder of the model's config; of a repository on the hub only that is fetched."""
+    from fnengine import hub
+
+    m = options.model
+    return hub.resolve(m.model, m.revision, m.download_dir, progress=sys.stderr.isatty(), files=hub.CONFIG)
+
+
+def asked(options: Options) -> dict[str, Any]:
+    """What the options say that artifacts depend on, beside threads, which the environment holds."""
+    return {
+        "dtype": options.model.dtype,
+        "device": options.model.device,
+        "enforce_eager": options.engine.enforce_eager,
+    }
