@@ -165,7 +165,7 @@ rt = fn.Runtime(model, max_model_len=64, max_num_seqs=4)
 _, logits = rt.extend(rt.empty, [5, 9, 3])
 heavy = [m for m in ("torch._inductor", "torch._dynamo", "sympy", "transformers", "fastapi") if m in sys.modules]
 print(json.dumps({"compiled": built.traces.compiled, "loaded": built.traces.loaded, "heavy": heavy,
-    "execution": built.execution, "native": [o.reason for o in (built.ops.paged_attention, built.ops.kv_write)],
+    "execution": built.execution, "native": [o.reason for o in (built.ops.paged_attention, built.ops.copy_blocks)],
     "logits": logits.tolist()}))
 """
 
@@ -353,7 +353,9 @@ def test_without_a_compiler_doctor_tells_what_a_kept_cache_is_good_for(filled, t
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
-def test_without_a_compiler_compile_is_a_mistake_with_a_remedy(monkeypatch, capsys):
+def test_without_a_compiler_compile_is_a_mistake_with_a_remedy(tmp_path, monkeypatch, capsys):
+    (tmp_path / "native").symlink_to(environment.cache_dir() / "native")  # libraries are there, artifacts are not
+    monkeypatch.setenv("FNENGINE_CACHE", str(tmp_path))
     monkeypatch.setattr(compiling, "missing_compiler", lambda: "no C++ compiler found: apt install g++")
     assert main(["compile", str(tiny_folder("qwen3"))]) == 2
     err = capsys.readouterr().err
