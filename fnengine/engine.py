@@ -43,6 +43,8 @@ Sink = Callable[[Delta], None]
 LOOP_TURNS = 4
 """Turns of the event loop between two steps on CPU: a request needs about three to get from socket to `submit`."""
 
+_NOTHING = Piece()
+
 
 class Stream:
     """The deltas of one request, as an async iterator; ends when every choice has finished. `close()` aborts."""
@@ -95,10 +97,8 @@ class _Live:
     runs: tuple[Run, ...]
     text: list[TextStream]
     open: int
-    cached: int = 0
     finish: str = "stop"
     max_tokens: int = 0
-    completion: int = 0
 
 
 class Engine:
@@ -272,18 +272,16 @@ class Engine:
         now = self.clock()
         events = committing.commit(self.host, planned, output, now)
         self._steps += 1
-        kept = 0
         for event in events:
-            kept += len(event.tokens)
             self._deliver(event)
         if self.on_step:
             facts = StepFacts(
                 tokens=len(planned.input.token),
                 rows=len(planned.input.row),
                 prompt_tokens=planned.prompt_tokens,
-                generated=kept,
-                gaps=tuple(e.gap for e in events if e.gap is not None),
-                first=tuple(now - e.run.arrival for e in events if e.first),
+                generated=sum([len(e.tokens) for e in events]),
+                gaps=tuple([e.gap for e in events if e.gap is not None]),
+                first=tuple([now - e.run.arrival for e in events if e.first]),
                 seconds=now - launched,
             )
             for observe in self.on_step:
@@ -346,54 +344,51 @@ class Engine:
 
     def _deliver(self, event: Event) -> None:
         """Text, stop strings and the end of a choice, as one delta."""
-        run = event.run
-        live = self._live.get(run.request.id)
+        run, tokens, logprobs, prompt_logprobs, finish, stop_token, _, _, _ = event
+        request = run.request
+        live = self._live.get(request.id)
         if live is None:
             return
-        if run.index == 0:
-            live.cached = run.cached
-        text = live.text[run.index]
-        finish, stop_reason, piece = event.finish, None, Piece()
-        last = len(event.tokens) - 1
-        for j, token in enumerate(event.tokens):
-            logprob = None if event.logprobs is None else event.logprobs[j]
-            piece += text.push(token, logprob, silent=event.stop_token is not None and j == last)
-            if piece.stop is not None:
+        text, stop_reason, piece = live.text[run.index], None, _NOTHING
+        last = len(tokens) - 1
+        for j, token in enumerate(tokens):
+            logprob = None if logprobs is None else logprobs[j]
+            pushed = text.push(token, logprob, silent=stop_token is not None and j == last)
+            piece = piece + pushed if j else pushed
+            if pushed.stop is not None:
                 break
-        if piece.stop is None and finish is not None:
+        if finish is None and piece.stop is None:  # the many: nothing ends
+            if piece.tokens or piece.text or prompt_logprobs is not None:
+                scores = None if request.logprobs is None else piece.logprobs
+                live.sink(Delta(run.index, piece.text, piece.tokens, scores, prompt_logprobs))
+            return
+        if piece.stop is None:
             piece += text.finish()
-            if event.stop_token is not None and event.stop_token not in self.policy.eos:
-                stop_reason = event.stop_token
+            if stop_token is not None and stop_token not in self.policy.eos:
+                stop_reason = stop_token
         if piece.stop is not None:
-            if event.finish is None:
+            if finish is None:
                 committing.finish(self.host, run, "stop")
             finish, stop_reason = "stop", piece.stop
-        if not (piece.text or piece.tokens or finish is not None or event.prompt_logprobs is not None):
-            return
-        usage = None
-        if finish is not None:
-            generated = run.generated
-            usage = Usage(prompt=len(live.request.prompt), cached=run.cached, completion=generated)
-            live.completion += generated
+        assert finish is not None
         live.sink(
             Delta(
                 index=run.index,
                 text=piece.text,
                 tokens=piece.tokens,
-                logprobs=piece.logprobs if live.request.logprobs is not None else None,
-                prompt_logprobs=event.prompt_logprobs,
+                logprobs=piece.logprobs if request.logprobs is not None else None,
+                prompt_logprobs=prompt_logprobs,
                 finish=finish,
                 stop_reason=stop_reason,
                 error=event.error,
-                usage=usage,
+                usage=Usage(prompt=len(request.prompt), cached=run.cached, completion=run.generated),
             )
         )
-        if finish is not None:
-            live.open -= 1
-            live.finish = finish
-            if live.open == 0:
-                self._live.pop(live.request.id, None)
-                self._finished(live)
+        live.open -= 1
+        live.finish = finish
+        if live.open == 0:
+            self._live.pop(request.id, None)
+            self._finished(live)
 
     def _fault(self, planned: Planned, error: Exception) -> None:
         """Ends the requests of a failed step; the others go on."""
@@ -409,7 +404,7 @@ class Engine:
         planning.abort(self.host, live.request.id)
         live.finish = "error"
         for index in open_choices:
-            usage = Usage(len(live.request.prompt), live.cached, live.runs[index].generated)
+            usage = Usage(len(live.request.prompt), live.runs[0].cached, live.runs[index].generated)
             live.sink(Delta(index=index, finish="error", error=message, usage=usage))
         self._finished(live)
 
@@ -423,7 +418,7 @@ class Engine:
             id=live.request.id,
             finish=live.finish,  # type: ignore[arg-type]
             prompt=len(live.request.prompt),
-            cached=live.cached,
+            cached=runs[0].cached,
             completion=sum(r.generated for r in runs),
             n=len(runs),
             max_tokens=live.max_tokens,

@@ -202,8 +202,8 @@ def test_thinning_changes_nothing_but_the_number_of_chunks(case, interval):
 def test_joined_deltas():
     a = Delta(1, "x", (1,), (TokenLogprob(1, -1.0),), (None,))
     b = Delta(1, "y", (2,), (TokenLogprob(2, -2.0),), finish="stop", usage=Usage(1, 0, 2))
-    assert joined(a, b) == replace(
-        b, text="xy", tokens=(1, 2), logprobs=a.logprobs + b.logprobs, prompt_logprobs=(None,)
+    assert joined(a, b) == b._replace(
+        text="xy", tokens=(1, 2), logprobs=a.logprobs + b.logprobs, prompt_logprobs=(None,)
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -52,8 +53,7 @@ class Node:
         return f"Node(block {self.block}, column {self.column}, {self.frontier} tokens, {self.holds} holds)"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Path:
+class Path(NamedTuple):
     """A held chain of blocks: a value. Whoever received it lets it go with `Ledger.free`, once."""
 
     tip: Node | None
@@ -218,16 +218,15 @@ class Ledger:
 
         The path that is given is let go if and only if a new one is returned. Generation does this 15 times in 16.
         """
-        tip = path.tip
+        tip, length, salt = path
         if tip is None:
             return None
-        length = path.length + n
-        end = length - tip.column * self.block
-        if end > self.block or tip.frontier != end - n:
+        frontier, end = tip.frontier, length + n - tip.column * self.block
+        if end > self.block or frontier != end - n:
             return None
         tip.frontier = end
         self._written += n
-        return Path(tip, length, path.salt)
+        return Path(tip, length + n, salt)
 
     def extend_many(self, pairs: Sequence[tuple[Path, int]]) -> list[Extension]:
         """The extensions of one whole step, in argument order, all or none; the same path may occur twice.

@@ -6,7 +6,7 @@ here: whoever makes text of the tokens finds them and calls `finish`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fnengine.host.output import Finish, TokenLogprob
 from fnengine.host.plan import Planned
@@ -14,8 +14,7 @@ from fnengine.host.runs import Host, Run, drop_saved, end, landed
 from fnengine.host.step import Scores, StepOutput
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Event:
+class Event(NamedTuple):
     """What a step did for one run. A step that only computed a part of a prompt makes none."""
 
     run: Run
@@ -40,19 +39,22 @@ def commit(host: Host, planned: Planned, output: StepOutput, now: float) -> list
     step, events = planned.input, []
     emit, token = step.emit.tolist(), output.token[:, 0].tolist()
     assert (output.count == step.emit).all(), "the device chose other tokens than it was asked for"
+    scored, scores = step.ask.score is not None, output.logprobs
     for r, run in enumerate(planned.runs):
-        landed(host, run)
-        if run.ended:
-            continue
-        if step.ask.score is not None and run.unscored():
+        if run.status == "running":  # what `landed` does for most
+            run.inflight -= 1
+        else:
+            landed(host, run)
+            if run.status == "ended":
+                continue
+        if scored and run.unscored():
             _score(planned, output, r, run)
         if emit[r]:
             logprobs = None
-            if run.request.logprobs is not None:
-                assert output.logprobs is not None
-                logprobs = (_logprob(output.logprobs, r, token[r], run.request.logprobs),)
+            if scores is not None and (k := run.request.logprobs) is not None:
+                logprobs = (_logprob(scores, r, token[r], k),)
             events.append(_append(host, run, token[r], logprobs, now))
-        elif run.max_tokens == 0 and planned.before[r] + int(step.start[r + 1] - step.start[r]) == run.prompt_len:
+        elif run.max_tokens == 0 and planned.paths[r].length == run.prompt_len:
             end(host, run, "length")
             events.append(Event(run, prompt_logprobs=_scores_of(run), finish="length"))
     return events
@@ -60,22 +62,21 @@ def commit(host: Host, planned: Planned, output: StepOutput, now: float) -> list
 
 def _append(host: Host, run: Run, token: int, logprobs: tuple[TokenLogprob, ...] | None, now: float) -> Event:
     """The run with one more token, ended if that was its last."""
-    first, gap, prompt_logprobs = run.first_token is None, None, None
+    last, run.last_token = run.last_token, now
+    known = run.append(token)
+    if last is not None and known != run.limit and token not in run.ending:
+        return Event(run, (token,), logprobs, None, None, None, False, now - last)
+    first = last is None
     if first:
         run.first_token = now
-        prompt_logprobs = _scores_of(run)
-    else:
-        assert run.last_token is not None
-        gap = now - run.last_token
-    run.last_token = now
-    run.append(token)
-    stop, finish, stop_token = run.request.stop, None, None
-    if run.generated > stop.min_tokens and (token in stop.ids or (not stop.ignore_eos and token in host.policy.eos)):
+    finish, stop_token = None, None
+    if token in run.ending and run.generated > run.request.stop.min_tokens:
         finish, stop_token = "stop", token
-    elif run.known == run.limit:
+    elif known == run.limit:
         finish = "length"
     if finish is not None:
         end(host, run, finish)
+    gap, prompt_logprobs = (None, _scores_of(run)) if last is None else (now - last, None)
     return Event(run, (token,), logprobs, prompt_logprobs, finish, stop_token, first, gap)
 
 

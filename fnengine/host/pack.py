@@ -28,10 +28,16 @@ def needs_of(sampling: Sampling) -> int:
 class Draft:
     """A step in the making. Rows with one token come first, prompts after them."""
 
-    ones: list[tuple[Run, int, bool]] = field(default_factory=list)
-    """(run, token or NEWEST, whether it emits) of rows with one new token"""
+    runs: list[Run] = field(default_factory=list)
+    """With one new token."""
+    row: list[int] = field(default_factory=list)
+    """Of each of these runs its row, ..."""
+    token: list[int] = field(default_factory=list)
+    """... the token or NEWEST, ..."""
+    emit: list[bool] = field(default_factory=list)
+    """... and whether it emits."""
     many: list[tuple[Run, int, int, bool]] = field(default_factory=list)
-    """(run, first position, tokens, whether it emits)"""
+    """(run, first position, tokens, whether it emits) of runs with more"""
     admit: list[Admission] = field(default_factory=list)
     grow: list[tuple[int, int, int]] = field(default_factory=list)
     copy: list[tuple[int, int]] = field(default_factory=list)
@@ -46,19 +52,36 @@ def add(draft: Draft, run: Run, n: int, emits: bool) -> None:
     """Puts the next `n` tokens of the run into the step. Its path has been extended by them already."""
     before = run.path.length - n
     if n == 1:
-        draft.ones.append((run, NEWEST if run.newest else int(run.tokens[before]), emits))
+        draft.runs.append(run)
+        draft.row.append(run.row)
+        draft.token.append(NEWEST if run.newest else int(run.tokens[before]))
+        draft.emit.append(emits)
     else:
         draft.many.append((run, before, n, emits))
     if emits:
-        draft.needs |= run.needs
-        if run.total < run.suppress_until:
-            draft.needs |= BIT["bias"]
-        if (k := run.request.logprobs) is not None:
-            draft.logprobs = k if draft.logprobs is None else max(k, draft.logprobs)
+        _ask(draft, run)
     if before < run.prompt_len and _targets(run, before, n) > 0:
         k = run.request.prompt_logprobs
         assert k is not None
         draft.score = k if draft.score is None else max(k, draft.score)
+
+
+def add_one(draft: Draft, run: Run) -> None:
+    """`add` for the newest token of a run that is generating."""
+    draft.runs.append(run)
+    draft.row.append(run.row)
+    draft.token.append(NEWEST if run.newest else int(run.tokens[run.total - 1]))
+    draft.emit.append(True)
+    _ask(draft, run)
+
+
+def _ask(draft: Draft, run: Run) -> None:
+    """What a run that emits asks of the step."""
+    draft.needs |= run.needs
+    if run.total < run.suppress_until:
+        draft.needs |= BIT["bias"]
+    if (k := run.request.logprobs) is not None:
+        draft.logprobs = k if draft.logprobs is None else max(k, draft.logprobs)
 
 
 def _targets(run: Run, before: int, n: int) -> int:
@@ -71,14 +94,12 @@ def _targets(run: Run, before: int, n: int) -> int:
 
 def pack(draft: Draft, leaving: list[tuple[Run, np.ndarray, tuple[int, ...]]]) -> StepInput:
     """The arrays of the step. `leaving` is what is swapped out before it."""
-    ones, many = draft.ones, draft.many
-    R, first = len(ones) + len(many), len(ones)
+    many, first = draft.many, len(draft.runs)
+    R = first + len(many)
     T = first + sum(m[2] for m in many)
     row, emit = np.empty(R, np.int32), np.empty(R, np.int32)
     start, token = np.empty(R + 1, np.int32), np.empty(T, np.int32)
-    row[:first] = [o[0].row for o in ones]
-    token[:first] = [o[1] for o in ones]
-    emit[:first] = [o[2] for o in ones]
+    row[:first], token[:first], emit[:first] = draft.row, draft.token, draft.emit
     start[: first + 1] = np.arange(first + 1)
     target = None if draft.score is None else np.full(T, -1, np.int32)
     at = first
@@ -92,7 +113,7 @@ def pack(draft: Draft, leaving: list[tuple[Run, np.ndarray, tuple[int, ...]]]) -
         start[r + 1] = at
     if target is not None:
         # A prompt's next-to-last token may come alone, and then it has a target.
-        for t, (run, _, _) in enumerate(ones):
+        for t, run in enumerate(draft.runs):
             if _targets(run, run.path.length - 1, 1) > 0:
                 target[t] = run.tokens[run.path.length]
     names, noise = _ASKS[draft.needs]

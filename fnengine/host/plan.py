@@ -13,6 +13,7 @@ No time is read and nothing is launched here: `now` comes in, a `StepInput` goes
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import insort
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from fnengine.errors import ContextLengthError, OutOfBlocks, QueueFull, RequestE
 from fnengine.host.ask import pipeline_of
 from fnengine.host.blocks import Extension, Ledger, Path
 from fnengine.host.output import Gauges
-from fnengine.host.pack import Draft, add, needs_of, pack
+from fnengine.host.pack import Draft, add, add_one, needs_of, pack
 from fnengine.host.request import MAX_BIAS, Request, fold_in
 from fnengine.host.runs import Host, Policy, Run, end, enqueue, first_waiting, key_of, preempt
 from fnengine.host.step import Admission, StepInput
@@ -37,14 +38,18 @@ class Planned:
     input: StepInput
     runs: tuple[Run, ...]
     """Of each batch row."""
-    before: tuple[int, ...]
-    """Tokens computed before this step, of each batch row."""
     paths: tuple[Path, ...]
-    """Tokens computed after it. Not held: the runs hold them."""
+    """Tokens computed after it, of each batch row. Not held: the runs hold them."""
     leaving: tuple[Run, ...]
     """Runs whose blocks this step saves to host memory."""
     prompt_tokens: int
     """Of the new tokens, those of prompts."""
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """Tokens computed before this step, of each batch row."""
+        new = np.diff(self.input.start).tolist()
+        return tuple(path.length - n for path, n in zip(self.paths, new, strict=True))
 
 
 # --- submit -----------------------------------------------------------------------------------------------------------
@@ -73,7 +78,7 @@ def submit(host: Host, request: Request, now: float) -> tuple[Run, ...]:
     else:
         seed = sampling.seed
     prompt = np.ascontiguousarray(request.prompt, np.int32)
-    n = len(prompt)
+    n, ending = len(prompt), _ending(policy, request)
     runs = tuple(
         Run(
             request=request,
@@ -87,8 +92,10 @@ def submit(host: Host, request: Request, now: float) -> tuple[Run, ...]:
             path=host.ledger.empty(request.salt),
             known=n,
             total=n,
+            until=n + max_tokens + (max_tokens == 0),
+            ending=ending,
             needs=needs_of(sampling),
-            suppress=_ending(policy, request) if stop.min_tokens else (),
+            suppress=ending if stop.min_tokens else (),
             suppress_until=n + stop.min_tokens if stop.min_tokens else 0,
         )
         for i in range(request.n)
@@ -163,40 +170,41 @@ def plan(host: Host, now: float) -> Planned | None:
     if host.resting_slots:
         host.free_slots += host.resting_slots
         host.resting_slots.clear()
-    walk = _Walk(host.policy.budget, sum(1 for r in host.running if r.wanted() == 1))
     running, i = host.running, 0
+    walk = _Walk(host.policy.budget, sum([r.total - r.path.length == 1 and r.total < r.until for r in running]))
+    urgent = _most_urgent(host)
     while i < len(running):
         run = running[i]
-        if host.waiting and not walk.shut and (first := first_waiting(host)) and first.priority < run.priority:
+        if urgent < run.key[0] and not walk.shut:
             # More urgent than this run and all after it: it may take their place.
+            first = first_waiting(host)
+            assert first is not None
             if _admit(host, walk, first, now, urgent=True):
                 i += 1
             else:
                 walk.shut = True
+            urgent = _most_urgent(host)
             continue
         _advance(host, walk, run)
         i += 1
     while host.waiting and not walk.shut and (first := first_waiting(host)):
         walk.shut = not _admit(host, walk, first, now, urgent=False)
     draft = walk.draft
-    if not draft.ones and not draft.many:
+    if not draft.runs and not draft.many:
         return None
     host.steps += 1
     step = pack(draft, host.leaving)
-    runs = tuple([o[0] for o in draft.ones] + [m[0] for m in draft.many])
-    paths = tuple([run.path for run in runs])
-    before = tuple([run.path.length - 1 for run, _, _ in draft.ones] + [m[1] for m in draft.many])
     leaving = tuple([e[0] for e in host.leaving])
     host.leaving = []
-    for run in runs:
-        run.inflight += 1
-    for run, _, emits in draft.ones:
-        run.newest = emits
-        run.total += emits
-    for run, _, _, emits in draft.many:
-        run.newest = emits
-        run.total += emits
-    return Planned(step, runs, before, paths, leaving, walk.prompt_tokens)
+    runs = (*draft.runs, *[m[0] for m in draft.many])
+    return Planned(step, runs, tuple([run.path for run in runs]), leaving, walk.prompt_tokens)
+
+
+def _most_urgent(host: Host) -> float:
+    """Priority of the first waiting run; infinite when nobody waits. What a plan preempts is never before those that
+    it has still to look at, so only an admission changes what this means to it."""
+    first = first_waiting(host)
+    return math.inf if first is None else first.priority
 
 
 class _Walk:
@@ -224,8 +232,8 @@ class _Walk:
 
 def _advance(host: Host, walk: _Walk, run: Run) -> None:
     """Puts a running run's next tokens into the step, if budget and blocks allow."""
-    want = run.wanted()
-    if want <= 0:
+    want = run.total - run.path.length  # run.wanted(), spelt out for the many
+    if want <= 0 or run.total >= run.until:
         return
     ledger = host.ledger
     if want == 1:
@@ -233,7 +241,10 @@ def _advance(host: Host, walk: _Walk, run: Run) -> None:
         n = min(walk.left, 1)
         if n and (path := ledger.advance(run.path, 1)) is not None:
             run.path = path
-            _take(host, walk, run, 1)
+            if run.owed or run.total <= run.prompt_len:
+                _take(host, walk, run, 1)
+            else:
+                _take_one(host, walk, run)
             return
     else:
         n = walk.chunk(want, host.policy.chunked)
@@ -263,7 +274,7 @@ def _advance(host: Host, walk: _Walk, run: Run) -> None:
 
 def _take(host: Host, walk: _Walk, run: Run, n: int) -> None:
     """The run's path has grown by `n` tokens: counts them, publishes what is full, drafts its batch row."""
-    computed, known, B = run.path.length, run.known, host.ledger.block
+    computed, known, total, B = run.path.length, run.known, run.total, host.ledger.block
     walk.left -= n
     if computed - n < run.prompt_len:
         walk.prompt_tokens += min(computed, run.prompt_len) - (computed - n)
@@ -271,11 +282,29 @@ def _take(host: Host, walk: _Walk, run: Run, n: int) -> None:
     if full > run.published:
         host.ledger.publish(run.path, run.tokens[: full * B])
         run.published = full
-    if run.owed or computed < run.total:
-        owed = -(-run.total // B) - -(-computed // B)
+    if run.owed or computed < total:
+        owed = -(-total // B) - -(-computed // B)
         host.owed += owed - run.owed
         run.owed = owed
-    add(walk.draft, run, n, emits=computed == run.total < run.limit)
+    emits = computed == total < run.limit
+    add(walk.draft, run, n, emits)
+    run.inflight += 1
+    run.newest = emits
+    run.total += emits
+
+
+def _take_one(host: Host, walk: _Walk, run: Run) -> None:
+    """What `_take` does with the one token of a run that is generating, without what is known of such a run: all its
+    tokens but this one were computed, none is the prompt's or owed, and it emits."""
+    walk.left -= 1
+    known, B = run.known, host.ledger.block
+    if known // B > run.published:
+        run.published = known // B
+        host.ledger.publish(run.path, run.tokens[: run.published * B])
+    add_one(walk.draft, run)
+    run.inflight += 1
+    run.newest = True
+    run.total += 1
 
 
 def _preempt_last(host: Host, walk: _Walk) -> None:

@@ -80,6 +80,10 @@ class Run:
     known: int
     total: int
     """Tokens of the sequence, those in flight included."""
+    until: int
+    """Total at which nothing more is computed: the limit, or one more when only the prompt is to be computed."""
+    ending: tuple[int, ...] = ()
+    """Token ids that end its text, once min_tokens are there."""
     needs: int = 0
     """Bits of `pack`: what its sampling asks of the step that chooses a token for it."""
     suppress: tuple[int, ...] = ()
@@ -134,20 +138,22 @@ class Run:
 
     def wanted(self) -> int:
         """Tokens to compute now: none once everything that may be generated has been launched."""
-        return self.total - self.path.length if self.total < self.limit or not self.max_tokens else 0
+        return self.total - self.path.length if self.total < self.until else 0
 
     def unscored(self) -> bool:
         """Prompt log-probabilities are asked for (they are choice 0's to give) and not complete."""
         return self.index == 0 and self.request.prompt_logprobs is not None and len(self.scores) < self.prompt_len - 1
 
-    def append(self, token: int) -> None:
-        """Adds a token that was read."""
-        if self.known == len(self.tokens):
-            grown = np.empty(min(2 * self.known, self.limit) + 1, np.int32)
-            grown[: self.known] = self.tokens
-            self.tokens = grown
-        self.tokens[self.known] = token
-        self.known += 1
+    def append(self, token: int) -> int:
+        """Adds a token that was read; how many are known now."""
+        known, tokens = self.known, self.tokens
+        if known == len(tokens):
+            self.tokens = np.empty(min(2 * known, self.limit) + 1, np.int32)
+            self.tokens[:known] = tokens
+            tokens = self.tokens
+        tokens[known] = token
+        self.known = known = known + 1
+        return known
 
 
 class Host:

@@ -12,7 +12,7 @@ import codecs
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from fnengine.host.tokenizer import Tokenizer
 
@@ -51,6 +51,10 @@ class Detokenizer:
     def waiting(self) -> bool:
         """Whether the newest token's text is not certain yet."""
         return self._source.waiting
+
+    def whole(self) -> dict[int, str] | None:
+        """Texts of tokens whose `push` would give that and change nothing; None if now there is no such token."""
+        return self._source.whole()
 
 
 @dataclass
@@ -102,6 +106,9 @@ class _ByteText:
     @property
     def waiting(self) -> bool:
         return bool(self.decoder.getstate()[0])
+
+    def whole(self) -> dict[int, str] | None:
+        return None if self.strip or self.owed or self.waiting else self.tokenizer.whole_texts
 
     def _take(self, text: str) -> str:
         if not text:
@@ -165,6 +172,9 @@ class _WindowText:
     def waiting(self) -> bool:
         return self.read < len(self.ids)
 
+    def whole(self) -> None:
+        return None
+
     def _show(self, text: str) -> str:
         shown = self.shown if text.startswith(self.shown) else self.shown.rstrip(LOST)
         new = text[len(shown) :]
@@ -191,10 +201,13 @@ class StopScan:
     _matched: list[int] = field(init=False)
     """Per string: how many of its characters end the text so far."""
     _held: str = field(init=False, default="")
+    _first: frozenset[str] = field(init=False, repr=False)
+    """Characters that stop strings begin with."""
 
     def __post_init__(self):
         assert all(self.stops), "stop strings must not be empty"
         self._border = tuple(map(_borders, self.stops))
+        self._first = frozenset(s[0] for s in self.stops)
         self._matched = [0] * len(self.stops)
 
     def feed(self, text: str, count: bool = True) -> tuple[str, str | None]:
@@ -206,6 +219,8 @@ class StopScan:
         if not self.stops or not text:
             return text, None
         matched = self._matched
+        if not any(matched) and self._first.isdisjoint(text):
+            return text, None
         for at, c in enumerate(text):
             hit = -1
             for k, stop in enumerate(self.stops):
@@ -246,8 +261,7 @@ def _borders(s: str) -> tuple[int, ...]:
     return tuple(border)
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """What may be shown now. Adding two gives the piece of both."""
 
     text: str = ""
@@ -258,7 +272,7 @@ class Piece:
     stop: str | None = None
     """The stop string that ended the text."""
 
-    def __add__(self, other: Piece) -> Piece:
+    def __add__(self, other: Piece) -> Piece:  # pyright: ignore[reportIncompatibleMethodOverride]
         return Piece(
             self.text + other.text, self.tokens + other.tokens, self.logprobs + other.logprobs, self.stop or other.stop
         )
@@ -285,6 +299,8 @@ class TextStream:
     _queue: deque[tuple[int, Any, int]] = field(default_factory=deque)
     """(id, log-probability, `_shown` at which its text is out) of the tokens that wait."""
     _over: bool = False
+    _whole: dict[int, str] | None = None
+    """While nothing waits and nothing is to be cut or found: texts of tokens that are whole characters by themselves."""
 
     @staticmethod
     def start(
@@ -309,18 +325,23 @@ class TextStream:
             logprob: anything; comes back beside the token.
             silent: the token has no text (a stop id, an end-of-sequence).
         """
+        if self._whole is not None and not silent and (text := self._whole.get(token)):
+            return Piece(text, (token,), (logprob,))
         assert not self._over, "the stream is over"
         text = "" if silent else self._detok.push(token)
         self._seen += len(text)
         # Waiting bytes always turn into exactly one character: the one they begin, or U+FFFD.
         self._queue.append((token, logprob, self._seen + (self._detok.waiting and not silent)))
         self._pushed += 1
-        return self._let_out(text)
+        piece = self._let_out(text)
+        self._whole = None if self._queue or self._over or self._scan.stops else self._detok.whole()
+        return piece
 
     def finish(self) -> Piece:
         """Everything that still waits. A stop string may complete even here, by the U+FFFD of a broken character."""
         if self._over:
             return Piece()
+        self._whole = None
         piece = self._let_out(self._detok.finish())
         if piece.stop is None:
             piece += Piece(self._scan.flush(), *self._take_all())

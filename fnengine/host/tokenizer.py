@@ -10,6 +10,7 @@ characters (upstream replaces the whole run), and a special token spelt in Latin
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,8 @@ class Tokenizer:
     """What the files ask for and this tokenizer does not do, one sentence each."""
     _bytes: dict[int, bytes] = field(default_factory=dict, repr=False)
     """Memo of `token_bytes`; every entry can be worked out again from the other fields."""
+    whole_texts: dict[int, str] = field(default_factory=dict, repr=False)
+    """Of the tokens in that memo that are no special ones and whole characters by themselves, those characters."""
 
     @staticmethod
     def load(folder: Path | str) -> Tokenizer:
@@ -167,6 +170,9 @@ class Tokenizer:
             if token is None:
                 return b""  # not kept: callers may ask about any number
             found = self._bytes[id] = self._spell(id, token)
+            if id not in self.special_ids:
+                with contextlib.suppress(UnicodeDecodeError):
+                    self.whole_texts[id] = found.decode()
         return found
 
     def _spell(self, id: int, token: str) -> bytes:

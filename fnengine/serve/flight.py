@@ -6,7 +6,6 @@ import asyncio
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import replace
 
 from fnengine.errors import FnError
 from fnengine.host.output import Delta
@@ -116,8 +115,7 @@ def joined(first: Delta, second: Delta) -> Delta:
     """Two consecutive deltas of one choice as one."""
     assert first.finish is None and first.index == second.index
     logprobs = second.logprobs if first.logprobs is None else first.logprobs + (second.logprobs or ())
-    return replace(
-        second,
+    return second._replace(
         text=first.text + second.text,
         tokens=first.tokens + second.tokens,
         logprobs=logprobs,
