@@ -245,7 +245,7 @@ def measure(text: Tokenizer, load: str, rows: int, waiting: int, steps: int) -> 
     }
     for name in (*PHASES, "host"):
         values = sorted(r[name] * 1e3 for r in rows_of)
-        out[name] = {"median": statistics.median(values), "p99": _at(values, 0.99), "most": values[-1]}
+        out[name] = {"p10": _at(values, 0.1), "median": statistics.median(values), "p99": _at(values, 0.99), "most": values[-1]}
     every = sorted(s * 1e6 for s in filling + submits)
     out["submit_us"] = {"median": statistics.median(every), "p99": _at(every, 0.99), "most": every[-1]}
     out["gc_ms"] = {"most": max(measured, default=0.0) * 1e3, "sum": sum(measured) * 1e3, "n": len(measured)}
@@ -267,7 +267,7 @@ def middle(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return out
 
 
-HEAD = ("load", "waiting", "ended", *PHASES, "host ms", "p99", "most", "submit us", "p99", "longest gc ms")
+HEAD = ("load", "waiting", "ended", *PHASES, "host ms", "p10", "p99", "most", "submit us", "p99", "longest gc ms")
 
 
 def line(f: dict[str, Any]) -> list[str]:
@@ -278,6 +278,7 @@ def line(f: dict[str, Any]) -> list[str]:
         f"{f['ended_a_step']:.1f}",
         *(f"{f[name]['median']:.3f}" for name in PHASES),
         f"{f['host']['median']:.3f}",
+        f"{f['host']['p10']:.3f}",
         f"{f['host']['p99']:.3f}",
         f"{f['host']['most']:.3f}",
         f"{f['submit_us']['median']:.1f}",

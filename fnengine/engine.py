@@ -350,6 +350,9 @@ class Engine:
         if live is None:
             return
         text, stop_reason, piece = live.text[run.index], None, _NOTHING
+        if finish is None and len(tokens) == 1 and (shown := text.whole.get(tokens[0])) is not None:
+            live.sink(Delta(run.index, shown, tokens, logprobs, prompt_logprobs))
+            return
         last = len(tokens) - 1
         for j, token in enumerate(tokens):
             logprob = None if logprobs is None else logprobs[j]

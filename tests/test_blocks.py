@@ -382,7 +382,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(target=seqs, seq=consumes(seqs), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=3).map(tuple))
     def advance(self, seq, tokens):
-        """In place, or not at all and then by `extend`."""
+        """In place, or with one new block that is the tip, or not at all and then by `extend`."""
         path = self.ledger.advance(seq.path, len(tokens))
         if path is None:
             try:
@@ -393,7 +393,8 @@ class Machine(RuleBasedStateMachine):
             self.let_go(seq)
             return self.keep(Seq(e.path, (*seq.tokens, *tokens)))
         new = Seq(path, (*seq.tokens, *tokens))
-        self.pool.step(self.ledger, [seq], [new], [Extension(path)])
+        grown = () if path.tip is seq.path.tip else ((path.tip.column, path.tip.block),)
+        self.pool.step(self.ledger, [seq], [new], [Extension(path, grown=grown)])
         self.live = [s for s in self.live if s is not seq]
         return self.keep(new)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -366,26 +368,87 @@ def test_ids_are_suppressed_only_until_min_tokens():
 # --- cost and waste ---------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_does_not_look_at_the_queue():
-    w = world(rows=2)
-    for i in range(300):
-        w.submit(request(f"r{i}", tokens(8, i), 8))
-    w.tick()
+class Counted(tuple):
+    """A key that counts how often keys are compared: what a heap or a sorted list of them costs."""
 
-    class Watched(list):
-        looked = 0
+    compared = 0
 
-        def __getitem__(self, i):
-            Watched.looked += 1
-            return super().__getitem__(i)
+    def __lt__(self, other):
+        Counted.compared += 1
+        return tuple.__lt__(self, other)
 
-        def __iter__(self):
-            raise AssertionError("the plan walks through the queue")
 
-    heap = w.host.queue
-    w.host.queue = Watched(heap)
-    planning.plan(w.host, 2.0)
-    assert Watched.looked < 10
+class Watched(list):
+    """A queue that lets only its first entry be read one by one; `heapq` goes past this and is counted by its keys."""
+
+    looked = 0
+
+    def __getitem__(self, i):
+        assert i == 0, "somebody looks into the middle of the queue"
+        Watched.looked += 1
+        return super().__getitem__(i)
+
+    def __iter__(self):
+        raise AssertionError("somebody walks through the queue")
+
+
+def work_of_steps(waiting: int, steps: int = 40) -> tuple[float, float, int]:
+    """(comparisons a step, looks at the queue a step, function calls in all) of a busy host with so many waiting.
+
+    Rows end and others are admitted all the time, now and then somebody more urgent comes and sends another back.
+    """
+    w = world(rows=8, blocks=64, budget=64, queue=1 << 20)
+    w.device.ledger, w.audit = None, lambda: None
+    rng = np.random.default_rng(3)
+    stop = [Stop(max_tokens=int(n), ignore_eos=True) for n in rng.integers(4, 30, 16)]
+    for i in range(waiting):
+        w.submit(request(f"r{i}", tokens(20, i % 50), stop=stop[i % 16], priority=int(rng.integers(1, 4))))
+    for _ in range(10):
+        w.tick()
+    w.host.queue = Watched((Counted(key), run) for key, run in list.__iter__(w.host.queue))
+    Counted.compared = Watched.looked = calls = 0
+
+    def count(frame, event, arg):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        for i in range(steps):
+            if i % 10 == 5:
+                w.submit(request(f"urgent{i}", tokens(20, i), 3))
+            w.tick()
+    finally:
+        sys.setprofile(None)
+    assert w.host.preemptions and len(w.host.queue) < waiting, "the steps did not do what they are counted for"
+    return Counted.compared / steps, Watched.looked / steps, calls
+
+
+def test_the_work_of_a_step_does_not_grow_with_the_queue():
+    few, many = work_of_steps(200), work_of_steps(20_000)
+    # A heap of n entries takes one out in at most 2 log2(n) comparisons: 100 times the queue is 14 more each.
+    admitted = 8
+    assert many[0] <= few[0] + 14 * admitted
+    assert many[1] <= few[1] + admitted
+    assert many[2] <= 1.3 * few[2], "function calls of forty steps"
+
+
+def walk_the_queue(monkeypatch):
+    """A plan that sorts whoever waits."""
+    real = planning.first_waiting
+
+    def first_waiting(host):
+        host.queue[:] = sorted(list.__iter__(host.queue))
+        return real(host)
+
+    monkeypatch.setattr(planning, "first_waiting", first_waiting)
+
+
+def test_a_plan_that_sorts_the_queue_is_caught(monkeypatch):
+    few = work_of_steps(200)
+    walk_the_queue(monkeypatch)
+    many = work_of_steps(2000, steps=10)
+    assert many[0] > few[0] + 14 * 8
 
 
 def test_waste_of_lognormal_lengths_is_under_four_percent():
@@ -596,16 +659,17 @@ def never_unpublish(monkeypatch):
 
 def publish_unknown(monkeypatch):
     """A plan that publishes blocks whose newest token is not known yet."""
-    real = planning._take
+    real = planning._generate
 
-    def take(host, walk, run, n):
-        if run.path.length % 16 == 0:
+    def generate(ledger, walk, run):
+        done = real(ledger, walk, run)
+        if done and run.path.length % 16 == 0:
             known = np.zeros(run.path.length, np.int32)
             known[: run.known] = run.tokens[: run.path.length][: run.known]
-            host.ledger.publish(run.path, known)
-        real(host, walk, run, n)
+            ledger.publish(run.path, known)
+        return done
 
-    monkeypatch.setattr(planning, "_take", take)
+    monkeypatch.setattr(planning, "_generate", generate)
 
 
 @pytest.mark.parametrize(

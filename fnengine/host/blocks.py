@@ -214,17 +214,33 @@ class Ledger:
         return self._extend(path, n, tip, end, copying)
 
     def advance(self, path: Path, n: int) -> Path | None:
-        """What `extend` and then `free` of the old path give, when that needs neither block nor copy; else None.
+        """What `extend` and then `free` of the old path give, when that needs no copy and at most one block, which is
+        there; else None.
 
-        The path that is given is let go if and only if a new one is returned. Generation does this 15 times in 16.
+        The path that is given is let go if and only if a new one is returned; a new block is the new path's tip.
+        Generation does this for nearly every token.
         """
         tip, length, salt = path
         if tip is None:
             return None
-        frontier, end = tip.frontier, length + n - tip.column * self.block
-        if end > self.block or frontier != end - n:
+        B, frontier = self.block, tip.frontier
+        end = length + n - tip.column * B
+        if frontier != end - n:
             return None
-        tip.frontier = end
+        if end <= B:
+            tip.frontier = end
+        else:
+            if frontier < B or n > B:
+                return None
+            if not self._free:
+                if self._sources or not self._cached:
+                    return None
+                self._evict()
+            # The hold that the old path had on its tip is the new block's now.
+            block = self._free.pop()
+            tip = self._nodes[block] = Node(block, tip, n)
+            tip.holds = 1
+            self.held += 1
         self._written += n
         return Path(tip, length + n, salt)
 

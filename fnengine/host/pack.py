@@ -59,24 +59,15 @@ def add(draft: Draft, run: Run, n: int, emits: bool) -> None:
     else:
         draft.many.append((run, before, n, emits))
     if emits:
-        _ask(draft, run)
+        ask(draft, run)
     if before < run.prompt_len and _targets(run, before, n) > 0:
         k = run.request.prompt_logprobs
         assert k is not None
         draft.score = k if draft.score is None else max(k, draft.score)
 
 
-def add_one(draft: Draft, run: Run) -> None:
-    """`add` for the newest token of a run that is generating."""
-    draft.runs.append(run)
-    draft.row.append(run.row)
-    draft.token.append(NEWEST if run.newest else int(run.tokens[run.total - 1]))
-    draft.emit.append(True)
-    _ask(draft, run)
-
-
-def _ask(draft: Draft, run: Run) -> None:
-    """What a run that emits asks of the step."""
+def ask(draft: Draft, run: Run) -> None:
+    """Adds what a run that emits asks of the step."""
     draft.needs |= run.needs
     if run.total < run.suppress_until:
         draft.needs |= BIT["bias"]

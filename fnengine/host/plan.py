@@ -23,10 +23,10 @@ from fnengine.errors import ContextLengthError, OutOfBlocks, QueueFull, RequestE
 from fnengine.host.ask import pipeline_of
 from fnengine.host.blocks import Extension, Ledger, Path
 from fnengine.host.output import Gauges
-from fnengine.host.pack import Draft, add, add_one, needs_of, pack
+from fnengine.host.pack import Draft, add, ask, needs_of, pack
 from fnengine.host.request import MAX_BIAS, Request, fold_in
 from fnengine.host.runs import Host, Policy, Run, end, enqueue, first_waiting, key_of, preempt
-from fnengine.host.step import Admission, StepInput
+from fnengine.host.step import NEWEST, Admission, StepInput
 
 __all__ = ["Host", "Planned", "Policy", "Run", "abort", "gauges", "pipeline_of", "plan", "submit"]
 
@@ -95,6 +95,7 @@ def submit(host: Host, request: Request, now: float) -> tuple[Run, ...]:
             until=n + max_tokens + (max_tokens == 0),
             ending=ending,
             needs=needs_of(sampling),
+            plain=request.logprobs is None and not stop.min_tokens,
             suppress=ending if stop.min_tokens else (),
             suppress_until=n + stop.min_tokens if stop.min_tokens else 0,
         )
@@ -166,7 +167,8 @@ def _check(host: Host, request: Request) -> int:
 def plan(host: Host, now: float) -> Planned | None:
     """The next step, or None if there is nothing to compute now. Every step that is returned must be launched in order,
     and then committed (or failed) in order."""
-    host.ledger.settle()
+    ledger = host.ledger
+    ledger.settle()
     if host.resting_slots:
         host.free_slots += host.resting_slots
         host.resting_slots.clear()
@@ -185,7 +187,8 @@ def plan(host: Host, now: float) -> Planned | None:
                 walk.shut = True
             urgent = _most_urgent(host)
             continue
-        _advance(host, walk, run)
+        if not (run.newest and _generate(ledger, walk, run)):
+            _advance(host, walk, run)
         i += 1
     while host.waiting and not walk.shut and (first := first_waiting(host)):
         walk.shut = not _admit(host, walk, first, now, urgent=False)
@@ -230,6 +233,38 @@ class _Walk:
         return want if want <= room or not (self.draft.many or self.prompt_tokens) else 0
 
 
+def _generate(ledger: Ledger, walk: _Walk, run: Run) -> bool:
+    """What `_advance` does with a run that goes on generating and need not wait for a block; False, and nothing done,
+    with any other. Nearly all rows of most steps are such, and this is all that a plan costs for them."""
+    total, before, draft = run.total, run.path, walk.draft
+    if before.length + 1 != total or total >= run.until or run.owed or not walk.left or total <= run.prompt_len:
+        return False
+    path = ledger.advance(before, 1)
+    if path is None:
+        return False
+    run.path = path
+    if (tip := path.tip) is not before.tip:
+        assert tip is not None
+        draft.grow.append((run.row, tip.column, tip.block))
+    walk.reserved -= 1
+    walk.left -= 1
+    full = run.known // ledger.block
+    if full > run.published:
+        ledger.publish(path, run.tokens[: full * ledger.block])
+        run.published = full
+    draft.runs.append(run)
+    draft.row.append(run.row)
+    draft.token.append(NEWEST)
+    draft.emit.append(True)
+    if run.plain:
+        draft.needs |= run.needs
+    else:
+        ask(draft, run)
+    run.inflight += 1
+    run.total = total + 1
+    return True
+
+
 def _advance(host: Host, walk: _Walk, run: Run) -> None:
     """Puts a running run's next tokens into the step, if budget and blocks allow."""
     want = run.total - run.path.length  # run.wanted(), spelt out for the many
@@ -239,13 +274,6 @@ def _advance(host: Host, walk: _Walk, run: Run) -> None:
     if want == 1:
         walk.reserved -= 1
         n = min(walk.left, 1)
-        if n and (path := ledger.advance(run.path, 1)) is not None:
-            run.path = path
-            if run.owed or run.total <= run.prompt_len:
-                _take(host, walk, run, 1)
-            else:
-                _take_one(host, walk, run)
-            return
     else:
         n = walk.chunk(want, host.policy.chunked)
     if n <= 0:
@@ -291,20 +319,6 @@ def _take(host: Host, walk: _Walk, run: Run, n: int) -> None:
     run.inflight += 1
     run.newest = emits
     run.total += emits
-
-
-def _take_one(host: Host, walk: _Walk, run: Run) -> None:
-    """What `_take` does with the one token of a run that is generating, without what is known of such a run: all its
-    tokens but this one were computed, none is the prompt's or owed, and it emits."""
-    walk.left -= 1
-    known, B = run.known, host.ledger.block
-    if known // B > run.published:
-        run.published = known // B
-        host.ledger.publish(run.path, run.tokens[: run.published * B])
-    add_one(walk.draft, run)
-    run.inflight += 1
-    run.newest = True
-    run.total += 1
 
 
 def _preempt_last(host: Host, walk: _Walk) -> None:

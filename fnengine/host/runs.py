@@ -86,6 +86,8 @@ class Run:
     """Token ids that end its text, once min_tokens are there."""
     needs: int = 0
     """Bits of `pack`: what its sampling asks of the step that chooses a token for it."""
+    plain: bool = False
+    """Beside `needs` it never asks anything of a step that chooses a token for it."""
     suppress: tuple[int, ...] = ()
     suppress_until: int = 0
     """`suppress` may not be chosen for positions before this one."""

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import codecs
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fnengine.host.tokenizer import Tokenizer
 
 LOST = "\ufffd"
 """What stands for bytes that are no character."""
+_NONE: Mapping[int, str] = MappingProxyType({})
 WINDOW = 8
 """Tokens that may wait for the rest of a character when only the backend can decode; byte tokens need at most 4."""
 
@@ -52,8 +54,8 @@ class Detokenizer:
         """Whether the newest token's text is not certain yet."""
         return self._source.waiting
 
-    def whole(self) -> dict[int, str] | None:
-        """Texts of tokens whose `push` would give that and change nothing; None if now there is no such token."""
+    def whole(self) -> Mapping[int, str]:
+        """Texts of the tokens whose `push` would give that and change nothing; some of them only."""
         return self._source.whole()
 
 
@@ -107,8 +109,8 @@ class _ByteText:
     def waiting(self) -> bool:
         return bool(self.decoder.getstate()[0])
 
-    def whole(self) -> dict[int, str] | None:
-        return None if self.strip or self.owed or self.waiting else self.tokenizer.whole_texts
+    def whole(self) -> Mapping[int, str]:
+        return _NONE if self.strip or self.owed or self.waiting else self.tokenizer.whole_texts
 
     def _take(self, text: str) -> str:
         if not text:
@@ -172,8 +174,8 @@ class _WindowText:
     def waiting(self) -> bool:
         return self.read < len(self.ids)
 
-    def whole(self) -> None:
-        return None
+    def whole(self) -> Mapping[int, str]:
+        return _NONE
 
     def _show(self, text: str) -> str:
         shown = self.shown if text.startswith(self.shown) else self.shown.rstrip(LOST)
@@ -299,8 +301,9 @@ class TextStream:
     _queue: deque[tuple[int, Any, int]] = field(default_factory=deque)
     """(id, log-probability, `_shown` at which its text is out) of the tokens that wait."""
     _over: bool = False
-    _whole: dict[int, str] | None = None
-    """While nothing waits and nothing is to be cut or found: texts of tokens that are whole characters by themselves."""
+    whole: Mapping[int, str] = field(default_factory=dict)
+    """Tokens whose `push` would give just this text, themselves and their log-probability, and change nothing: the way
+    of most tokens, without the way."""
 
     @staticmethod
     def start(
@@ -325,8 +328,6 @@ class TextStream:
             logprob: anything; comes back beside the token.
             silent: the token has no text (a stop id, an end-of-sequence).
         """
-        if self._whole is not None and not silent and (text := self._whole.get(token)):
-            return Piece(text, (token,), (logprob,))
         assert not self._over, "the stream is over"
         text = "" if silent else self._detok.push(token)
         self._seen += len(text)
@@ -334,14 +335,14 @@ class TextStream:
         self._queue.append((token, logprob, self._seen + (self._detok.waiting and not silent)))
         self._pushed += 1
         piece = self._let_out(text)
-        self._whole = None if self._queue or self._over or self._scan.stops else self._detok.whole()
+        self.whole = _NONE if self._queue or self._over or self._scan.stops else self._detok.whole()
         return piece
 
     def finish(self) -> Piece:
         """Everything that still waits. A stop string may complete even here, by the U+FFFD of a broken character."""
         if self._over:
             return Piece()
-        self._whole = None
+        self.whole = _NONE
         piece = self._let_out(self._detok.finish())
         if piece.stop is None:
             piece += Piece(self._scan.flush(), *self._take_all())

@@ -172,7 +172,9 @@ class Tokenizer:
             found = self._bytes[id] = self._spell(id, token)
             if id not in self.special_ids:
                 with contextlib.suppress(UnicodeDecodeError):
-                    self.whole_texts[id] = found.decode()
+                    text = found.decode()
+                    if text:
+                        self.whole_texts[id] = text
         return found
 
     def _spell(self, id: int, token: str) -> bytes:
