@@ -24,8 +24,10 @@ must at least take, not what is added to it.
 
 Loads: `decode`, nobody ends or is admitted; `steady`, 64 to 192 tokens out, so about two of 256 rows end and two are
 admitted a step; `churn`, 4 to 12 tokens out, so about 32 end and 32 are admitted, 1024 prompt tokens a step. Python's
-garbage collector is on, as in a server; its longest pause in the measured steps is in the table. Every engine is made,
-filled and dropped in turn; `--repeats` runs each that many times, and the table has the medians of the repeats.
+garbage collector runs as in a server (`host.garbage`); its longest pause in the measured steps is in the table, and
+beside it what a full collection costs at the end of the run, which a server spends a thousandth of its time on.
+Every engine is made, filled and dropped in turn; `--repeats` runs each that many times, and the table has the medians
+of the repeats. `p10` is the tenth percentile of the host's time: what it takes when others leave the machine alone.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -50,6 +53,7 @@ from benchmarks import machine, report, shape
 from fnengine.engine import Engine
 from fnengine.host import commit as committing
 from fnengine.host import plan as planning
+from fnengine.host.garbage import Collector
 from fnengine.host.output import Delta
 from fnengine.host.plan import Policy
 from fnengine.host.request import Request, Sampling, Stop
@@ -205,9 +209,9 @@ class Crowd:
 
 def measure(text: Tokenizer, load: str, rows: int, waiting: int, steps: int) -> dict[str, Any]:
     """Milliseconds a step by phase (median, p99), microseconds a submission, and what the steps held."""
-    gc.collect()
     crowd, clock = Crowd(text, load, rows, waiting), Clock()
-    engine, device = crowd.engine, crowd.device
+    engine, device, garbage = crowd.engine, crowd.device, Collector(time.monotonic)
+    garbage.start()
     engine.on_step[:] = [clock.timed("metrics", observe) for observe in engine.on_step]
     filling = crowd.fill()
     rows_of: list[dict[str, float]] = []
@@ -219,6 +223,7 @@ def measure(text: Tokenizer, load: str, rows: int, waiting: int, steps: int) -> 
             before = len(engine.host.running)
             start = time.perf_counter()
             assert engine.turn(), "nothing to do"
+            garbage.turn(busy=True)
             done = time.perf_counter()
             now = clock.take()
             if i == (2 * WARM if load == "steady" else WARM):
@@ -236,6 +241,10 @@ def measure(text: Tokenizer, load: str, rows: int, waiting: int, steps: int) -> 
             crowd.deltas.clear()
         measured = list(collections)
     engine.host.check()
+    start = time.perf_counter()
+    gc.collect()
+    full = time.perf_counter() - start
+    garbage.stop()
     out: dict[str, Any] = {
         "load": load,
         "rows": rows,
@@ -245,10 +254,16 @@ def measure(text: Tokenizer, load: str, rows: int, waiting: int, steps: int) -> 
     }
     for name in (*PHASES, "host"):
         values = sorted(r[name] * 1e3 for r in rows_of)
-        out[name] = {"p10": _at(values, 0.1), "median": statistics.median(values), "p99": _at(values, 0.99), "most": values[-1]}
+        out[name] = {
+            "p10": _at(values, 0.1),
+            "median": statistics.median(values),
+            "p99": _at(values, 0.99),
+            "most": values[-1],
+        }
     every = sorted(s * 1e6 for s in filling + submits)
     out["submit_us"] = {"median": statistics.median(every), "p99": _at(every, 0.99), "most": every[-1]}
     out["gc_ms"] = {"most": max(measured, default=0.0) * 1e3, "sum": sum(measured) * 1e3, "n": len(measured)}
+    out["gc_full_ms"] = full * 1e3
     return out
 
 
@@ -263,11 +278,25 @@ def middle(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if isinstance(value, dict):
             out[name] = middle([r[name] for r in runs])
         else:
-            out[name] = statistics.median(r[name] for r in runs) if isinstance(value, int | float) else value
+            number = isinstance(value, int | float)
+            out[name] = type(value)(statistics.median(r[name] for r in runs)) if number else value
     return out
 
 
-HEAD = ("load", "waiting", "ended", *PHASES, "host ms", "p10", "p99", "most", "submit us", "p99", "longest gc ms")
+HEAD = (
+    "load",
+    "waiting",
+    "ended",
+    *PHASES,
+    "host ms",
+    "p10",
+    "p99",
+    "most",
+    "submit us",
+    "p99",
+    "longest gc ms",
+    "full gc ms",
+)
 
 
 def line(f: dict[str, Any]) -> list[str]:
@@ -284,7 +313,50 @@ def line(f: dict[str, Any]) -> list[str]:
         f"{f['submit_us']['median']:.1f}",
         f"{f['submit_us']['p99']:.1f}",
         f"{f['gc_ms']['most']:.2f}",
+        f"{f['gc_full_ms']:.0f}",
     ]
+
+
+def svg(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """The critical path over the number waiting, logarithmic: a line of medians for each load, p10 below it dashed."""
+    wide, high, left, top, bottom = 720, 380, 56, 44, 56
+    least, most = (f(r["waiting"] for r in results) for f in (min, max))
+    ceiling = 1.15 * max(1.0, *(r["host"]["median"] for r in results))
+
+    def x(n: float) -> float:
+        return left + (wide - left - 90) * (math.log10(n / least) / max(math.log10(most / least), 1e-9))
+
+    def y(ms: float) -> float:
+        return high - bottom - (high - bottom - top) * ms / ceiling
+
+    def text(at: float, height: float, words: str, more: str = "") -> str:
+        return f'<text x="{at:.1f}" y="{height:.1f}" {more}>{words}</text>'
+
+    title = f"{results[0]['rows']} rows: host time a step between its tokens and the next launch, ms"
+    about = f"{facts['cpu']}, {facts['date'][:10]}, commit {facts['commit']}; solid: median, dashed: 10th percentile"
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{wide}" height="{high}" fill="white"/>',
+        text(left, 20, title, 'font-weight="bold"'),
+        text(left, 35, about, 'font-size="10" fill="#555"'),
+    ]
+    step = 0.5 if ceiling < 5 else 1.0
+    for i in range(int(ceiling / step) + 1):
+        ms = i * step
+        grey, at = "#888" if ms == 1 else "#ddd", f"{y(ms):.1f}"
+        out.append(f'<line x1="{left}" x2="{wide - 90}" y1="{at}" y2="{at}" stroke="{grey}"/>')
+        out.append(text(left - 8, y(ms) + 4, f"{ms:g}", 'text-anchor="end"'))
+    decades = range(math.ceil(math.log10(least)), math.floor(math.log10(most)) + 1)
+    out += [text(x(10**k), high - bottom + 18, f"{10**k:,}", 'text-anchor="middle"') for k in decades]
+    out.append(text((left + wide - 90) / 2, high - 14, "requests waiting", 'text-anchor="middle"'))
+    for load, colour in zip(LOADS, ("#1b6ca8", "#c8553d", "#4b8b3b"), strict=True):
+        mine = sorted((r for r in results if r["load"] == load), key=lambda r: r["waiting"])
+        for which, dash in (("median", ""), ("p10", ' stroke-dasharray="4 4"')):
+            points = " ".join(f"{x(r['waiting']):.1f},{y(r['host'][which]):.1f}" for r in mine)
+            out.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
+        if mine:
+            out.append(text(wide - 84, y(mine[-1]["host"]["median"]) + 4, load, f'fill="{colour}"'))
+    return "\n".join([*out, "</svg>"]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -311,6 +383,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if taken > report.BUSY:
         print("WARNING  the machine was not quiet: these figures are not for writing down")
     report.write(args.json, {**facts, "others": taken, "repeats": args.repeats, "results": results})
+    if args.plot:
+        Path(args.plot).write_text(svg(results, facts))
     return 0
 
 

@@ -27,6 +27,7 @@ from fnengine.host import commit as committing
 from fnengine.host import plan as planning
 from fnengine.host.blocks import Ledger
 from fnengine.host.commit import Event
+from fnengine.host.garbage import Collector
 from fnengine.host.output import Delta, Finished, Gauges, StepFacts, Usage
 from fnengine.host.plan import Host, Planned, Policy, Run
 from fnengine.host.request import Request
@@ -44,6 +45,7 @@ LOOP_TURNS = 4
 """Turns of the event loop between two steps on CPU: a request needs about three to get from socket to `submit`."""
 
 _NOTHING = Piece()
+_tuple = tuple.__new__
 
 
 class Stream:
@@ -137,6 +139,7 @@ class Engine:
         self._live: dict[str, _Live] = {}
         self._task: asyncio.Task[None] | None = None
         self._work = asyncio.Event()
+        self._garbage = Collector(clock)
         self._state = "not started"
         self._steps = 0
         self._compiled = 0 if built is None else built.traces.compiled
@@ -299,10 +302,12 @@ class Engine:
         """Starts the loop on the running event loop; twice is harmless."""
         if self._task is None or self._task.done():
             self._state = "running"
+            self._garbage.start()
             self._task = asyncio.get_running_loop().create_task(self._loop())
 
     async def stop(self, timeout: float = 0.0) -> None:
         """Lets requests finish for at most `timeout` seconds, ends the rest, stops the loop."""
+        self._garbage.stop()
         if self._task is None:
             return
         end = self.clock() + timeout
@@ -328,8 +333,10 @@ class Engine:
                         await asyncio.to_thread(_wait, self._flight[0][1])
                     self.collect()
                 elif not launched and not self._flight:
+                    self._garbage.turn(busy=False)
                     self._work.clear()
                     await self._work.wait()
+                self._garbage.turn(busy=True)
                 for _ in range(LOOP_TURNS):
                     await asyncio.sleep(0)
         except asyncio.CancelledError:
@@ -351,7 +358,8 @@ class Engine:
             return
         text, stop_reason, piece = live.text[run.index], None, _NOTHING
         if finish is None and len(tokens) == 1 and (shown := text.whole.get(tokens[0])) is not None:
-            live.sink(Delta(run.index, shown, tokens, logprobs, prompt_logprobs))
+            # A named tuple made like this costs half of a call of the class: this is done for nearly every token.
+            live.sink(_tuple(Delta, (run.index, shown, tokens, logprobs, prompt_logprobs, None, None, None, None)))
             return
         last = len(tokens) - 1
         for j, token in enumerate(tokens):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from fnengine.errors import ContextLengthError, QueueFull, RequestError
 from fnengine.host import commit as committing
+from fnengine.host import garbage
 from fnengine.host import plan as planning
 from fnengine.host import runs as running
 from fnengine.host.blocks import Ledger
@@ -449,6 +451,34 @@ def test_a_plan_that_sorts_the_queue_is_caught(monkeypatch):
     walk_the_queue(monkeypatch)
     many = work_of_steps(2000, steps=10)
     assert many[0] > few[0] + 14 * 8
+
+
+def test_full_collections_take_a_bounded_share_of_the_time():
+    now, collected = 0.0, []
+
+    def collect():
+        nonlocal now
+        collected.append(now)
+        now += 0.1
+
+    before = gc.get_threshold(), gc.get_freeze_count()
+    c = garbage.Collector(lambda: now, collect)
+    c.start()
+    c.start()
+    try:
+        assert gc.get_threshold()[2] == garbage.NEVER and gc.get_freeze_count() > before[1]
+        while now < 1000:
+            now += 0.02
+            c.turn(busy=True)
+        assert 5 < len(collected) - 1 <= now / garbage.PERIOD / 0.1
+        while now < 1100:
+            now += 0.02
+            c.turn(busy=False)
+        assert len(collected) > 40
+    finally:
+        c.stop()
+        c.stop()
+    assert (gc.get_threshold(), gc.get_freeze_count()) == before
 
 
 def test_waste_of_lognormal_lengths_is_under_four_percent():

@@ -557,3 +557,31 @@ def test_a_broken_pair_of_prompt_bytes_leaks_nothing(load):
     for name in BYTES:
         t = load(name)
         assert "".join(stream(t, [], np.array([by_byte(t)[0xED], by_byte(t)[0xA0]], np.int32), False)) == ""
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_the_short_way_of_whole_tokens_gives_what_the_long_way_gives(data, load):
+    """`TextStream.whole` against a stream that never has any."""
+    t = load(data.draw(st.sampled_from(BYTES)))
+    prompt, ids, skip = data.draw(some_ids(t)), data.draw(some_ids(t)), data.draw(st.booleans())
+    for id in range(t.vocab_size):
+        t.token_bytes(id)  # fills the memo
+    short, long = (TextStream.start(t, prompt, skip_special=skip) for _ in range(2))
+    for i, id in enumerate(ids):
+        long.whole = {}
+        piece = long.push(id, i)
+        if (text := short.whole.get(id)) is not None:
+            assert piece == (text, (id,), (i,), None)
+        else:
+            assert short.push(id, i) == piece
+    long.whole = {}
+    assert short.finish() == long.finish()
+
+
+def test_plain_letters_take_the_short_way(load):
+    t = load("byte_level")
+    x = t.id_of("x")
+    s = TextStream.start(t, t.encode("the"))
+    assert s.push(x) == Piece("x", (x,), (None,)) and s.whole[x] == "x"
+    assert x not in TextStream.start(t, (), ("stop",)).whole

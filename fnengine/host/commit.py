@@ -34,6 +34,9 @@ class Event(NamedTuple):
     """With finish == "error"."""
 
 
+_tuple = tuple.__new__
+
+
 def commit(host: Host, planned: Planned, output: StepOutput, now: float) -> list[Event]:
     """Events of a step that was read, in the order of its batch rows. Steps are committed in the order of plans."""
     step, events = planned.input, []
@@ -65,7 +68,8 @@ def _append(host: Host, run: Run, token: int, logprobs: tuple[TokenLogprob, ...]
     last, run.last_token = run.last_token, now
     known = run.append(token)
     if last is not None and known != run.limit and token not in run.ending:
-        return Event(run, (token,), logprobs, None, None, None, False, now - last)
+        # For nearly every token; costs half of what calling the class costs.
+        return _tuple(Event, (run, (token,), logprobs, None, None, None, False, now - last, None))
     first = last is None
     if first:
         run.first_token = now

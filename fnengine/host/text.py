@@ -317,9 +317,10 @@ class TextStream:
     ) -> TextStream:
         """A stream that stands behind `prompt`. For min_tokens = m, `from_token` is max(0, m - 1): the text may end
         with the m-th token, not before."""
-        return TextStream(
-            Detokenizer.start(tokenizer, prompt, skip_special), StopScan(tuple(stops), include_stop), from_token
-        )
+        detok = Detokenizer.start(tokenizer, prompt, skip_special)
+        here = TextStream(detok, StopScan(tuple(stops), include_stop), from_token)
+        here.whole = _NONE if stops else detok.whole()
+        return here
 
     def push(self, token: int, logprob: Any = None, *, silent: bool = False) -> Piece:
         """What `token` lets out.
@@ -328,6 +329,8 @@ class TextStream:
             logprob: anything; comes back beside the token.
             silent: the token has no text (a stop id, an end-of-sequence).
         """
+        if not silent and (text := self.whole.get(token)) is not None:
+            return Piece(text, (token,), (logprob,))
         assert not self._over, "the stream is over"
         text = "" if silent else self._detok.push(token)
         self._seen += len(text)
@@ -341,6 +344,9 @@ class TextStream:
     def finish(self) -> Piece:
         """Everything that still waits. A stop string may complete even here, by the U+FFFD of a broken character."""
         if self._over:
+            return Piece()
+        if self.whole:  # nothing waits
+            self.whole, self._over = _NONE, True
             return Piece()
         self.whole = _NONE
         piece = self._let_out(self._detok.finish())
