@@ -33,7 +33,7 @@ COMMON = "common"
 ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2}
 """Type of element -> its number in the sources."""
 SOURCES = {
-    COMMON: ("noise.cpp", "pool.cpp", "program.cpp", "workers.cpp"),
+    COMMON: ("noise.cpp", "pool.cpp", "program.cpp"),
     **dict.fromkeys(ELEMENTS, ("attention.cpp", "linear.cpp", "rope.cpp")),
 }
 """Library -> what it is made of, besides `threads.cpp`."""
@@ -171,6 +171,20 @@ def build(compiler: str, folder: Path, isa: tuple[str, ...], part: str) -> Path:
     return library
 
 
+def openmp_runtime() -> str | None:
+    """Path of the OpenMP runtime that this process has loaded (torch's), or None."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if len(line.split(maxsplit=5)) == 6}
+    for stem in ("libgomp", "libiomp5", "libomp"):
+        for path in sorted(paths):
+            if Path(path).name.startswith(stem):
+                return path
+    return None
+
+
 P, I, N = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64  # and no floating point: see `recording.py`
 _ANY = {"fn_instructions": (ctypes.c_char_p, []), "fn_use_threads": (None, [P])}
 _ELEMENT = {
@@ -181,7 +195,6 @@ _ELEMENT = {
     "fn_atom": (I, []),
 }
 _COMMON = {
-    "fn_fork": (None, [P, P, I, I]),
     "fn_run_program": (N, [P, N, P, N, P]),
     "fn_copy_blocks": (I, [P, P, N, P, N, N, I]),
     "fn_gumbel_argmax": (None, [P] * 5 + [N] * 4 + [I]),
@@ -196,11 +209,16 @@ def open_library(path: Path, part: str) -> tuple[ctypes.CDLL, str]:
     for name, (result, arguments) in SIGNATURES[part].items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    workers = library if part == COMMON else load(COMMON).library
-    if workers is None:
-        return library, "one thread"
-    library.fn_use_threads(ctypes.cast(workers.fn_fork, P))
-    return library, "threads of its own"
+    runtime = openmp_runtime()
+    if runtime is not None:
+        try:
+            fork = ctypes.cast(ctypes.CDLL(runtime).GOMP_parallel, P)
+        except (OSError, AttributeError):
+            pass
+        else:
+            library.fn_use_threads(fork)
+            return library, f"threads of {Path(runtime).name}"
+    return library, "one thread (torch's OpenMP runtime was not found)"
 
 
 _loading = {part: threading.Lock() for part in SOURCES}

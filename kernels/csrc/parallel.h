@@ -1,7 +1,7 @@
-// Work shared among threads, each of which takes the next share that is left.
+// Work shared among the threads of the OpenMP runtime that torch already runs, so that the process has one pool.
 //
-// The threads are those of workers.cpp, one set for all libraries: its entry point is handed over after loading. Without
-// it everything runs on the calling thread.
+// No -fopenmp and no omp.h: the runtime's entry point (GOMP_parallel, which libgomp, libomp and libiomp5 all export)
+// is handed over after loading. Without it everything runs on the calling thread.
 #pragma once
 #include <atomic>
 #include <cstdint>
