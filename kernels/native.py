@@ -30,7 +30,7 @@ FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "
 COMMON = "common"
 ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2}
 """Type of element -> its number in the sources."""
-SOURCES = {COMMON: ("noise.cpp", "pool.cpp"), **dict.fromkeys(ELEMENTS, ("attention.cpp", "linear.cpp", "rope.cpp"))}
+SOURCES = {COMMON: ("noise.cpp", "pool.cpp"), **dict.fromkeys(ELEMENTS, ("attention.cpp", "linear.cpp", "quantized.cpp", "rope.cpp"))}
 """Library -> what it is made of, besides `threads.cpp`."""
 REMEDY = "install g++ or clang++ (Debian, Ubuntu: apt install g++)"
 
@@ -166,6 +166,8 @@ _ELEMENT = {
     "fn_rope_write": (I, [P] * 9 + [N] * 7 + [D, I]),
     "fn_linear": (None, [P] * 4 + [N] * 5 + [I]),
     "fn_tile": (None, [P] * 2 + [N] * 3 + [I]),
+    "fn_quantized_linear": (None, [P] * 5 + [N] * 6 + [I]),
+    "fn_quantize": (None, [P] * 3 + [N] * 4 + [I]),
     "fn_atom": (I, []),
 }
 _COMMON = {
