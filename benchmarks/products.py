@@ -3,7 +3,8 @@
     python -m benchmarks.products [--rows 1,4,8,12,32,128] [--repeats 7] [--layers 28] [--json FILE]
 
 The four products of a Qwen3-0.6B layer, with as many layers' weights as keep all of them out of the caches. Kinds take
-turns within a repeat; times are the shortest of the repeats, which other work on the machine disturbs least.
+turns within a repeat. A product's time is the shortest over layers and repeats, which other work on the machine
+disturbs least.
 """
 
 from __future__ import annotations
@@ -28,21 +29,23 @@ def weights(kind: str, layers: int, dtype: torch.dtype) -> list[list[tuple[torch
     return made
 
 
-def step(kind: str, layers: list[list[tuple[torch.Tensor, ...]]], inputs: list[torch.Tensor]) -> float:
-    """Seconds of one pass over all products."""
-    began = time.perf_counter()
+def step(kind: str, layers: list[list[tuple[torch.Tensor, ...]]], inputs: list[torch.Tensor]) -> list[float]:
+    """Seconds of each product, the shortest of all layers."""
+    best = [float("inf")] * len(SHAPES)
     for layer in layers:
-        for x, leaf, (n, _) in zip(inputs, layer, SHAPES, strict=True):
+        for i, (x, leaf, (n, _)) in enumerate(zip(inputs, layer, SHAPES, strict=True)):
+            began = time.perf_counter()
             if kind == "whole":
                 cpu.linear.fn(x, leaf[0], None, n)
             else:
                 cpu.quantized_linear.fn(x, *leaf, None, n)
-    return time.perf_counter() - began
+            best[i] = min(best[i], time.perf_counter() - began)
+    return best
 
 
 def read_rate() -> float:
     """Bytes per second of the sum over 1 GiB, best of seven."""
-    block = torch.zeros(1 << 28, dtype=torch.int32)
+    block = torch.zeros(1 << 28)
     times = []
     for _ in range(7):
         began = time.perf_counter()
@@ -68,10 +71,11 @@ def main() -> None:
     rows = []
     for M in map(int, args.rows.split(",")):
         inputs = [torch.randn(M, K).to(dtype) for _, K in SHAPES]
-        best = dict.fromkeys(kinds, float("inf"))
+        shortest = {kind: [float("inf")] * len(SHAPES) for kind in kinds}
         for _ in range(args.repeats):
             for kind, layers in kinds.items():
-                best[kind] = min(best[kind], step(kind, layers, inputs))
+                shortest[kind] = list(map(min, shortest[kind], step(kind, layers, inputs)))
+        best = {kind: sum(seconds) * args.layers for kind, seconds in shortest.items()}
         flops = 2 * M * args.layers * sum(n * k for n, k in SHAPES)
         for kind, seconds in best.items():
             row = {"rows": M, "kind": kind, "ms": seconds * 1e3, "GB/s": held[kind] / seconds / 1e9}

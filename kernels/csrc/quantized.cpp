@@ -21,7 +21,7 @@ constexpr int PANEL = 32;
 constexpr int NV = 2;                             // vectors of columns done together
 constexpr int MR = W == 4 ? 6 : W == 8 ? 4 : 12;  // rows done together
 constexpr int DEEP = 8;                           // K is rounded up to this
-constexpr int AHEAD = 4096;
+constexpr int AHEAD = 4096;                       // bytes of codes asked for before they are needed
 
 // What the 16 codes stand for, times the scale: closer together where weights are many. Source: IQ4_NL of llama.cpp.
 alignas(64) constexpr int16_t CODES[32] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113,
@@ -94,17 +94,25 @@ struct Rows {
     int64_t groups;
 };
 
+// How many sums a row and vector have: few rows have too few of them to hide how long an addition takes.
 template <int R>
-FN_INLINE void add(vi (&sum)[R][NV], const int32_t* const (&x)[R], int64_t pair, const vs (&w)[NV]) {
+constexpr int SETS = R == 1 ? 4 : R == 2 ? 2 : 1;
+
+template <int R>
+using Sums = vi[SETS<R>][R][NV];
+
+template <int R>
+FN_INLINE void add(Sums<R>& sum, int j, const int32_t* const (&x)[R], int64_t pair, const vs (&w)[NV]) {
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-        for (int n = 0; n < NV; n++) sum[i][n] = madd16(sum[i][n], x[i][pair], w[n]);
+        for (int n = 0; n < NV; n++)
+            sum[j % SETS<R>][i][n] = madd16(sum[j % SETS<R>][i][n], x[i][pair + j], w[n]);
 }
 
 // Eight channels from k on; `at` points to their codes of the first column.
 template <int BITS, int R>
-FN_INLINE void add_eight(vi (&sum)[R][NV], const int32_t* const (&x)[R], int64_t k, const uint8_t* at, int ahead) {
+FN_INLINE void add_eight(Sums<R>& sum, const int32_t* const (&x)[R], int64_t k, const uint8_t* at, int ahead) {
     vs w[NV];
     if constexpr (BITS == 8) {
 #pragma GCC unroll 4
@@ -112,7 +120,7 @@ FN_INLINE void add_eight(vi (&sum)[R][NV], const int32_t* const (&x)[R], int64_t
 #pragma GCC unroll 4
             for (int n = 0; n < NV; n++) w[n] = widen8((const int8_t*)at + j * PANEL * 2 + n * W * 2);
             __builtin_prefetch(at + j * PANEL * 2 + ahead, 0, 2);
-            add<R>(sum, x, k / 2 + j, w);
+            add<R>(sum, j, x, k / 2, w);
         }
     } else {
         vw v[NV];
@@ -123,16 +131,16 @@ FN_INLINE void add_eight(vi (&sum)[R][NV], const int32_t* const (&x)[R], int64_t
         }
 #pragma GCC unroll 4
         for (int n = 0; n < NV; n++) w[n] = decode4<0>(v[n]);
-        add<R>(sum, x, k / 2, w);
+        add<R>(sum, 0, x, k / 2, w);
 #pragma GCC unroll 4
         for (int n = 0; n < NV; n++) w[n] = decode4<1>(v[n]);
-        add<R>(sum, x, k / 2 + 1, w);
+        add<R>(sum, 1, x, k / 2, w);
 #pragma GCC unroll 4
         for (int n = 0; n < NV; n++) w[n] = decode4<2>(v[n]);
-        add<R>(sum, x, k / 2 + 2, w);
+        add<R>(sum, 2, x, k / 2, w);
 #pragma GCC unroll 4
         for (int n = 0; n < NV; n++) w[n] = decode4<3>(v[n]);
-        add<R>(sum, x, k / 2 + 3, w);
+        add<R>(sum, 3, x, k / 2, w);
     }
 }
 
@@ -172,11 +180,13 @@ void rows(int count, const Rows& x, const uint8_t* codes, const bf16* scales, co
     const int64_t depth = (p.K + DEEP - 1) / DEEP * DEEP;
     for (int64_t g = 0; g < x.groups; g++) {
         const int64_t end = depth < (g + 1) * G ? depth : (g + 1) * G;
-        vi sum[R][NV];
-#pragma GCC unroll 16
-        for (int i = 0; i < R; i++)
+        Sums<R> sum;
 #pragma GCC unroll 4
-            for (int v = 0; v < NV; v++) sum[i][v] = vi{};
+        for (int j = 0; j < SETS<R>; j++)
+#pragma GCC unroll 16
+            for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; v++) sum[j][i][v] = vi{};
         for (int64_t k = g * G; k < end; k += DEEP) add_eight<BITS, R>(sum, at, k, codes + k / DEEP * STEP, ahead);
         vf scale[NV];
 #pragma GCC unroll 4
@@ -184,8 +194,12 @@ void rows(int count, const Rows& x, const uint8_t* codes, const bf16* scales, co
 #pragma GCC unroll 16
         for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-            for (int v = 0; v < NV; v++)
-                total[i][v] = fma(to_float(sum[i][v]), scale[v] * splat(factor[i][g]), total[i][v]);
+            for (int v = 0; v < NV; v++) {
+                vi whole = sum[0][i][v];
+#pragma GCC unroll 4
+                for (int j = 1; j < SETS<R>; j++) whole = whole + sum[j][i][v];
+                total[i][v] = fma(to_float(whole), scale[v] * splat(factor[i][g]), total[i][v]);
+            }
     }
     const T* bias = static_cast<const T*>(p.bias);
 #pragma GCC unroll 16
@@ -223,19 +237,39 @@ void to_integers(const T* x, int64_t K, int16_t* out, float* scale) {
     }
 }
 
+// Memory of this thread's own, kept from call to call.
+char* scratch(int64_t bytes) {
+    static thread_local char* memory = nullptr;
+    static thread_local int64_t size = 0;
+    if (bytes > size) {
+        free(memory);
+        memory = static_cast<char*>(aligned_alloc(64, (bytes + 63) / 64 * 64));
+        if (!memory) abort();
+        size = bytes;
+    }
+    return memory;
+}
+
+template <class T, int BITS>
+FN_INLINE void some_rows(int count, const Rows& x, const uint8_t* codes, const bf16* scales, const Product& p,
+                         int64_t m, int64_t n, int ahead) {
+    if (count > MR * 2 / 3)
+        rows<T, BITS, MR>(count, x, codes, scales, p, m, n, ahead);
+    else if (count > (MR / 3 < 2 ? 2 : MR / 3))
+        rows<T, BITS, MR * 2 / 3>(count, x, codes, scales, p, m, n, ahead);
+    else if (count > 2)
+        rows<T, BITS, (MR / 3 < 2 ? 2 : MR / 3)>(count, x, codes, scales, p, m, n, ahead);
+    else if (count == 2)
+        rows<T, BITS, 2>(count, x, codes, scales, p, m, n, ahead);
+    else
+        rows<T, BITS, 1>(count, x, codes, scales, p, m, n, ahead);
+}
+
 template <class T, int BITS>
 void multiply_all(const Product& p, int threads) {
     constexpr int G = GROUP<BITS>;
-    static thread_local char* memory = nullptr;
-    static thread_local int64_t size = 0;
     const int64_t stride = (p.K + 15) / 16 * 16, groups = (p.K + G - 1) / G, panels = (p.N + PANEL - 1) / PANEL;
-    const int64_t need = p.M * (stride * 2 + groups * 4);
-    if (need > size) {
-        free(memory);
-        memory = static_cast<char*>(malloc(need));
-        if (!memory) abort();
-        size = need;
-    }
+    char* memory = scratch(p.M * (stride * 2 + groups * 4));
     int16_t* integers = (int16_t*)memory;
     float* factors = (float*)(memory + p.M * stride * 2);
     if (p.M * p.N * p.K < 1 << 18) threads = 1;
@@ -248,18 +282,11 @@ void multiply_all(const Product& p, int threads) {
     each_near(panels, threads, [&](int64_t panel) {
         for (int64_t m = 0; m < p.M; m += MR)
             for (int64_t v = 0; v < PANEL / W; v += NV) {
-                const uint8_t* at = p.codes + panel * bytes + v * W * (BITS == 8 ? 2 : 4);
+                const uint8_t* codes = p.codes + panel * bytes + v * W * (BITS == 8 ? 2 : 4);
                 const bf16* scales = p.scales + panel * groups * PANEL + v * W;
                 const int64_t n = panel * PANEL + v * W;
                 const int count = int(p.M - m < MR ? p.M - m : MR), ahead = m == 0 ? AHEAD : 0;
-                if (count > MR * 2 / 3)
-                    rows<T, BITS, MR>(count, x, at, scales, p, m, n, ahead);
-                else if (count > MR / 3)
-                    rows<T, BITS, MR * 2 / 3>(count, x, at, scales, p, m, n, ahead);
-                else if (count > 1)
-                    rows<T, BITS, MR / 3 < 2 ? 2 : MR / 3>(count, x, at, scales, p, m, n, ahead);
-                else
-                    rows<T, BITS, 1>(count, x, at, scales, p, m, n, ahead);
+                some_rows<T, BITS>(count, x, codes, scales, p, m, n, ahead);
             }
     });
 }
