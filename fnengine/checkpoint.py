@@ -117,16 +117,17 @@ def fill(
     device: torch.device,
     load_format: str = "auto",
     *,
+    quantization: str = "none",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """(params on the device in their final form, what was decided on the way).
 
     Raises:
-        ConfigError: load_format has no meaning.
+        ConfigError: load_format or quantization has no meaning here.
         CheckpointError: see `load`.
     """
-    how = packing(device, dtype)
+    how = packing(device, dtype, quantization)
     notes = [f"weights {how.kind}: {how.reason}"]
     if spec.tied and not how.indexable:
         notes.append("the tied embedding is kept twice: dense to look up, packed as the head")
