@@ -67,7 +67,10 @@ def main() -> None:
     kinds = {kind: weights(kind, args.layers, dtype) for kind in args.kinds.split(",")}
     held = {k: sum(t.nbytes for layer in v for leaf in layer for t in leaf) for k, v in kinds.items()}
     rate = read_rate()
-    print(f"{torch.get_num_threads()} threads, {rate / 1e9:.1f} GB/s; bytes:", {k: f"{b / 1e6:.0f} MB" for k, b in held.items()})
+    print(
+        f"{torch.get_num_threads()} threads, {rate / 1e9:.1f} GB/s; bytes:",
+        {k: f"{b / 1e6:.0f} MB" for k, b in held.items()},
+    )
     rows = []
     for M in map(int, args.rows.split(",")):
         inputs = [torch.randn(M, K).to(dtype) for _, K in SHAPES]
@@ -81,7 +84,11 @@ def main() -> None:
             row = {"rows": M, "kind": kind, "ms": seconds * 1e3, "GB/s": held[kind] / seconds / 1e9}
             row |= {"GFLOP/s": flops / seconds / 1e9, "times as fast": best.get("whole", seconds) / seconds}
             rows.append(row)
-            print(*(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v:>5}" for k, v in row.items()), sep="  ", flush=True)
+            print(
+                *(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v:>5}" for k, v in row.items()),
+                sep="  ",
+                flush=True,
+            )
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"read GB/s": rate / 1e9, "threads": torch.get_num_threads(), "rows": rows}, file, indent=1)

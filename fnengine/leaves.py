@@ -295,7 +295,9 @@ def place_ends(params: dict[str, Any], how: Packing) -> dict[str, Leaf | None]:
     embed, head = params["embed"], params["head"]
     if head is not None:
         return {"embed": embed, "head": how.ends.place(head)}
-    return {"embed": how.ends.place(embed), "head": None} if how.indexable else {"embed": embed, "head": how.place(embed)}
+    return (
+        {"embed": how.ends.place(embed), "head": None} if how.indexable else {"embed": embed, "head": how.place(embed)}
+    )
 
 
 def _pad_rows(x: Tensor, least: int) -> Tensor:

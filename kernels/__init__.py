@@ -34,7 +34,8 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
 class Ops:
     """The backends an engine uses, chosen once; model code gets it as an argument.
 
-    `linear` and `quantized_linear` are not among them: how a weight is stored says how it is multiplied, and its leaf knows (`leaves.py`).
+    `linear` and `quantized_linear` are not among them: how a weight is stored says how it is multiplied, and its leaf
+    knows (`leaves.py`).
     """
 
     paged_attention: Chosen

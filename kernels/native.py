@@ -30,7 +30,10 @@ FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "
 COMMON = "common"
 ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2}
 """Type of element -> its number in the sources."""
-SOURCES = {COMMON: ("noise.cpp", "pool.cpp"), **dict.fromkeys(ELEMENTS, ("attention.cpp", "linear.cpp", "quantized.cpp", "rope.cpp"))}
+SOURCES = {
+    COMMON: ("noise.cpp", "pool.cpp"),
+    **dict.fromkeys(ELEMENTS, ("attention.cpp", "linear.cpp", "quantized.cpp", "rope.cpp")),
+}
 """Library -> what it is made of, besides `threads.cpp`."""
 REMEDY = "install g++ or clang++ (Debian, Ubuntu: apt install g++)"
 

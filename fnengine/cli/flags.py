@@ -128,7 +128,7 @@ def _flags() -> tuple[Flag, ...]:
             "round weights to so many bits as they are read (CPU): half or a quarter of the memory and of its traffic",
             model,
             read_quantization,
-            metavar="{none,int8,int4}",
+            ("none", "int8", "int4"),
         ),
         Flag(("--revision",), "model.revision", "branch, tag or commit of the repository", model, str),
         Flag(("--download-dir",), "model.download_dir", "where downloads are kept", model, str, metavar="DIR"),
