@@ -53,9 +53,9 @@ def held_out_stories(count: int) -> list[str]:
     stream = source.candidates(Random(SEED))
     while len(found) < count:
         made = next(stream)
-        if isinstance(made, source.Document) and made.keys and made.keys[0].startswith("story|"):
-            if source.held_out(made.keys):
-                found.append(made.text + source.END)
+        told = isinstance(made, source.Document) and made.keys and made.keys[0].startswith("story|")
+        if told and source.held_out(made.keys):
+            found.append(made.text + source.END)
     return found
 
 
@@ -69,7 +69,7 @@ def held_out_questions(count: int) -> list[tuple[str, tuple[str, ...]]]:
         if not isinstance(made, source.Dialogue) or made.mentions or not source.held_out(made.keys):
             continue
         ask = source.render(made.turns[:-1]) + f"{source.IM_START}assistant\n"
-        if ask not in found and skills.get(made.skill, 0) < max(1, count // 12):
+        if len(ask) < 2000 and ask not in found and skills.get(made.skill, 0) < max(1, count // 12):
             skills[made.skill] = skills.get(made.skill, 0) + 1
             found[ask] = made.answers
     return list(found.items())
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--kinds", default="none,int8,int4")
     parser.add_argument("--stories", type=int, default=100)
-    parser.add_argument("--questions", type=int, default=240)
+    parser.add_argument("--questions", type=int, default=120)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--json", default=None)
