@@ -10,6 +10,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fnengine import environment, errors
@@ -86,6 +87,17 @@ class _Beside:
 
 sys.meta_path.append(_Beside)  # last: an installation's own finder comes first
 environment.prepare()  # before torch, which nothing above imports
+
+
+class _Package(ModuleType):
+    """This package, where importing the module `fnengine.load` does not hide the function of that name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _HOME or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

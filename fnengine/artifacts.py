@@ -44,6 +44,7 @@ class Needs:
     spec: ModelSpec
     dtype: torch.dtype
     device: torch.device
+    quantization: str
     libraries: tuple[Library, ...]
     layers: tuple[Kind, ...]
     eager: str | None
@@ -78,7 +79,14 @@ class Made:
     bytes: int
 
 
-def needs(folder: Path, *, dtype: str = "auto", device: str = "auto", enforce_eager: bool = False) -> Needs:
+def needs(
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantization: str = "none",
+    enforce_eager: bool = False,
+) -> Needs:
     """What an engine of the model in `folder` will load; nothing is built, traced or compiled to know it.
 
     Raises:
@@ -97,9 +105,10 @@ def needs(folder: Path, *, dtype: str = "auto", device: str = "auto", enforce_ea
         eager = "--enforce-eager"
     layers: list[Kind] = []
     if eager is None:
-        layers = wanted_layers(spec, checkpoint.outline(spec, kind, leaves.packing(on, kind, tiles)), ops, kind, on)
+        how = leaves.packing(on, kind, quantization, tiles)
+        layers = wanted_layers(spec, checkpoint.outline(spec, kind, how), ops, kind, on)
     unable = compile.missing_compiler() if on.type == "cpu" else None
-    return Needs(spec, kind, on, libraries, tuple(layers), eager, unable)
+    return Needs(spec, kind, on, quantization, libraries, tuple(layers), eager, unable)
 
 
 def _libraries(dtype: torch.dtype, compiler: str | None) -> tuple[Library, ...]:
@@ -153,7 +162,7 @@ def fill(needs: Needs) -> Iterator[Made]:
     if not needs.layers:
         return
     spec, dtype, device = needs.spec, needs.dtype, needs.device
-    outline = checkpoint.outline(spec, dtype, leaves.packing(device, dtype))
+    outline = checkpoint.outline(spec, dtype, leaves.packing(device, dtype, needs.quantization))
     for kind in wanted_layers(spec, outline, kernels.ops(device, dtype), dtype, device):
         w = kind.wanted
         artifact = compile.make(w, compile.folder(), Traces())

@@ -105,7 +105,7 @@ def pick_dtype(spec: ModelSpec, dtype: str, device: torch.device, tiles: Tiles =
     if dtype != "auto":
         return DTYPES[dtype], f"dtype {dtype}: asked for"
     own = DTYPES[spec.dtype]
-    if own is torch.float16 and device.type == "cpu" and packing(device, own, tiles).kind == "dense":
+    if own is torch.float16 and device.type == "cpu" and packing(device, own, tiles=tiles).kind == "dense":
         return torch.float32, "dtype float32: the checkpoint is float16, which this CPU does not multiply natively"
     return own, f"dtype {spec.dtype}: the checkpoint's own"
 
@@ -117,16 +117,17 @@ def fill(
     device: torch.device,
     load_format: str = "auto",
     *,
+    quantization: str = "none",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """(params on the device in their final form, what was decided on the way).
 
     Raises:
-        ConfigError: load_format has no meaning.
+        ConfigError: load_format or quantization has no meaning here.
         CheckpointError: see `load`.
     """
-    how = packing(device, dtype)
+    how = packing(device, dtype, quantization)
     notes = [f"weights {how.kind}: {how.reason}"]
     if spec.tied and not how.indexable:
         notes.append("the tied embedding is kept twice: dense to look up, packed as the head")

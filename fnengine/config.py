@@ -24,6 +24,7 @@ class ModelOptions:
     dtype: str = "auto"
     device: str = "auto"
     load_format: str = "auto"
+    quantization: str = "none"
     revision: str | None = None
     download_dir: str | None = None
     chat_template: str | None = None

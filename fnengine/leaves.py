@@ -10,6 +10,8 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fnengine import kernels
+from fnengine.errors import ConfigError
+from fnengine.kernels import quantized
 from fnengine.kernels.linear import PANEL
 from fnengine.tree import static
 
@@ -67,8 +71,24 @@ class Tiled:
     """(N, K)"""
 
 
-Leaf = Dense | Packed | Tiled
-KINDS = (Dense, Packed, Tiled)
+@dataclass(frozen=True)
+class Quantized:
+    """The same product with a weight of 8 or 4 bits (`kernels/quantized.py`), rounded when it was placed."""
+
+    codes: Tensor
+    """int8 [ceil(N / 32), ceil(K / 8) * 4, 32, 2] or uint8 [ceil(N / 32), ceil(K / 8), 32, 4]"""
+    scales: Tensor
+    """[ceil(N / 32), groups of channels, 32] bfloat16"""
+    bias: Tensor | None
+    """[N]"""
+    shape: tuple[int, int] = static()
+    """(N, K)"""
+    dtype: torch.dtype = static()
+    """Of rows that are looked up: the model's."""
+
+
+Leaf = Dense | Packed | Tiled | Quantized
+KINDS = (Dense, Packed, Tiled, Quantized)
 
 _ADDRESSES = itertools.count()
 _PACKED: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
@@ -96,6 +116,8 @@ def matmul(leaf: Leaf, x_TK: Tensor) -> Tensor:
     match leaf:
         case Tiled(tiles, bias, shape):
             return kernels.cpu.linear.fn(x_TK, tiles, bias, shape[0])
+        case Quantized(codes, scales, bias, shape):
+            return _quantized_linear(x_TK.device, x_TK.dtype)(x_TK, codes, scales, bias, shape[0])
         case Packed(handle, bias, weight):
             return torch.ops.fnengine.packed_linear(x_TK, handle, bias, weight.shape[0])
         case Dense(weight, bias):
@@ -119,12 +141,15 @@ def lookup(leaf: Leaf, index_T: Tensor) -> Tensor:
         case Tiled(tiles, _, (_, K)):
             row = index_T.long()
             return tiles[row // PANEL, :, row % PANEL].flatten(1)[:, :K]
+        case Quantized(codes, scales, _, (_, K), dtype):
+            return quantized.lookup(codes, scales, index_T.long(), K).to(dtype)
     raise AssertionError("a packed weight cannot be looked up")
 
 
 def weight_bytes(leaf: Leaf) -> int:
     """Bytes of a leaf. A packed weight is counted by its logical shape: oneDNN's padding is below one block a side."""
-    return sum(t.numel() * t.dtype.itemsize for t in (leaf.weight, leaf.bias) if t is not None)
+    held = (leaf.codes, leaf.scales) if isinstance(leaf, Quantized) else (leaf.weight,)
+    return sum(t.numel() * t.dtype.itemsize for t in (*held, leaf.bias) if t is not None)
 
 
 def pack_leaf(leaf: Dense) -> Packed:
@@ -146,12 +171,33 @@ def tile_leaf(leaf: Dense, atom: int) -> Tiled:
     )
 
 
+def quantize_leaf(leaf: Dense, bits: int) -> Quantized:
+    """The form of 8 or 4 bits of a dense leaf on CPU."""
+    N, K = leaf.weight.shape
+    dtype = leaf.weight.dtype
+    if leaf.weight.is_meta:  # shapes are all there is
+        codes, scales = quantized.shapes(N, K, bits)
+        w = leaf.weight
+        code = torch.int8 if bits == 8 else torch.uint8
+        return Quantized(
+            w.new_empty(codes, dtype=code), w.new_empty(scales, dtype=torch.bfloat16), leaf.bias, (N, K), dtype
+        )
+    missing = kernels.cpu.quantized_linear.supports(leaf.weight.device, dtype)
+    codes, scales = (quantized.quantize if missing else kernels.cpu.quantize)(leaf.weight, bits)
+    return Quantized(codes, scales, leaf.bias, (N, K), dtype)
+
+
+@cache
+def _quantized_linear(device: torch.device, dtype: torch.dtype) -> kernels.Chosen:
+    return kernels.choose(kernels.BACKENDS["quantized_linear"], device, dtype)
+
+
 @dataclass(frozen=True)
 class Packing:
     """How weights will be stored on a device, and why."""
 
     kind: str
-    """`tiled`, `packed` or `dense`"""
+    """`tiled`, `packed`, `dense`, `int8` or `int4`"""
     reason: str
     atom: int = 1
     """Channels in an atom of a tile."""
@@ -161,6 +207,12 @@ class Packing:
         """Whether a placed weight can still be looked up, so that a tied embedding need not be held twice."""
         return self.kind != "packed"
 
+    @property
+    def ends(self) -> Packing:
+        """How the head is stored, and an embedding that is the head as well: never in less than 8 bits, because their
+        errors reach the logits and the residual stream whole (docs/performance.md)."""
+        return replace(self, kind="int8") if self.kind == "int4" else self
+
     def place(self, leaf: Dense) -> Leaf:
         """The leaf in its final form; the dense one may be freed afterwards. On the meta device only its shapes."""
         match self.kind:
@@ -168,15 +220,23 @@ class Packing:
                 return tile_leaf(leaf, self.atom)
             case "packed":
                 return pack_leaf(leaf)
+            case "int8" | "int4":
+                return quantize_leaf(leaf, QUANTIZED[self.kind])
         return leaf
 
-    def elements(self, N: int, K: int) -> int:
-        """How many elements a placed weight [N, K] holds."""
-        return -(-N // PANEL) * PANEL * (-(-K // self.atom) * self.atom) if self.kind == "tiled" else N * K
+    def nbytes(self, N: int, K: int, dtype: torch.dtype) -> int:
+        """How many bytes a placed weight [N, K] holds."""
+        if self.kind in QUANTIZED:
+            codes, scales = quantized.shapes(N, K, QUANTIZED[self.kind])
+            return prod(codes) + prod(scales) * 2
+        elements = -(-N // PANEL) * PANEL * (-(-K // self.atom) * self.atom) if self.kind == "tiled" else N * K
+        return elements * dtype.itemsize
 
 
 LAYOUTS = ("tiled", "packed", "dense")
-"""Kinds of layout on CPU, fastest first."""
+"""Kinds of layout on CPU that hold a weight as it is, fastest first."""
+QUANTIZED = {"int8": 8, "int4": 4}
+"""Kinds that hold it rounded -> bits."""
 
 
 Tiles = Callable[[torch.device, torch.dtype], Packing | str]
@@ -220,11 +280,40 @@ def layouts(device: torch.device, dtype: torch.dtype, tiles: Tiles = tiles) -> d
     return {"tiled": tiles(device, dtype), "packed": packed, "dense": dense}
 
 
-def packing(device: torch.device, dtype: torch.dtype, tiles: Tiles = tiles) -> Packing:
-    """The layout whose product is fastest here, with what was passed over.
+def quantizing(device: torch.device, dtype: torch.dtype, kind: str, tiles: Tiles = tiles) -> Packing:
+    """How weights are placed with 8 or 4 bits.
+
+    Raises:
+        ConfigError: there is no such kind, or the device does not multiply it.
+    """
+    if kind not in QUANTIZED:
+        raise ConfigError(
+            f"{kind!r} is not implemented", where="--quantization", remedy=f"none, {' or '.join(QUANTIZED)}"
+        )
+    if device.type != "cpu":
+        raise ConfigError(
+            f"{kind} weights are multiplied on cpu only, not on {device.type}",
+            where="--quantization",
+            remedy="leave it out, or use --device cpu",
+        )
+    native = tiles(device, dtype)  # one library has the products of tiles and of rounded weights
+    how = (
+        f"by plain torch, decoded at every call: slow ({native})" if isinstance(native, str) else "by a native product"
+    )
+    head = ", head in 8 bits" if kind == "int4" else ""
+    return Packing(kind, f"rounded from {str(dtype)[6:]}{head}, multiplied {how}")
+
+
+def packing(device: torch.device, dtype: torch.dtype, quantization: str = "none", tiles: Tiles = tiles) -> Packing:
+    """The layout whose product is fastest here, with what was passed over; or the one that `quantization` asks for.
 
     Where the processor has matrix units (AMX), oneDNN uses them for bfloat16 and the native product does not.
+
+    Raises:
+        ConfigError: see `quantizing`.
     """
+    if quantization != "none":
+        return quantizing(device, dtype, quantization, tiles)
     found = layouts(device, dtype, tiles)
     if dtype is torch.bfloat16 and isinstance(found["packed"], Packing) and torch.cpu._is_amx_tile_supported():
         found["tiled"] = "oneDNN uses this processor's matrix units (AMX)"
@@ -242,8 +331,10 @@ def place_ends(params: dict[str, Any], how: Packing) -> dict[str, Leaf | None]:
     """
     embed, head = params["embed"], params["head"]
     if head is not None:
-        return {"embed": embed, "head": how.place(head)}
-    return {"embed": how.place(embed), "head": None} if how.indexable else {"embed": embed, "head": how.place(embed)}
+        return {"embed": embed, "head": how.ends.place(head)}
+    return (
+        {"embed": how.ends.place(embed), "head": None} if how.indexable else {"embed": embed, "head": how.place(embed)}
+    )
 
 
 def _pad_rows(x: Tensor, least: int) -> Tensor:

@@ -51,7 +51,7 @@ class LLM:
 
     Args:
         model: a directory, a Hugging Face name, `demo` (the bundled model), or a loaded `Model`.
-        dtype, load_format, revision, device: as in `fnengine.load`.
+        dtype, load_format, quantization, revision, device: as in `fnengine.load`.
         options: fields of `Settings`.
 
     Example:
@@ -65,12 +65,20 @@ class LLM:
         *,
         dtype: str = "auto",
         load_format: str = "auto",
+        quantization: str = "none",
         revision: str | None = None,
         device: str = "auto",
         **options: Any,
     ):
         if not isinstance(model, Model):
-            model = load(model, dtype=dtype, load_format=load_format, revision=revision, device=device)
+            model = load(
+                model,
+                dtype=dtype,
+                load_format=load_format,
+                quantization=quantization,
+                revision=revision,
+                device=device,
+            )
         self.model = model
         self.engine = Engine.build(model, Settings(**options))
         self._numbers = itertools.count()

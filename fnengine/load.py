@@ -19,6 +19,7 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     load_format: str = "auto",
+    quantization: str = "none",
     revision: str | None = None,
     cache_dir: str | None = None,
     offline: bool = False,
@@ -31,6 +32,7 @@ def load(
         dtype: auto, bfloat16, float16 or float32.
         device: auto (cuda where there is one), cpu or cuda.
         load_format: auto, safetensors, or dummy (random weights from a config.json, drawn from `seed`).
+        quantization: none, int8 or int4: weights are rounded to so many bits as they are read (CPU only).
         revision: branch, tag or commit of a Hugging Face repository.
         offline: use only what is in the cache already.
         progress: True draws a bar on stderr; a function is called with (bytes done, bytes in all).
@@ -42,7 +44,15 @@ def load(
     """
     folder = hub.resolve(name_or_path, revision=revision, cache_dir=cache_dir, offline=offline, progress=bool(progress))
     with _report(progress) as report:
-        model = models.load(folder, dtype=dtype, device=device, load_format=load_format, seed=seed, progress=report)
+        model = models.load(
+            folder,
+            dtype=dtype,
+            device=device,
+            load_format=load_format,
+            quantization=quantization,
+            seed=seed,
+            progress=report,
+        )
     return dataclasses.replace(model, name=hub.display_name(name_or_path))
 
 

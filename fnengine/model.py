@@ -79,6 +79,7 @@ def load(
     dtype: str = "auto",
     device: str | torch.device = "auto",
     load_format: str = "auto",
+    quantization: str = "none",
     seed: int = 0,
     progress: checkpoint.Progress | None = None,
 ) -> Model:
@@ -89,19 +90,22 @@ def load(
         device: auto (cuda where torch finds one, else cpu), cpu, cuda or cuda:N.
         load_format: auto or safetensors read the weights; dummy draws random ones from `seed` and needs only a
             config.json.
+        quantization: none, or int8 or int4: weights are rounded to so many bits as they are read (CPU only).
         progress: called with (bytes done, bytes in all) while weights are read.
 
     Raises:
         SpecError: the config cannot be built.
         CheckpointError: weights are missing, damaged or of the wrong shape.
-        ConfigError: dtype, device or load_format has no meaning here.
+        ConfigError: dtype, device, load_format or quantization has no meaning here.
     """
     device = checkpoint.pick_device(device)
     spec = checkpoint.read_spec(folder)
     torch_dtype, why = checkpoint.pick_dtype(spec, dtype, device)
     if kernels.start(device, torch_dtype):  # built while the weights are read
         compile.start_in_background()  # a first start on this machine will compile layers, too
-    params, notes = checkpoint.fill(folder, spec, torch_dtype, device, load_format, seed=seed, progress=progress)
+    params, notes = checkpoint.fill(
+        folder, spec, torch_dtype, device, load_format, quantization=quantization, seed=seed, progress=progress
+    )
     return Model(spec, params, torch_dtype, device, Path(folder), Path(folder).name, (why, *notes))
 
 

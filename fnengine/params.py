@@ -75,15 +75,19 @@ class MemoryPlan:
 
 def memory_plan(spec: ModelSpec, dtype: torch.dtype, how: Packing) -> MemoryPlan:
     """What the weights of a spec take in `dtype`, stored as `how` says."""
-    item = dtype.itemsize
     looked_up = not spec.tied or not how.indexable  # the embedding stays as it is
-    held = [
-        how.elements(*info.shape) if len(info.shape) == 2 and not (path == "embed.weight" and looked_up) else info.size
-        for path, info in arrays(abstract(spec))
-    ]
-    head = spec.vocab * spec.width * item if spec.tied and not how.indexable else 0
-    weights = sum(held) * item + head
-    return MemoryPlan(weights, head, weights + (0 if how.kind == "dense" else max(held) * item))
+
+    def held(path: str, info: ArrayInfo) -> int:
+        if len(info.shape) != 2 or (path == "embed.weight" and looked_up):
+            return info.size * dtype.itemsize
+        placed = how.ends if path in ("embed.weight", "head.weight") else how
+        return placed.nbytes(*info.shape, dtype)
+
+    every = list(arrays(abstract(spec)))
+    head = how.ends.nbytes(spec.vocab, spec.width, dtype) if spec.tied and not how.indexable else 0
+    weights = sum(held(path, info) for path, info in every) + head
+    both = max(max(held(path, info), info.size * dtype.itemsize) for path, info in every)
+    return MemoryPlan(weights, head, weights + (0 if how.kind == "dense" else both))
 
 
 NOISE = 1_048_573

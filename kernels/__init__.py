@@ -25,6 +25,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "copy_blocks": (cpu.copy_blocks, reference.copy_blocks),
     "gumbel_argmax": (cpu.gumbel_argmax, reference.gumbel_argmax),
     "linear": (cpu.linear, reference.linear),
+    "quantized_linear": (cpu.quantized_linear, reference.quantized_linear),
 }
 """op -> its backends, best first."""
 
@@ -33,7 +34,8 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
 class Ops:
     """The backends an engine uses, chosen once; model code gets it as an argument.
 
-    `linear` is not among them: how a weight is stored says how it is multiplied, and its leaf knows (`leaves.py`).
+    `linear` and `quantized_linear` are not among them: how a weight is stored says how it is multiplied, and its leaf
+    knows (`leaves.py`).
     """
 
     paged_attention: Chosen

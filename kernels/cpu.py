@@ -21,6 +21,7 @@ from fnengine.kernels.library import register
 from fnengine.kernels.linear import LINEAR, PANEL, atom_of
 from fnengine.kernels.noise import GUMBEL_ARGMAX
 from fnengine.kernels.pool import COPY_BLOCKS
+from fnengine.kernels.quantized import QUANTIZED_LINEAR, bits_of, shapes
 from fnengine.kernels.recording import bits, empty, invoke
 from fnengine.kernels.rope import ROPE_WRITE
 
@@ -211,6 +212,51 @@ def tile(weight: Tensor) -> Tensor:
     return out
 
 
+def _quantized_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    T, K = x.shape
+    bits = bits_of(codes)
+    assert codes.is_contiguous() and scales.is_contiguous() and scales.dtype == torch.bfloat16
+    assert (codes.shape, scales.shape) == shapes(n, K, bits), (codes.shape, scales.shape, n, K)
+    x = x if x.stride(1) == 1 or K == 1 else x.contiguous()
+    y = empty((T, n), x.dtype)
+    invoke(
+        _library(x.dtype).fn_quantized_linear,
+        x.data_ptr(),
+        codes.data_ptr(),
+        scales.data_ptr(),
+        None if bias is None else bias.contiguous().data_ptr(),
+        y.data_ptr(),
+        T,
+        n,
+        K,
+        x.stride(0),
+        n,
+        bits,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The same as `quantized.quantize`, by the library."""
+    N, K = weight.shape
+    weight = weight if weight.stride(1) == 1 or K == 1 else weight.contiguous()
+    code_shape, scale_shape = shapes(N, K, bits)
+    codes = torch.empty(code_shape, dtype=torch.int8 if bits == 8 else torch.uint8)
+    scales = torch.empty(scale_shape, dtype=torch.bfloat16)
+    _library(weight.dtype).fn_quantize(
+        weight.data_ptr(),
+        codes.data_ptr(),
+        scales.data_ptr(),
+        N,
+        K,
+        weight.stride(0),
+        bits,
+        torch.get_num_threads(),
+    )
+    return codes, scales
+
+
 def unfit(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why native code cannot serve a device and a dtype, or None; whether it can be built is another question."""
     if device.type != "cpu":
@@ -242,6 +288,7 @@ def _backend(op: Contract, fn: Callable[..., Any], supports: Callable[..., str |
 
 paged_attention = _backend(PAGED_ATTENTION, _paged_attention, _of_element)
 linear = _backend(LINEAR, _linear, _of_element)
+quantized_linear = _backend(QUANTIZED_LINEAR, _quantized_linear, _of_element)
 rope_write = _backend(ROPE_WRITE, _rope_write, _of_element)
 copy_blocks = _backend(COPY_BLOCKS, _copy_blocks, _of_none)
 gumbel_argmax = _backend(GUMBEL_ARGMAX, _gumbel_argmax, _of_none)

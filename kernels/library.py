@@ -21,6 +21,7 @@ SCHEMAS = {
     "Tensor(b!) v_pool, Tensor slot, float eps) -> Tensor",
     "copy_blocks": "(Tensor(a!)[] pools, Tensor pairs) -> ()",
     "linear": "(Tensor x, Tensor tiles, Tensor? bias, int n) -> Tensor",
+    "quantized_linear": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int n) -> Tensor",
     "gumbel_argmax": "(Tensor logits, Tensor temperature, Tensor seed, Tensor position, int stream) -> Tensor",
 }
 """op -> its signature with what it mutates; the same for every backend of the op."""
@@ -45,6 +46,10 @@ def _shape_of_linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int) -> T
     return torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
 
 
+def _shape_of_quantized(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    return torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+
+
 def _nothing(*_: Any) -> None:
     return None
 
@@ -54,6 +59,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "rope_write": _shape_of_queries,
     "copy_blocks": _nothing,
     "linear": _shape_of_linear,
+    "quantized_linear": _shape_of_quantized,
     "gumbel_argmax": _shape_of_choice,
 }
 """op -> what it gives back, without computing it (for tracing)."""

@@ -34,7 +34,7 @@ ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2}
 """Type of element -> its number in the sources."""
 SOURCES = {
     COMMON: ("noise.cpp", "pool.cpp", "program.cpp"),
-    **dict.fromkeys(ELEMENTS, ("attention.cpp", "linear.cpp", "rope.cpp")),
+    **dict.fromkeys(ELEMENTS, ("attention.cpp", "linear.cpp", "quantized.cpp", "rope.cpp")),
 }
 """Library -> what it is made of, besides `threads.cpp`."""
 REMEDY = "install g++ or clang++ (Debian, Ubuntu: apt install g++)"
@@ -192,6 +192,8 @@ _ELEMENT = {
     "fn_rope_write": (I, [P] * 9 + [N] * 8 + [I]),
     "fn_linear": (None, [P] * 4 + [N] * 5 + [I]),
     "fn_tile": (None, [P] * 2 + [N] * 3 + [I]),
+    "fn_quantized_linear": (None, [P] * 5 + [N] * 6 + [I]),
+    "fn_quantize": (None, [P] * 3 + [N] * 4 + [I]),
     "fn_atom": (I, []),
 }
 _COMMON = {

@@ -10,6 +10,7 @@ from fnengine.kernels.library import register
 from fnengine.kernels.linear import LINEAR
 from fnengine.kernels.noise import GUMBEL_ARGMAX
 from fnengine.kernels.pool import COPY_BLOCKS
+from fnengine.kernels.quantized import QUANTIZED_LINEAR
 from fnengine.kernels.rope import ROPE_WRITE
 
 
@@ -27,4 +28,6 @@ rope_write = _backend(ROPE_WRITE, invariant=False)
 copy_blocks = _backend(COPY_BLOCKS, invariant=True)
 linear = _backend(LINEAR, invariant=False)
 """Not invariant, for the same reason."""
+quantized_linear = _backend(QUANTIZED_LINEAR, invariant=False)
+"""Not invariant, for the same reason; and it decodes the whole weight at every call."""
 gumbel_argmax = _backend(GUMBEL_ARGMAX, invariant=True)

@@ -96,7 +96,7 @@ def test_the_preprocessor_knows_what_the_library_will_say(dtype):
     kind = DTYPES[dtype]
     compiler, isa = native.find_compiler(), native.host_isa()
     assert native.expected_atom(compiler, isa, dtype) == kernels.linear.atom_of(kind)
-    expected, real = leaves.packing(CPU, kind, leaves.expected_tiles), leaves.packing(CPU, kind)
+    expected, real = leaves.packing(CPU, kind, tiles=leaves.expected_tiles), leaves.packing(CPU, kind)
     assert (expected.kind, expected.atom) == (real.kind, real.atom)
     names = [[line[:3] for line in kernels.describe(o)] for o in (kernels.expected(CPU, kind), kernels.ops(CPU, kind))]
     assert names[0] == names[1]

@@ -32,6 +32,7 @@ from fnengine.kernels import (
     reference,
 )
 from fnengine.kernels.rope import ROPE_WRITE
+from tests import test_quantized
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -533,7 +534,9 @@ def test_a_token_is_rotated_and_written_the_same_in_any_company(dtype: torch.dty
 
 def test_ops_report_what_was_chosen():
     o = ops("cpu", torch.bfloat16)
-    assert [line[0] for line in describe(o)] == [name for name in BACKENDS if name != "linear"]
+    assert [line[0] for line in describe(o)] == [
+        name for name in BACKENDS if name not in ("linear", "quantized_linear")
+    ]
     assert o.invariant == all(line[2] for line in describe(o))
     plain = ops("cpu", torch.bfloat16, only="reference")
     assert {line[1] for line in describe(plain)} == {"reference"} and not plain.invariant
@@ -626,6 +629,9 @@ def test_builds_for_lesser_processors_are_right_too(compiler, isa, monkeypatch):
         test_backend_equals_reference_in_float32(cpu.paged_attention, dtype)
         test_backend_equals_reference_in_float32(cpu.linear, dtype)
         rows_of_a_product_are_their_own(cpu.linear, dtype)
+        test_backend_equals_reference_in_float32(cpu.quantized_linear, dtype)
+        test_quantized.rows_are_their_own(dtype)
+        test_quantized.test_the_library_makes_the_same_codes(70, 300, dtype, 4)
     test_tokens_equal_the_numpy_definition(cpu.gumbel_argmax, 1000, 0.01)
     test_tokens_equal_the_numpy_definition(cpu.gumbel_argmax, 50_001, 3.0)
 

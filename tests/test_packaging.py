@@ -147,3 +147,10 @@ def test_packages_are_found(how, where, plain, editable, copy, tmp_path):
     base = copy if where == "root" or how == "editable" else plain / "fnengine"
     assert Path(found["fnengine.kernels"]) == base / "kernels" / "__init__.py"
     assert Path(found["fnengine.graphs"]) == base / "graphs" / "__init__.py"
+
+
+@pytest.mark.parametrize("first", ["import fnengine.cli.start", "from fnengine import LLM", "import fnengine.load"])
+def test_load_is_a_function_whatever_was_imported_before(first: str):
+    """The module of the same name must not hide it."""
+    code = f"{first}\nimport fnengine as fn\nassert callable(fn.load), fn.load"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

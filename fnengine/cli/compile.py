@@ -66,5 +66,6 @@ def asked(options: Options) -> dict[str, Any]:
     return {
         "dtype": options.model.dtype,
         "device": options.model.device,
+        "quantization": options.model.quantization,
         "enforce_eager": options.engine.enforce_eager,
     }

@@ -80,6 +80,16 @@ def read_threads(text: str) -> int:
     return n
 
 
+def read_quantization(text: str) -> str:
+    """none, int8 or int4: how weights are rounded when they are read."""
+    if text not in ("none", "int8", "int4"):
+        raise ValueError(
+            f"{text!r} is not implemented: weights of any unquantized checkpoint are rounded as they are read, "
+            "and none are read in a quantized form; write none, int8 or int4"
+        )
+    return text
+
+
 def read_words(text: str) -> list[str]:
     """A JSON list of strings (vLLM's form), or one word as it stands."""
     if not text.startswith("["):
@@ -111,6 +121,14 @@ def _flags() -> tuple[Flag, ...]:
             model,
             str,
             ("auto", "safetensors", "dummy"),
+        ),
+        Flag(
+            ("--quantization", "-q"),
+            "model.quantization",
+            "round weights to so many bits as they are read (CPU): half or a quarter of the memory and of its traffic",
+            model,
+            read_quantization,
+            ("none", "int8", "int4"),
         ),
         Flag(("--revision",), "model.revision", "branch, tag or commit of the repository", model, str),
         Flag(("--download-dir",), "model.download_dir", "where downloads are kept", model, str, metavar="DIR"),

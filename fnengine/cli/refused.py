@@ -23,7 +23,6 @@ REFUSED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "--tensor-parallel-size": ("one device computes each step", _LATER, ("1",)),
     "--pipeline-parallel-size": ("one device computes each step", _LATER, ("1",)),
     "--data-parallel-size": ("one engine runs in a process", "start several and balance in front", ("1",)),
-    "--quantization": ("weights are used as they are", _LATER, ("none",)),
     "--trust-remote-code": ("code from a model's repository is never run", "use a model of a supported family", ()),
     "--compilation-config": ("compilation has one policy", "--enforce-eager turns it off", ()),
     "--optimization-level": ("compilation has one policy", "--enforce-eager turns it off", ()),
@@ -68,7 +67,6 @@ SHORT = {
     "-tp": "--tensor-parallel-size",
     "-pp": "--pipeline-parallel-size",
     "-dp": "--data-parallel-size",
-    "-q": "--quantization",
     "-cc": "--compilation-config",
     "-O": "--optimization-level",
 }

@@ -32,6 +32,7 @@ def load_model(options: ModelOptions) -> Model:
         dtype=options.dtype,
         device=options.device,
         load_format=options.load_format,
+        quantization=options.quantization,
         revision=options.revision,
         cache_dir=options.download_dir,
         progress=sys.stderr.isatty(),
