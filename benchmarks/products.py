@@ -15,17 +15,18 @@ import time
 
 import torch
 
+from fnengine import leaves
 from fnengine.kernels import cpu
 
 SHAPES = ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072))
 
 
 def weights(kind: str, layers: int, dtype: torch.dtype) -> list[list[tuple[torch.Tensor, ...]]]:
-    """The tensors of each product of each layer, by kind: as in the checkpoint's dtype, int8 or int4."""
+    """The tensors of each product of each layer: as in the checkpoint's dtype, or rounded as in `leaves.QUANTIZED`."""
     made = []
     for _ in range(layers):
         dense = [torch.randn(shape, dtype=torch.float32).to(dtype) * 0.02 for shape in SHAPES]
-        made.append([(cpu.tile(w),) if kind == "whole" else cpu.quantize(w, int(kind[3:])) for w in dense])
+        made.append([(cpu.tile(w),) if kind == "whole" else cpu.quantize(w, leaves.QUANTIZED[kind]) for w in dense])
     return made
 
 
@@ -38,7 +39,7 @@ def step(kind: str, layers: list[list[tuple[torch.Tensor, ...]]], inputs: list[t
             if kind == "whole":
                 cpu.linear.fn(x, leaf[0], None, n)
             else:
-                cpu.quantized_linear.fn(x, *leaf, None, n)
+                cpu.quantized_linear.fn(x, *leaf, None, n, kind.endswith("dynamic"))
             best[i] = min(best[i], time.perf_counter() - began)
     return best
 
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--rows", default="1,4,8,12,32,128")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--kinds", default="whole,int8,int4")
+    parser.add_argument("--kinds", default=",".join(("whole", *leaves.QUANTIZED)))
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
     dtype = torch.bfloat16

@@ -1,6 +1,6 @@
-"""What rounding weights costs in quality: whole weights beside int8 and int4, on text the models were not trained on.
+"""What rounding weights costs in quality: whole weights beside each kind of rounding, on text the models were not trained on.
 
-    python -m benchmarks.quality [--model demo] [--kinds none,int8,int4] [--stories 100] [--prompts 32] [--json FILE]
+    python -m benchmarks.quality [--model demo] [--kinds none,int8,int4,int8-dynamic,int4-dynamic] [--stories 100] [--prompts 32] [--json FILE]
 
 - *Perplexity* a token, over held-out stories of the corpus that made the bundled model (`examples/demo_model`), each
   from its second token to its end token.
@@ -175,7 +175,7 @@ def on_random(kinds: list[str], layers: int) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--kinds", default="none,int8,int4")
+    parser.add_argument("--kinds", default=",".join(("none", *leaves.QUANTIZED)))
     parser.add_argument("--stories", type=int, default=100)
     parser.add_argument("--questions", type=int, default=120)
     parser.add_argument("--prompts", type=int, default=32)

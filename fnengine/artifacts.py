@@ -99,7 +99,7 @@ def needs(
         compiler, tiles, choose = None, leaves.tiles, kernels.ops
     kind, _ = checkpoint.pick_dtype(spec, dtype, on, tiles)
     ops = choose(on, kind)
-    libraries = _libraries(kind, compiler) if kernels.cpu.unfit(on, kind) is None else ()
+    libraries = _libraries(kind, compiler, quantization != "none") if kernels.cpu.unfit(on, kind) is None else ()
     eager = ops.paged_attention.reason if ops.paged_attention.backend.name == "reference" else None
     if enforce_eager:
         eager = "--enforce-eager"
@@ -111,7 +111,7 @@ def needs(
     return Needs(spec, kind, on, quantization, libraries, tuple(layers), eager, unable)
 
 
-def _libraries(dtype: torch.dtype, compiler: str | None) -> tuple[Library, ...]:
+def _libraries(dtype: torch.dtype, compiler: str | None, quantized: bool) -> tuple[Library, ...]:
     isa, folder = native.host_isa(), native.folder()
 
     def library(part: str) -> Library:
@@ -120,7 +120,7 @@ def _libraries(dtype: torch.dtype, compiler: str | None) -> tuple[Library, ...]:
             return Library(part, keys.kept(folder, f"{kept.stem}.json")[kept.stem], kept)
         return Library(part, native.key(compiler, isa), native.target(compiler, folder, isa, part))
 
-    return tuple(library(part) for part in kernels.cpu.parts(dtype))
+    return tuple(library(part) for part in kernels.cpu.parts(dtype, quantized))
 
 
 def statuses(needs: Needs) -> list[Status]:

@@ -76,7 +76,7 @@ class Quantized:
     """The same product with a weight of 8 or 4 bits (`kernels/quantized.py`), rounded when it was placed."""
 
     codes: Tensor
-    """int8 [ceil(N / 32), ceil(K / 8) * 4, 32, 2] or uint8 [ceil(N / 32), ceil(K / 8), 32, 4]"""
+    """uint8 [ceil(N / 32), ceil(K / 8), 2, 32, 4] for 8 bits or [ceil(N / 32), ceil(K / 8), 32, 4] for 4"""
     scales: Tensor
     """[ceil(N / 32), groups of channels, 32] bfloat16"""
     bias: Tensor | None
@@ -85,6 +85,8 @@ class Quantized:
     """(N, K)"""
     dtype: torch.dtype = static()
     """Of rows that are looked up: the model's."""
+    dynamic: bool = static()
+    """Rows of x are rounded to 8 bits, too."""
 
 
 Leaf = Dense | Packed | Tiled | Quantized
@@ -111,21 +113,27 @@ torch.library.register_fake(
 )
 
 
-def matmul(leaf: Leaf, x_TK: Tensor) -> Tensor:
-    """y_TN = x_TK weight^T + bias, where a row of y depends on that row of x alone, bit for bit (on CPU)."""
+def matmul(leaf: Leaf, x_TK: Tensor, wide: bool = False) -> Tensor:
+    """y_TN = x_TK weight^T + bias, where a row of y depends on that row of x alone, bit for bit (on CPU).
+
+    With `wide` y is float32: the sums as they are where our own kernel makes them, else what it was rounded to.
+    """
     match leaf:
         case Tiled(tiles, bias, shape):
-            return kernels.cpu.linear.fn(x_TK, tiles, bias, shape[0])
-        case Quantized(codes, scales, bias, shape):
-            return _quantized_linear(x_TK.device, x_TK.dtype)(x_TK, codes, scales, bias, shape[0])
+            return kernels.cpu.linear.fn(x_TK, tiles, bias, shape[0], wide)
+        case Quantized(codes, scales, bias, shape, _, dynamic):
+            product = _quantized_linear(x_TK.device, x_TK.dtype)
+            return product(x_TK, codes, scales, bias, shape[0], dynamic, wide)
         case Packed(handle, bias, weight):
-            return torch.ops.fnengine.packed_linear(x_TK, handle, bias, weight.shape[0])
+            y = torch.ops.fnengine.packed_linear(x_TK, handle, bias, weight.shape[0])
+            return y.float() if wide else y
         case Dense(weight, bias):
             T = x_TK.shape[0]
             if x_TK.device.type != "cpu" or (isinstance(T, int) and T >= DENSE_ROWS):
-                return F.linear(x_TK, weight, bias)
-            # While tracing, T is a symbol and must not be branched on: pad by max(16 - T, 0), whatever T will be.
-            return F.linear(_pad_rows(x_TK, DENSE_ROWS), weight, bias)[:T]
+                y = F.linear(x_TK, weight, bias)
+            else:  # while tracing, T is a symbol and must not be branched on: pad by max(16 - T, 0), whatever T will be
+                y = F.linear(_pad_rows(x_TK, DENSE_ROWS), weight, bias)[:T]
+            return y.float() if wide else y
     raise AssertionError(f"not a leaf: {type(leaf).__name__}")
 
 
@@ -171,20 +179,18 @@ def tile_leaf(leaf: Dense, atom: int) -> Tiled:
     )
 
 
-def quantize_leaf(leaf: Dense, bits: int) -> Quantized:
-    """The form of 8 or 4 bits of a dense leaf on CPU."""
+def quantize_leaf(leaf: Dense, bits: int, dynamic: bool) -> Quantized:
+    """The form of 8 or 4 bits of a dense leaf on CPU; `dynamic`: it will be multiplied by rows of 8 bits."""
     N, K = leaf.weight.shape
     dtype = leaf.weight.dtype
     if leaf.weight.is_meta:  # shapes are all there is
         codes, scales = quantized.shapes(N, K, bits)
         w = leaf.weight
-        code = torch.int8 if bits == 8 else torch.uint8
-        return Quantized(
-            w.new_empty(codes, dtype=code), w.new_empty(scales, dtype=torch.bfloat16), leaf.bias, (N, K), dtype
-        )
+        empty = w.new_empty(codes, dtype=torch.uint8), w.new_empty(scales, dtype=torch.bfloat16)
+        return Quantized(*empty, leaf.bias, (N, K), dtype, dynamic)
     missing = kernels.cpu.quantized_linear.supports(leaf.weight.device, dtype)
     codes, scales = (quantized.quantize if missing else kernels.cpu.quantize)(leaf.weight, bits)
-    return Quantized(codes, scales, leaf.bias, (N, K), dtype)
+    return Quantized(codes, scales, leaf.bias, (N, K), dtype, dynamic)
 
 
 @cache
@@ -197,7 +203,7 @@ class Packing:
     """How weights will be stored on a device, and why."""
 
     kind: str
-    """`tiled`, `packed`, `dense`, `int8` or `int4`"""
+    """`tiled`, `packed`, `dense`, or one of `QUANTIZED`"""
     reason: str
     atom: int = 1
     """Channels in an atom of a tile."""
@@ -211,7 +217,7 @@ class Packing:
     def ends(self) -> Packing:
         """How the head is stored, and an embedding that is the head as well: never in less than 8 bits, because their
         errors reach the logits and the residual stream whole (docs/performance.md)."""
-        return replace(self, kind="int8") if self.kind == "int4" else self
+        return replace(self, kind=self.kind.replace("int4", "int8"))
 
     def place(self, leaf: Dense) -> Leaf:
         """The leaf in its final form; the dense one may be freed afterwards. On the meta device only its shapes."""
@@ -220,8 +226,8 @@ class Packing:
                 return tile_leaf(leaf, self.atom)
             case "packed":
                 return pack_leaf(leaf)
-            case "int8" | "int4":
-                return quantize_leaf(leaf, QUANTIZED[self.kind])
+            case kind if kind in QUANTIZED:
+                return quantize_leaf(leaf, QUANTIZED[kind], kind.endswith("dynamic"))
         return leaf
 
     def nbytes(self, N: int, K: int, dtype: torch.dtype) -> int:
@@ -235,8 +241,8 @@ class Packing:
 
 LAYOUTS = ("tiled", "packed", "dense")
 """Kinds of layout on CPU that hold a weight as it is, fastest first."""
-QUANTIZED = {"int8": 8, "int4": 4}
-"""Kinds that hold it rounded -> bits."""
+QUANTIZED = {"int8": 8, "int4": 4, "int8-dynamic": 8, "int4-dynamic": 4}
+"""Kinds that hold it rounded -> bits; a dynamic one rounds the rows that it is multiplied by to 8 bits as well."""
 
 
 Tiles = Callable[[torch.device, torch.dtype], Packing | str]
@@ -288,7 +294,7 @@ def quantizing(device: torch.device, dtype: torch.dtype, kind: str, tiles: Tiles
     """
     if kind not in QUANTIZED:
         raise ConfigError(
-            f"{kind!r} is not implemented", where="--quantization", remedy=f"none, {' or '.join(QUANTIZED)}"
+            f"{kind!r} is not implemented", where="--quantization", remedy=f"one of none, {', '.join(QUANTIZED)}"
         )
     if device.type != "cpu":
         raise ConfigError(
@@ -296,12 +302,13 @@ def quantizing(device: torch.device, dtype: torch.dtype, kind: str, tiles: Tiles
             where="--quantization",
             remedy="leave it out, or use --device cpu",
         )
-    native = tiles(device, dtype)  # one library has the products of tiles and of rounded weights
+    native = tiles(device, dtype)  # what builds one product builds the other
     how = (
         f"by plain torch, decoded at every call: slow ({native})" if isinstance(native, str) else "by a native product"
     )
-    head = ", head in 8 bits" if kind == "int4" else ""
-    return Packing(kind, f"rounded from {str(dtype)[6:]}{head}, multiplied {how}")
+    head = ", head in 8 bits" if QUANTIZED[kind] == 4 else ""
+    rows = ", rows to 8 bits" if kind.endswith("dynamic") else ""
+    return Packing(kind, f"rounded from {str(dtype)[6:]}{head}{rows}, multiplied {how}")
 
 
 def packing(device: torch.device, dtype: torch.dtype, quantization: str = "none", tiles: Tiles = tiles) -> Packing:

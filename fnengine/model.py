@@ -90,7 +90,8 @@ def load(
         device: auto (cuda where torch finds one, else cpu), cpu, cuda or cuda:N.
         load_format: auto or safetensors read the weights; dummy draws random ones from `seed` and needs only a
             config.json.
-        quantization: none, or int8 or int4: weights are rounded to so many bits as they are read (CPU only).
+        quantization: none, int8 or int4: weights are rounded to so many bits as they are read (CPU only); with
+            int8-dynamic and int4-dynamic the rows they are multiplied by are rounded to 8 bits as well.
         progress: called with (bytes done, bytes in all) while weights are read.
 
     Raises:
@@ -101,7 +102,7 @@ def load(
     device = checkpoint.pick_device(device)
     spec = checkpoint.read_spec(folder)
     torch_dtype, why = checkpoint.pick_dtype(spec, dtype, device)
-    if kernels.start(device, torch_dtype):  # built while the weights are read
+    if kernels.start(device, torch_dtype, quantization != "none"):  # built while the weights are read
         compile.start_in_background()  # a first start on this machine will compile layers, too
     params, notes = checkpoint.fill(
         folder, spec, torch_dtype, device, load_format, quantization=quantization, seed=seed, progress=progress
@@ -153,4 +154,4 @@ def one_by_one(run_layer: RunLayer = layer) -> RunLayers:
 def head_logits(spec: ModelSpec, params: dict[str, Any], hidden_nD: Tensor) -> Tensor:
     """logits_nV in float32 of any selection of hidden rows; a row's bits do not depend on the others."""
     head = params["embed"] if params["head"] is None else params["head"]
-    return matmul(head, rms_norm(hidden_nD, params["norm"], spec.eps)).float()
+    return matmul(head, rms_norm(hidden_nD, params["norm"], spec.eps), wide=True)

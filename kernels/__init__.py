@@ -73,11 +73,12 @@ def describe(chosen: Ops) -> list[tuple[str, str, bool, str]]:
     return [(name, c.backend.name, c.backend.invariant, c.reason) for name, c in pairs]
 
 
-def start(device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Begins in the background what `ops` would wait for: the native build. Whether it will take seconds."""
+def start(device: torch.device | str, dtype: torch.dtype, quantized: bool = False) -> bool:
+    """Begins in the background what `ops` and products of `quantized` weights would wait for: the native build. Whether
+    it will take seconds."""
     if torch.device(device).type != "cpu" or dtype not in cpu.ELEMENT:
         return False
-    parts = cpu.parts(dtype)
+    parts = cpu.parts(dtype, quantized)
     building = not all(map(native.built, parts))
     for part in parts:
         threading.Thread(target=native.load, args=(part,), name=f"native build, {part}", daemon=True).start()

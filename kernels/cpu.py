@@ -29,13 +29,18 @@ ELEMENT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: 
 """dtype -> the library that serves it."""
 
 
-def parts(dtype: torch.dtype) -> tuple[str, str]:
+def parts(dtype: torch.dtype, quantized: bool = False) -> tuple[str, ...]:
     """The native libraries that a process with this dtype loads."""
-    return ELEMENT[dtype], native.COMMON
+    element = ELEMENT[dtype]
+    return (element, native.COMMON, *([native.QUANTIZED[element]] if quantized else []))
 
 
 def _library(dtype: torch.dtype | None = None) -> ctypes.CDLL:
-    library = native.load(native.COMMON if dtype is None else ELEMENT[dtype]).library
+    return _part(native.COMMON if dtype is None else ELEMENT[dtype])
+
+
+def _part(name: str) -> ctypes.CDLL:
+    library = native.load(name).library
     assert library is not None, "the cpu backend was called without having been chosen"
     return library
 
@@ -175,7 +180,7 @@ def _gumbel_argmax(logits: Tensor, temperature: Tensor, seed: Tensor, position: 
     return token
 
 
-def _linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int) -> Tensor:
+def _linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, wide: bool = False) -> Tensor:
     P, atoms, _, atom = tiles.shape
     T, K = x.shape
     assert x.dtype == tiles.dtype and tiles.is_contiguous() and atoms == -(-K // atom) and -(-n // PANEL) == P
@@ -183,7 +188,7 @@ def _linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int) -> Tensor:
         x = F.pad(x, (0, -K % atom))
     elif x.stride(1) != 1 or x.stride(0) % atom:
         x = x.contiguous()
-    y = empty((T, n), x.dtype)
+    y = empty((T, n), torch.float32 if wide else x.dtype)
     invoke(
         _library(x.dtype).fn_linear,
         x.data_ptr(),
@@ -195,6 +200,7 @@ def _linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int) -> Tensor:
         atoms * atom,
         x.stride(0),
         n,
+        int(wide),
         torch.get_num_threads(),
     )
     return y
@@ -212,15 +218,17 @@ def tile(weight: Tensor) -> Tensor:
     return out
 
 
-def _quantized_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, n: int) -> Tensor:
+def _quantized_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, n: int, dynamic: bool = False, wide: bool = False
+) -> Tensor:
     T, K = x.shape
     bits = bits_of(codes)
     assert codes.is_contiguous() and scales.is_contiguous() and scales.dtype == torch.bfloat16
     assert (codes.shape, scales.shape) == shapes(n, K, bits), (codes.shape, scales.shape, n, K)
     x = x if x.stride(1) == 1 or K == 1 else x.contiguous()
-    y = empty((T, n), x.dtype)
+    y = empty((T, n), torch.float32 if wide else x.dtype)
     invoke(
-        _library(x.dtype).fn_quantized_linear,
+        _part(native.QUANTIZED[ELEMENT[x.dtype]]).fn_quantized_linear,
         x.data_ptr(),
         codes.data_ptr(),
         scales.data_ptr(),
@@ -232,6 +240,8 @@ def _quantized_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | N
         x.stride(0),
         n,
         bits,
+        int(dynamic),
+        int(wide),
         torch.get_num_threads(),
     )
     return y
@@ -242,9 +252,9 @@ def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     N, K = weight.shape
     weight = weight if weight.stride(1) == 1 or K == 1 else weight.contiguous()
     code_shape, scale_shape = shapes(N, K, bits)
-    codes = torch.empty(code_shape, dtype=torch.int8 if bits == 8 else torch.uint8)
+    codes = torch.empty(code_shape, dtype=torch.uint8)
     scales = torch.empty(scale_shape, dtype=torch.bfloat16)
-    _library(weight.dtype).fn_quantize(
+    _part(native.QUANTIZED[ELEMENT[weight.dtype]]).fn_quantize(
         weight.data_ptr(),
         codes.data_ptr(),
         scales.data_ptr(),
@@ -274,6 +284,10 @@ def _of_none(device: torch.device, dtype: torch.dtype) -> str | None:
     return unfit(device, dtype) or _missing(native.COMMON)
 
 
+def _of_quantized(device: torch.device, dtype: torch.dtype) -> str | None:
+    return unfit(device, dtype) or _missing(native.QUANTIZED[ELEMENT[dtype]])
+
+
 def _missing(part: str) -> str | None:
     found = native.load(part)
     return None if found.library is not None else found.reason
@@ -288,7 +302,7 @@ def _backend(op: Contract, fn: Callable[..., Any], supports: Callable[..., str |
 
 paged_attention = _backend(PAGED_ATTENTION, _paged_attention, _of_element)
 linear = _backend(LINEAR, _linear, _of_element)
-quantized_linear = _backend(QUANTIZED_LINEAR, _quantized_linear, _of_element)
+quantized_linear = _backend(QUANTIZED_LINEAR, _quantized_linear, _of_quantized)
 rope_write = _backend(ROPE_WRITE, _rope_write, _of_element)
 copy_blocks = _backend(COPY_BLOCKS, _copy_blocks, _of_none)
 gumbel_argmax = _backend(GUMBEL_ARGMAX, _gumbel_argmax, _of_none)

@@ -20,8 +20,9 @@ SCHEMAS = {
     "rope_write": "(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin, Tensor(a!) k_pool, "
     "Tensor(b!) v_pool, Tensor slot, float eps) -> Tensor",
     "copy_blocks": "(Tensor(a!)[] pools, Tensor pairs) -> ()",
-    "linear": "(Tensor x, Tensor tiles, Tensor? bias, int n) -> Tensor",
-    "quantized_linear": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int n) -> Tensor",
+    "linear": "(Tensor x, Tensor tiles, Tensor? bias, int n, bool wide=False) -> Tensor",
+    "quantized_linear": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int n, bool dynamic=False, "
+    "bool wide=False) -> Tensor",
     "gumbel_argmax": "(Tensor logits, Tensor temperature, Tensor seed, Tensor position, int stream) -> Tensor",
 }
 """op -> its signature with what it mutates; the same for every backend of the op."""
@@ -42,12 +43,20 @@ def _shape_of_queries(
     return torch.empty((qkv.shape[0], qkv.shape[1] // C - 2 * K, C), dtype=qkv.dtype, device=qkv.device)
 
 
-def _shape_of_linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    return torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+def _shape_of_linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, wide: bool = False) -> Tensor:
+    return torch.empty((x.shape[0], n), dtype=torch.float32 if wide else x.dtype, device=x.device)
 
 
-def _shape_of_quantized(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    return torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+def _shape_of_quantized(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    n: int,
+    dynamic: bool = False,
+    wide: bool = False,
+) -> Tensor:
+    return torch.empty((x.shape[0], n), dtype=torch.float32 if wide else x.dtype, device=x.device)
 
 
 def _nothing(*_: Any) -> None:

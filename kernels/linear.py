@@ -33,14 +33,24 @@ def untile(tiles: Tensor, n: int, k: int) -> Tensor:
     return tiles.permute(0, 2, 1, 3).reshape(P * PANEL, K * atom)[:n, :k]
 
 
-def linear(x_TK: Tensor, tiles: Tensor, bias_N: Tensor | None, n: int) -> Tensor:
+def linear(x_TK: Tensor, tiles: Tensor, bias_N: Tensor | None, n: int, wide: bool = False) -> Tensor:
     """See `LINEAR.doc`."""
-    return F.linear(x_TK, untile(tiles, n, x_TK.shape[1]), bias_N)
+    weight = untile(tiles, n, x_TK.shape[1])
+    if wide:
+        return F.linear(x_TK.float(), weight.float(), None if bias_N is None else bias_N.float())
+    return F.linear(x_TK, weight, bias_N)
 
 
 def _examples(dtype: torch.dtype, seed: int) -> Iterator[dict[str, Any]]:
     g = torch.Generator().manual_seed(seed)
-    for T, N, K, bias in ((1, 1, 1, True), (3, 33, 7, False), (5, 32, 64, True), (13, 70, 96, True), (0, 40, 8, False)):
+    for T, N, K, bias, wide in (
+        (1, 1, 1, True, False),
+        (3, 33, 7, False, True),
+        (5, 32, 64, True, False),
+        (13, 70, 96, True, True),
+        (14, 70, 96, True, False),
+        (0, 40, 8, False, True),
+    ):
         fused = torch.randn(T, K + 3, generator=g).to(dtype)
         weight = torch.randn(N, K, generator=g).to(dtype) / K**0.5
         yield {
@@ -48,6 +58,7 @@ def _examples(dtype: torch.dtype, seed: int) -> Iterator[dict[str, Any]]:
             "tiles": tile(weight, atom_of(dtype)),
             "bias_N": torch.randn(N, generator=g).to(dtype) if bias else None,
             "n": N,
+            "wide": wide,
         }
 
 
@@ -61,10 +72,10 @@ def atom_of(dtype: torch.dtype) -> int:
 
 LINEAR = Contract(
     name="linear",
-    doc="""(x_TK, tiles [ceil(n / 32), ceil(K / a), 32, a], bias_N or None, n int) -> y_Tn = x weight^T + bias.
+    doc="""(x_TK, tiles [ceil(n / 32), ceil(K / a), 32, a], bias_N or None, n int, wide) -> y_Tn = x weight^T + bias.
 
     `tiles` is the weight [n, K] as `linear.tile` lays it out, with the `a` that the machine's kernel wants
-    (`linear.atom_of`). Sums are float32, rounded once.""",
+    (`linear.atom_of`). Sums are float32, rounded once, or with `wide` left as they are.""",
     reference=linear,
     mutates=(),
     examples=_examples,

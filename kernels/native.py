@@ -32,9 +32,12 @@ FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "
 COMMON = "common"
 ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2}
 """Type of element -> its number in the sources."""
+QUANTIZED = {element: f"quantized-{element}" for element in ELEMENTS}
+"""Type of element -> the library of its products with rounded weights, which few processes need."""
 SOURCES = {
     COMMON: ("noise.cpp", "pool.cpp", "program.cpp"),
-    **dict.fromkeys(ELEMENTS, ("attention.cpp", "linear.cpp", "quantized.cpp", "rope.cpp")),
+    **dict.fromkeys(ELEMENTS, ("attention.cpp", "linear.cpp", "rope.cpp")),
+    **dict.fromkeys(QUANTIZED.values(), ("quantized.cpp",)),
 }
 """Library -> what it is made of, besides `threads.cpp`."""
 REMEDY = "install g++ or clang++ (Debian, Ubuntu: apt install g++)"
@@ -142,7 +145,7 @@ def build(compiler: str, folder: Path, isa: tuple[str, ...], part: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             objects, jobs = [], []
-            element = [f"-DFN_ELEMENT={ELEMENTS[part]}"] if part in ELEMENTS else []
+            element = [f"-DFN_ELEMENT={n}" for name, n in ELEMENTS.items() if part in (name, QUANTIZED[name])]
             for file in (SOURCE / name for name in (*SOURCES[part], "threads.cpp")):  # one process a file
                 objects.append(str(Path(work) / f"{file.stem}.o"))
                 command = [
@@ -190,18 +193,24 @@ _ANY = {"fn_instructions": (ctypes.c_char_p, []), "fn_use_threads": (None, [P])}
 _ELEMENT = {
     "fn_paged_attention": (I, [P] * 8 + [N] * 11 + [I]),
     "fn_rope_write": (I, [P] * 9 + [N] * 8 + [I]),
-    "fn_linear": (None, [P] * 4 + [N] * 5 + [I]),
+    "fn_linear": (None, [P] * 4 + [N] * 6 + [I]),
     "fn_tile": (None, [P] * 2 + [N] * 3 + [I]),
-    "fn_quantized_linear": (None, [P] * 5 + [N] * 6 + [I]),
-    "fn_quantize": (None, [P] * 3 + [N] * 4 + [I]),
     "fn_atom": (I, []),
+}
+_QUANTIZED = {
+    "fn_quantized_linear": (None, [P] * 5 + [N] * 8 + [I]),
+    "fn_quantize": (None, [P] * 3 + [N] * 4 + [I]),
 }
 _COMMON = {
     "fn_run_program": (N, [P, N, P, N, P]),
     "fn_copy_blocks": (I, [P, P, N, P, N, N, I]),
     "fn_gumbel_argmax": (None, [P] * 5 + [N] * 4 + [I]),
 }
-SIGNATURES = {part: {**_ANY, **(_COMMON if part == COMMON else _ELEMENT)} for part in SOURCES}
+SIGNATURES = {
+    COMMON: {**_ANY, **_COMMON},
+    **dict.fromkeys(ELEMENTS, {**_ANY, **_ELEMENT}),
+    **dict.fromkeys(QUANTIZED.values(), {**_ANY, **_QUANTIZED}),
+}
 """Library -> C function -> (result, arguments); see `csrc/`."""
 
 

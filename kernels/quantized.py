@@ -4,7 +4,7 @@ A weight [N, K] is a tensor of codes and one of scales. Both lie in panels of 32
 N and K rounded up to multiples of 32 and 8; a code is decoded and multiplied by the scale of its row and group of
 channels.
 
-- 8 bits: int8 [N / 32, K / 2, 32, 2], the integer itself, in groups of 128 channels.
+- 8 bits: uint8 [N / 32, K / 8, 2, 32, 4], the integer + 128, in groups of 128 channels.
 - 4 bits: uint8 [N / 32, K / 8, 32, 4], in groups of 32. Channel 8k + 2j + p is in byte 2p + j / 2, in the lower half
   for an even j; what it stands for is in `CODES`, which lie closer together where weights are many.
 
@@ -35,14 +35,14 @@ wins."""
 
 
 def bits_of(codes: Tensor) -> int:
-    """8 or 4, which the dtype of codes says."""
-    return 8 if codes.dtype == torch.int8 else 4
+    """8 or 4, which the shape of codes says."""
+    return 8 if codes.dim() == 5 else 4
 
 
 def shapes(N: int, K: int, bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of codes and scales of a weight [N, K]."""
     panels, deep = -(-N // PANEL), -(-K // DEEP)
-    codes = (panels, deep * 4, PANEL, 2) if bits == 8 else (panels, deep, PANEL, 4)
+    codes = (panels, deep, 2, PANEL, 4) if bits == 8 else (panels, deep, PANEL, 4)
     return codes, (panels, -(-K // GROUP[bits]), PANEL)
 
 
@@ -71,7 +71,8 @@ def quantize(weight_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     code = (code * there).flatten(1)[:, : K + -K % DEEP]
     scales = scale.bfloat16().view(-1, PANEL, groups).transpose(1, 2).contiguous()
     if bits == 8:
-        return tile(code.to(torch.int8), 2), scales
+        biased = torch.where(there.flatten()[: code.shape[1]], code + 128, 0)  # beyond K nothing is added
+        return tile(biased.to(torch.uint8), 4).view(shapes(N, K, 8)[0]), scales
     nibbles = code.to(torch.uint8).view(-1, PANEL, code.shape[1] // DEEP, 2, 2, 2)  # panel, row, k, j / 2, j % 2, p
     packed = nibbles[..., 0, :] | nibbles[..., 1, :] << 4
     return packed.permute(0, 2, 1, 4, 3).reshape(shapes(N, K, 4)[0]).contiguous(), scales
@@ -80,7 +81,7 @@ def quantize(weight_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def dequantize(codes: Tensor, scales: Tensor, n: int, k: int) -> Tensor:
     """The weight [n, k] in float32 that codes and scales stand for."""
     if bits_of(codes) == 8:
-        value = untile(codes, n, k).float()
+        value = untile(codes.flatten(1, 2), n, k).float() - 128
     else:
         value = _values(_nibbles(codes.transpose(1, 2)).flatten(2).flatten(0, 1)[:n, :k].long())
     scale = scales.transpose(1, 2).flatten(0, 1)[:n].float()
@@ -90,16 +91,37 @@ def dequantize(codes: Tensor, scales: Tensor, n: int, k: int) -> Tensor:
 def lookup(codes: Tensor, scales: Tensor, row_T: Tensor, k: int) -> Tensor:
     """[T, k] float32: rows of the weight."""
     panel, lane = row_T // PANEL, row_T % PANEL
-    code = codes[panel, :, lane]  # [T, deep, ...]
-    value = code.flatten(1).float() if bits_of(codes) == 8 else _values(_nibbles(code).flatten(1).long())
+    if bits_of(codes) == 8:
+        value = codes[panel, :, :, lane].flatten(1).float() - 128
+    else:
+        value = _values(_nibbles(codes[panel, :, lane]).flatten(1).long())
     scale = scales[panel, :, lane].float().repeat_interleave(GROUP[bits_of(codes)], 1)
     return value[:, :k] * scale[:, :k]
 
 
-def quantized_linear(x_TK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, n: int) -> Tensor:
+def round_rows(x_TK: Tensor, bits: int, group: int) -> Tensor:
+    """float32: each group of channels of a row rounded to integers of so many bits against its largest value."""
+    T, K = x_TK.shape
+    most = 2 ** (bits - 1) - 1
+    grouped = F.pad(x_TK.float(), (0, -K % group)).view(T, -(-K // group), group)
+    largest = grouped.abs().amax(2, keepdim=True).clamp(min=2.0**-100)
+    return ((grouped * (most / largest)).round() * (largest / most)).flatten(1)[:, :K]
+
+
+def quantized_linear(
+    x_TK: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias_N: Tensor | None,
+    n: int,
+    dynamic: bool = False,
+    wide: bool = False,
+) -> Tensor:
     """See `QUANTIZED_LINEAR.doc`."""
     weight = dequantize(codes, scales, n, x_TK.shape[1])
-    return F.linear(x_TK.float(), weight, None if bias_N is None else bias_N.float()).to(x_TK.dtype)
+    x = round_rows(x_TK, 8, GROUP[bits_of(codes)]) if dynamic else x_TK.float()
+    y = F.linear(x, weight, None if bias_N is None else bias_N.float())
+    return y if wide else y.to(x_TK.dtype)
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -123,15 +145,21 @@ def _nibbles(codes: Tensor) -> Tensor:
 
 def _examples(dtype: torch.dtype, seed: int) -> Iterator[dict[str, Any]]:
     g = torch.Generator().manual_seed(seed)
-    for T, N, K, bias, bits in (
-        (1, 1, 1, True, 8),
-        (1, 3, 9, True, 4),
-        (3, 33, 37, False, 4),
-        (5, 32, 264, True, 8),
-        (13, 70, 300, True, 4),
-        (30, 70, 129, False, 8),
-        (0, 40, 8, False, 8),
-        (0, 40, 8, True, 4),
+    for T, N, K, bias, bits, dynamic, wide in (
+        (1, 1, 1, True, 8, False, False),
+        (1, 1, 1, True, 8, True, True),
+        (1, 3, 9, True, 4, False, True),
+        (1, 3, 9, True, 4, True, False),
+        (3, 33, 37, False, 4, False, False),
+        (2, 33, 37, False, 8, True, True),
+        (5, 32, 264, True, 8, False, True),
+        (8, 32, 264, True, 8, True, False),
+        (13, 70, 300, True, 4, False, False),
+        (13, 70, 300, True, 4, True, True),
+        (30, 70, 129, False, 8, False, True),
+        (30, 70, 129, False, 8, True, False),
+        (0, 40, 8, False, 8, True, False),
+        (0, 40, 8, True, 4, False, True),
     ):
         fused = torch.randn(T, K + 3, generator=g).to(dtype)
         codes, scales = quantize(torch.randn(N, K, generator=g) / K**0.5, bits)
@@ -141,15 +169,18 @@ def _examples(dtype: torch.dtype, seed: int) -> Iterator[dict[str, Any]]:
             "scales": scales,
             "bias_N": torch.randn(N, generator=g).to(dtype) if bias else None,
             "n": N,
+            "dynamic": dynamic,
+            "wide": wide,
         }
 
 
 QUANTIZED_LINEAR = Contract(
     name="quantized_linear",
-    doc="""(x_TK, codes, scales, bias_N or None, n int) -> y_Tn = x weight^T + bias.
+    doc="""(x_TK, codes, scales, bias_N or None, n int, dynamic, wide) -> y_Tn = x weight^T + bias.
 
     Codes and scales stand for the weight [n, K] as `quantized.quantize` lays it out. A backend may round each group of
-    a row of x to 16 bits against its largest value; sums are exact or float32, rounded once.""",
+    a row of x to 16 bits against its largest value; with `dynamic` each is rounded to 8 bits (`round_rows`). Sums are
+    exact or float32, rounded once, or with `wide` left as float32.""",
     reference=quantized_linear,
     mutates=(),
     examples=_examples,

@@ -4,6 +4,7 @@ row's result is its own), bytes planned from shapes, the model with whole weight
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from fnengine import checkpoint, cli, leaves, model, params, tree
 from fnengine.cli import refused
-from fnengine.cli.flags import read_quantization
+from fnengine.cli.flags import QUANTIZATIONS, read_quantization
 from fnengine.cli.start import load_model
 from fnengine.config import resolve
 from fnengine.errors import ConfigError
@@ -92,7 +93,8 @@ def test_the_library_makes_the_same_codes(N: int, K: int, dtype: torch.dtype, bi
 
 
 def products_agree_with_float64(dtype: torch.dtype) -> None:
-    """To the rounding of 16-bit rows and of the result."""
+    """To the rounding of 16-bit rows and of the result; with rows of 8 bits, of the rows rounded so beforehand (a value
+    half way between two integers may go either way)."""
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
     g = torch.Generator().manual_seed(1)
     for N, K in SIZES:
@@ -103,8 +105,28 @@ def products_agree_with_float64(dtype: torch.dtype) -> None:
                 x = torch.randn(T, K, generator=g).to(dtype)
                 x[:, : K // 2] *= 100  # a span's values differ much in size
                 want = x.double() @ quantized.dequantize(codes, scales, N, K).double().T + bias.double()
-                got = cpu.quantized_linear.fn(x, codes, scales, bias, N).double()
-                assert float((got - want).norm() / want.norm()) < tolerance, (N, K, bits, T)
+                got = cpu.quantized_linear.fn(x, codes, scales, bias, N)
+                assert float((got.double() - want).norm() / want.norm()) < tolerance, (N, K, bits, T)
+                wide = cpu.quantized_linear.fn(x, codes, scales, bias, N, False, True)
+                assert wide.dtype == torch.float32 and torch.equal(wide.to(dtype), got)
+                rounded = quantized.round_rows(x, 8, quantized.GROUP[bits]).double()
+                want = rounded @ quantized.dequantize(codes, scales, N, K).double().T + bias.double()
+                got = cpu.quantized_linear.fn(x, codes, scales, bias, N, True)
+                off = float((got.double() - want).norm() / want.norm())
+                assert off < max(tolerance, 2e-3), (N, K, bits, T, off)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_sums_of_the_largest_integers_do_not_overflow(bits: int):
+    """Hand-worked: weights and rows all at their largest value, of one sign; a group then holds the largest sum that
+    there can be, and integers stand for both exactly."""
+    needs_native()
+    for sign in (1.0, -1.0):
+        codes, scales = quantized.quantize(torch.full((40, 256), -127.0), bits)
+        x = torch.full((3, 256), sign * 32767.0)
+        for dynamic in (False, True):
+            y = cpu.quantized_linear.fn(x, codes, scales, None, 40, dynamic)
+            torch.testing.assert_close(y, torch.full((3, 40), -127.0 * sign * 32767.0 * 256), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -117,15 +139,16 @@ def rows_are_their_own(dtype: torch.dtype) -> None:
     """Law: a row of x gives the same bits whatever rows stand beside it and however many threads work."""
     g = torch.Generator().manual_seed(0)
     N, K = 100, 514
-    for bits in (8, 4):
+    for bits, dynamic in itertools.product((8, 4), (False, True)):
         leaf = cpu.quantize(torch.randn(N, K, generator=g).to(dtype), bits)
         x, bias = torch.randn(50, K, generator=g).to(dtype), torch.randn(N, generator=g).to(dtype)
-        alone = torch.cat([cpu.quantized_linear.fn(row, *leaf, bias, N) for row in x.split(1)])
+        alone = torch.cat([cpu.quantized_linear.fn(row, *leaf, bias, N, dynamic) for row in x.split(1)])
         for n in (1, 2, 3):
             with threads(n):
                 for T in (2, 3, 4, 5, 8, 9, 12, 13, 16, 20, 24, 25, 36, 50):
-                    assert torch.equal(cpu.quantized_linear.fn(x[:T], *leaf, bias, N), alone[:T]), (bits, T, n)
-                    assert torch.equal(cpu.quantized_linear.fn(x[-T:], *leaf, bias, N), alone[-T:]), (bits, T, n)
+                    for some, want in ((x[:T], alone[:T]), (x[-T:], alone[-T:])):
+                        got = cpu.quantized_linear.fn(some, *leaf, bias, N, dynamic)
+                        assert torch.equal(got, want), (bits, dynamic, T, n)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -134,15 +157,16 @@ def test_rows_of_a_product_are_their_own(dtype: torch.dtype):
     rows_are_their_own(dtype)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_what_is_not_finite_is_not_hidden(bits: int, value: float):
+def test_what_is_not_finite_is_not_hidden(bits: int, value: float, dynamic: bool):
     """Law: an undefined channel makes its own row undefined and no other; a row of zeros gives the bias."""
     needs_native()
     codes, scales = quantized.quantize(random_weight(40, 300), bits)
     x = torch.randn(3, 300)
     x[1, 200], x[2] = value, 0
-    y = cpu.quantized_linear.fn(x, codes, scales, torch.ones(40), 40)
+    y = cpu.quantized_linear.fn(x, codes, scales, torch.ones(40), 40, dynamic)
     rows = [r for r in range(40) if float(quantized.dequantize(codes, scales, 40, 300)[r].abs().max()) > 0]
     assert y[1, rows].isnan().all() and y[0].isfinite().all() and torch.equal(y[2], torch.ones(40))
 
@@ -186,11 +210,12 @@ def dense(path: str, leaf: Any) -> Any:
     return leaves.Dense(quantized.dequantize(leaf.codes, leaf.scales, *leaf.shape), leaf.bias)
 
 
-@pytest.mark.parametrize("kind, most", [("int8", 0.1), ("int4", 0.5)])
+@pytest.mark.parametrize("kind, most", [("int8", 0.1), ("int4", 0.5), ("int8-dynamic", 0.1), ("int4-dynamic", 0.5)])
 @pytest.mark.parametrize("name", ["qwen3", "qwen2"])
 def test_a_model_runs_with_the_logits_of_its_rounded_weights(name: str, kind: str, most: float):
-    """Logits are those of a dense model with the rounded weights, near those of whole weights (these tiny models have
-    large random ones), and equal whatever chunks the prompt came in; a greedy loop runs."""
+    """Logits are those of a dense model with the rounded weights (but for rows rounded to 8 bits), near those of whole
+    weights (these tiny models have large random ones), and equal whatever chunks the prompt came in; a greedy loop
+    runs."""
     folder = tiny_folder(name)
     loaded = model.load(folder, dtype="float32", device="cpu", quantization=kind)
     assert any(kind in note for note in loaded.notes)
@@ -199,7 +224,7 @@ def test_a_model_runs_with_the_logits_of_its_rounded_weights(name: str, kind: st
     seq, got = rt.extend(rt.empty, prompt)
     whole = Runtime(model.load(folder, dtype="float32", device="cpu"))
     same = Runtime(dataclasses.replace(loaded, params=tree.map_with_path(dense, loaded.params, stop=leaves.KINDS)))
-    for other, least, bound in ((same, 0, 1e-3), (whole, 1e-3, most)):
+    for other, least, bound in ((same, 0, 0.05 if "dynamic" in kind else 1e-3), (whole, 1e-3, most)):
         _, want = other.extend(other.empty, prompt)
         assert least <= float((got - want).norm() / want.norm()) < bound
     if cpu.quantized_linear.supports(CPU, torch.float32) is None:
@@ -213,7 +238,7 @@ def test_a_model_runs_with_the_logits_of_its_rounded_weights(name: str, kind: st
 def test_without_the_library_plain_torch_serves(monkeypatch):
     """The reference decodes at every call: the same products, and the note says that it is slow."""
     x, dense = torch.randn(3, 37), leaves.Dense(random_weight(33, 37))
-    fast = leaves.matmul(leaves.quantize_leaf(dense, 4), x)
+    fast = leaves.matmul(leaves.quantize_leaf(dense, 4, False), x)
     reason = "no C++ compiler found"
     monkeypatch.setattr(leaves.kernels.native, "load", lambda part: leaves.kernels.native.Native(None, reason))
     leaves._quantized_linear.cache_clear()
@@ -232,6 +257,10 @@ def test_other_kinds_are_refused(kind: str):
         model.load(tiny_folder("llama2"), device="cpu", quantization=kind)
     with pytest.raises(ValueError, match="int8"):
         read_quantization(kind)
+
+
+def test_the_flag_knows_every_kind():
+    assert ("none", *leaves.QUANTIZED) == QUANTIZATIONS
 
 
 def test_the_flag_reaches_the_model():

@@ -80,12 +80,16 @@ def read_threads(text: str) -> int:
     return n
 
 
+QUANTIZATIONS = ("none", "int8", "int4", "int8-dynamic", "int4-dynamic")
+"""What `leaves.QUANTIZED` knows, spelled out because flags are read before torch is imported."""
+
+
 def read_quantization(text: str) -> str:
-    """none, int8 or int4: how weights are rounded when they are read."""
-    if text not in ("none", "int8", "int4"):
+    """How weights are rounded when they are read."""
+    if text not in QUANTIZATIONS:
         raise ValueError(
             f"{text!r} is not implemented: weights of any unquantized checkpoint are rounded as they are read, "
-            "and none are read in a quantized form; write none, int8 or int4"
+            f"and none are read in a quantized form; write {', '.join(QUANTIZATIONS[:-1])} or {QUANTIZATIONS[-1]}"
         )
     return text
 
@@ -125,10 +129,11 @@ def _flags() -> tuple[Flag, ...]:
         Flag(
             ("--quantization", "-q"),
             "model.quantization",
-            "round weights to so many bits as they are read (CPU): half or a quarter of the memory and of its traffic",
+            "round weights to so many bits as they are read (CPU): half or a quarter of the memory and of its traffic; "
+            "-dynamic rounds what they are multiplied by to 8 bits, too",
             model,
             read_quantization,
-            ("none", "int8", "int4"),
+            QUANTIZATIONS,
         ),
         Flag(("--revision",), "model.revision", "branch, tag or commit of the repository", model, str),
         Flag(("--download-dir",), "model.download_dir", "where downloads are kept", model, str, metavar="DIR"),

@@ -7,24 +7,20 @@
 //
 // With AVX512-BF16 two channels of bfloat16 make one "atom" of 32 bits, which one instruction multiplies and adds
 // (see tiles.h); other types are widened to float as they are read.
-#include <cstdlib>
 #include <type_traits>
 
-#include "parallel.h"
+#include "product.h"
 #include "tiles.h"
 
 namespace fn {
 namespace {
 
-constexpr int PANEL = 32;
-constexpr int NV = 2;  // vectors of columns done together
 constexpr int MR = W == 4 ? 9 : W == 8 ? 6 : 12;  // rows done together: with NV vectors each, their sums fill the registers
-constexpr int AHEAD = 4096;  // bytes of the weight asked for before they are needed
 
 struct Product {
-    const void *x, *weight, *bias;
-    void* y;
-    int64_t M, N, K, x_stride, y_stride;
+    const void *x, *weight;
+    int64_t M, K, x_stride;
+    Result out;
 };
 
 template <class T, bool PAIR>
@@ -59,75 +55,39 @@ FN_INLINE void tile(const uint32_t* const (&x)[R], const T* w, int64_t atoms, vf
     }
 }
 
-template <class T>
-FN_INLINE void put(T* y, vf v, const T* bias, int64_t columns) {
-    if (columns >= W) {
-        store_float(y, bias ? v + load_float(bias) : v);
-    } else if (columns > 0) {
-        T part[W];
-        store_float(part, bias ? v + load_float_part(bias, int(columns)) : v);
-        memcpy(y, part, sizeof(T) * columns);
-    }
-}
-
 // `count` <= R rows from row m on; a row beyond them is the last one once more, computed and left.
 template <class T, bool PAIR, int R>
-void rows(int count, const uint32_t* x, int64_t lda, const T* w, int64_t atoms, const Product& p, int64_t m, int64_t n,
+void rows(int count, const uint32_t* x, int64_t lda, const T* w, int64_t atoms, const Result& out, int64_t m, int64_t n,
           int ahead) {
     const uint32_t* at[R];
     for (int i = 0; i < R; i++) at[i] = x + (m + (i < count ? i : count - 1)) * lda;
     vf sum[R][NV];
     tile<T, PAIR, R>(at, w, atoms, sum, ahead);
-    const T* bias = static_cast<const T*>(p.bias);
-#pragma GCC unroll 16
-    for (int i = 0; i < R; i++) {
-        if (i >= count) break;
-        T* y = static_cast<T*>(p.y) + (m + i) * p.y_stride;
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) {
-            const int64_t c = n + v * W;
-            put(y + c, sum[i][v], bias ? bias + c : nullptr, p.N - c);
-        }
-    }
+    leave<T>(sum, count, out, m, n);
 }
 
 template <class T, bool PAIR>
 void multiply_all(const Product& p, const uint32_t* x, int64_t lda, int threads) {
     constexpr int PER = PAIR ? 2 : 1;
-    const int64_t atoms = p.K / PER, panels = (p.N + PANEL - 1) / PANEL;
-    if (p.M * p.N * p.K < 1 << 18) threads = 1;
-    each_near(panels, threads, [&](int64_t panel) {
-        const T* w = static_cast<const T*>(p.weight) + panel * PANEL * p.K;
-        // Only the first rows find the panel in memory; the later ones find it in the cache and ask for what they have
-        // just read, which costs nothing.
-        for (int64_t m = 0; m < p.M; m += MR)
-            for (int64_t v = 0; v < PANEL / W; v += NV) {
-                const T* at = w + v * W * PER;
-                const int64_t n = panel * PANEL + v * W;
-                const int count = int(p.M - m < MR ? p.M - m : MR), ahead = m == 0 ? AHEAD : 0;
-                if (count > MR * 2 / 3)
-                    rows<T, PAIR, MR>(count, x, lda, at, atoms, p, m, n, ahead);
-                else if (count > MR / 3)
-                    rows<T, PAIR, MR * 2 / 3>(count, x, lda, at, atoms, p, m, n, ahead);
-                else
-                    rows<T, PAIR, MR / 3>(count, x, lda, at, atoms, p, m, n, ahead);
-            }
+    const int64_t atoms = p.K / PER;
+    walk<MR>(p.M, p.out.N, p.K, threads, [&](int64_t panel, int v, int64_t m, int count, int ahead) {
+        const T* at = static_cast<const T*>(p.weight) + panel * PANEL * p.K + v * W * PER;
+        const int64_t n = panel * PANEL + v * W;
+        if (count > MR * 2 / 3)
+            rows<T, PAIR, MR>(count, x, lda, at, atoms, p.out, m, n, ahead);
+        else if (count > MR / 3)
+            rows<T, PAIR, MR * 2 / 3>(count, x, lda, at, atoms, p.out, m, n, ahead);
+        else
+            rows<T, PAIR, MR / 3>(count, x, lda, at, atoms, p.out, m, n, ahead);
     });
 }
 
 // The same with x widened to float first.
 template <class T>
 void multiply_widened(const Product& p, int threads) {
-    static thread_local float* memory = nullptr;
-    static thread_local int64_t size = 0;
     const int64_t lda = (p.K + W - 1) / W * W;
-    if (p.M * lda > size) {
-        free(memory);
-        memory = static_cast<float*>(malloc(sizeof(float) * p.M * lda));
-        if (!memory) abort();
-        size = p.M * lda;
-    }
-    float* to = memory;
+    struct Widened;
+    float* to = (float*)scratch<Widened>(sizeof(float) * p.M * lda);
     each(p.M, p.M * p.K < 1 << 18 ? 1 : threads, [&](int64_t m) {
         const T* from = static_cast<const T*>(p.x) + m * p.x_stride;
         for (int64_t k = 0; k < p.K; k += W)
@@ -161,12 +121,12 @@ void tile_all(const A* w, A* out, int64_t N, int64_t K, int64_t stride, int thre
 }  // namespace
 }  // namespace fn
 
-// y [M, N] = x [M, K] weight^T + bias, all of the library's element type; `weight` in tiles as fn_tile makes them, bias or
-// null, strides in elements. Where atoms are pairs, K and x_stride must be even.
+// y [M, N] = x [M, K] weight^T + bias, all of the library's element type, y of floats if `wide`; `weight` in tiles as
+// fn_tile makes them, bias or null, strides in elements. Where atoms are pairs, K and x_stride must be even.
 extern "C" void fn_linear(const void* x, const void* weight, const void* bias, void* y, int64_t M, int64_t N, int64_t K,
-                          int64_t x_stride, int64_t y_stride, int threads) {
+                          int64_t x_stride, int64_t y_stride, int64_t wide, int threads) {
     using namespace fn;
-    const Product p{x, weight, bias, y, M, N, K, x_stride, y_stride};
+    const Product p{x, weight, M, K, x_stride, {bias, y, N, y_stride, wide != 0}};
     if constexpr (PAIRS || sizeof(Element) == 4)
         multiply_all<Element, PAIRS>(p, static_cast<const uint32_t*>(x), x_stride * sizeof(Element) / 4, threads);
     else
