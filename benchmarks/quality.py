@@ -1,6 +1,6 @@
-"""What rounding weights costs in quality: whole weights beside each kind of rounding, on text the models were not trained on.
+"""What rounding costs in quality: whole weights beside each kind of rounding, on text that nobody was trained on.
 
-    python -m benchmarks.quality [--model demo] [--kinds none,int8,int4,int8-dynamic,int4-dynamic] [--stories 100] [--prompts 32] [--json FILE]
+    python -m benchmarks.quality [--model demo] [--kinds none,int8,...] [--stories 100] [--prompts 32] [--json FILE]
 
 - *Perplexity* a token, over held-out stories of the corpus that made the bundled model (`examples/demo_model`), each
   from its second token to its end token.

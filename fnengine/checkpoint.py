@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnengine import packed
 from fnengine.errors import CheckpointError, ConfigError, SpecError
 from fnengine.families import FAMILIES, spec_from_config
 from fnengine.leaves import Dense, Packing, Tiles, packing, place_ends, tiles
@@ -138,7 +139,47 @@ def fill(
         raise ConfigError(
             f"{load_format!r} is not implemented", where="--load-format", remedy="auto, safetensors or dummy"
         )
+    kept = packed_key(folder, spec, dtype, device, how)
+    if kept is not None and (params := packed.load(kept, outline(spec, dtype, how))) is not None:
+        return params, (*notes, f"weights mapped from {packed.path_of(kept)}, where they were kept in this form")
     return load(folder, spec, dtype, device, how, progress=progress), tuple(notes)
+
+
+def packed_key(
+    folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device, how: Packing
+) -> packed.Key | None:
+    """Under which key the final form of a folder's weights is kept, or None where it cannot be, or has no advantage.
+
+    Raises:
+        CheckpointError: the folder holds no weights.
+    """
+    if device.type != "cpu" or how.kind not in packed.KINDS:
+        return None
+    return packed.key(list(_files(Path(folder))), spec, dtype, how)
+
+
+def keep(
+    folder: Path,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str = "none",
+    *,
+    progress: Progress | None = None,
+) -> tuple[Path, bool] | str:
+    """(the file that now holds a folder's weights in their final form, whether it is new), or why there is none.
+
+    Raises:
+        CheckpointError, ConfigError: as `fill`.
+        OSError: the cache cannot be written.
+    """
+    how = packing(device, dtype, quantization)
+    key = packed_key(folder, spec, dtype, device, how)
+    if key is None:
+        return f"{how.kind} weights on {device.type} are loaded as the checkpoint has them"
+    if packed.load(key, outline(spec, dtype, how)) is not None:
+        return packed.path_of(key), False
+    return packed.save(key, load(folder, spec, dtype, device, how, progress=progress)), True
 
 
 def load(

@@ -208,8 +208,8 @@ _COMMON = {
 }
 SIGNATURES = {
     COMMON: {**_ANY, **_COMMON},
-    **dict.fromkeys(ELEMENTS, {**_ANY, **_ELEMENT}),
-    **dict.fromkeys(QUANTIZED.values(), {**_ANY, **_QUANTIZED}),
+    **{part: {**_ANY, **_ELEMENT} for part in ELEMENTS},
+    **{part: {**_ANY, **_QUANTIZED} for part in QUANTIZED.values()},
 }
 """Library -> C function -> (result, arguments); see `csrc/`."""
 

@@ -29,6 +29,7 @@ FLOORS = {
     "fnengine.params": 2,
     "fnengine.leaves": 2,
     "fnengine.state": 2,
+    "fnengine.packed": 2,
     "fnengine.checkpoint": 2,
     "fnengine.hub": 2,
     "fnengine.layers": 3,

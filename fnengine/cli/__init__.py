@@ -80,6 +80,12 @@ def parser() -> argparse.ArgumentParser:
 
     p = _command(commands, "compile", "fill the cache ahead of a start: native kernels and layers, without the weights")
     _model_argument(p)
+    p.add_argument(
+        "--weights",
+        action="store_true",
+        help="keep the weights, too, in the form that products want: a start maps them instead of reading, packing or "
+        "rounding the checkpoint (as much disk as they take memory)",
+    )
     p.add_argument("--json", action="store_true", help="print JSON, with the keys")
     add_flags(p, "model", "engine")
 

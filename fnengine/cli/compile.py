@@ -1,6 +1,7 @@
 """`fnengine compile`: everything that a start of this model would build or compile, put into the cache now.
 
-Only the config is read: an artifact depends on shapes, so weights are neither downloaded nor read.
+Only the config is read: an artifact depends on shapes, so weights are neither downloaded nor read. With `--weights`
+they are, and are kept in the form that products want (`packed.py`).
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fnengine import environment
 from fnengine.config import Options, resolve
+from fnengine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fnengine.artifacts import Needs
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             how = "compiled" if made.compiled else "already there"
             print(f"{made.name:<16} {made.digest:<20} {how:<13} {made.seconds:6.2f} s  {size(made.bytes)}", flush=True)
+    weights = _keep_weights(options, needs) if args.weights else None
     name, dtype = hub.display_name(options.model.model), str(needs.dtype).removeprefix("torch.")
     if args.json:
         facts = {"model": name, "dtype": dtype, "device": str(needs.device), "threads": options.threads}
@@ -40,17 +46,40 @@ def run(args: argparse.Namespace) -> int:
             "cache": str(environment.cache_dir()),
             "eager": needs.eager,
             "artifacts": [dataclasses.asdict(made) for made in rows],
+            "weights": weights,
         }
         print(json.dumps({**facts, **found}, indent=1))
         return 0
     if needs.eager is not None:
         print(f"layers run eagerly and need no artifacts: {needs.eager}")
+    if weights is not None:
+        print(weights["note"] or f"weights {weights['file']}, {size(weights['bytes'])}, {weights['seconds']:.2f} s")
     new = sum(made.compiled for made in rows)
     print(
         f"{name} in {dtype} on {needs.device} with {options.threads} threads: {new} compiled, "
         f"{len(rows) - new} already there, {time.perf_counter() - begin:.1f} s"
     )
     return 0
+
+
+def _keep_weights(options: Options, needs: Needs) -> dict[str, Any]:
+    from fnengine import checkpoint, hub
+
+    m, begin = options.model, time.perf_counter()
+    folder = hub.resolve(m.model, m.revision, m.download_dir, progress=sys.stderr.isatty())
+    try:
+        kept = checkpoint.keep(folder, needs.spec, needs.dtype, needs.device, m.quantization)
+    except OSError as e:
+        raise ConfigError(
+            f"the weights cannot be kept: {e}",
+            where=str(environment.cache_dir()),
+            remedy="free some space, or set FNENGINE_CACHE",
+        ) from e
+    if isinstance(kept, str):
+        return {"file": None, "note": kept}
+    path, new = kept
+    note = None if new else f"weights {path}: already there"
+    return {"file": str(path), "bytes": path.stat().st_size, "seconds": time.perf_counter() - begin, "note": note}
 
 
 def config_folder(options: Options) -> Path:
