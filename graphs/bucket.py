@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LEAST = 4
+LEAST = 2
 """No step has fewer tokens or rows: with one row alone the matrix libraries take another path, whose sums round
 differently (docs/design.md section 12), and size 1 would need a trace of its own."""
 
