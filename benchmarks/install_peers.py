@@ -2,8 +2,8 @@
 
     python -m benchmarks.install_peers vllm openvino llama.cpp [--home .peers]
 
-Without names, all of them. llama.cpp is compiled for this processor: about ten minutes on two cores. Nothing of them
-enters this project's own environment, and `.peers` may be moved or deleted.
+Without names, all of them. llama.cpp is compiled for this processor. Nothing of them enters this project's own
+environment, and `.peers` may be moved or deleted.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def openvino(venv: Path, jobs: int) -> list[Command]:
 
 
 def llamacpp(venv: Path, jobs: int) -> list[Command]:
-    """The tree inside llama-cpp-python's source: library, server and tools by cmake, and the bindings over them."""
+    """The tree inside llama-cpp-python's source: the library and the server by cmake, and the bindings over them."""
     source = venv / "source"
     tree = source / f"llama_cpp_python-{LLAMA}"
     here = {"PATH": f"{venv / 'bin'}:{os.environ.get('PATH', '')}"}
@@ -79,7 +79,6 @@ def llamacpp(venv: Path, jobs: int) -> list[Command]:
         "LLAMA_BUILD_UI": "OFF",
     }
     given = (f"-D{k}={v}" for k, v in flags.items())
-    targets = ("llama", "llama-server", "llama-quantize", "llama-batched-bench")
     cmake = str(venv / "bin" / "cmake")
     bindings = pip(venv, "install", str(tree))
     return [
@@ -87,7 +86,7 @@ def llamacpp(venv: Path, jobs: int) -> list[Command]:
         pip(venv, "download", "--no-deps", "--no-binary", ":all:", f"llama-cpp-python=={LLAMA}", "-d", str(source)),
         Command(("tar", "xzf", f"llama_cpp_python-{LLAMA}.tar.gz"), source),
         Command((cmake, "-S", str(tree / "vendor/llama.cpp"), "-B", "built", "-G", "Ninja", *given), venv, here),
-        Command((cmake, "--build", "built", "-j", str(jobs), "--target", *targets), venv, here),
+        Command((cmake, "--build", "built", "-j", str(jobs), "--target", "llama", "llama-server"), venv, here),
         Command(bindings.words, venv, {**here, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF"}),
     ]
 

@@ -63,8 +63,8 @@ def openvino(subject: Subject, source: Path, target: Path) -> list[Command]:
 
 def llamacpp(subject: Subject, source: Path, target: Path) -> list[Command]:
     """By llama.cpp's converter under this Python, which has torch and transformers; then its quantizer."""
-    venv = peers.PEERS["llama.cpp"].venv
-    tree = venv / "source" / f"llama_cpp_python-{LLAMA}" / "vendor" / "llama.cpp"
+    peer = peers.PEERS["llama.cpp"]
+    tree = peer.venv / "source" / f"llama_cpp_python-{LLAMA}" / "vendor" / "llama.cpp"
     whole = peers.gguf(replace(subject, quantization="none"))
     partial = str(target.with_name(target.name + ".partial"))
     if whole == target:
@@ -72,8 +72,8 @@ def llamacpp(subject: Subject, source: Path, target: Path) -> list[Command]:
         return [Command(words, peers.ROOT)]
     kind = {"int8": "Q8_0", "int4": "Q4_0"}[subject.quantization]
     first = [] if whole.exists() else [*llamacpp(replace(subject, quantization="none"), source, whole), moved(whole)]
-    quantizer = str(venv / "built" / "bin" / "llama-quantize")
-    return [*first, Command((quantizer, str(whole), partial, kind), target.parent)]
+    words = (peer.python, "-m", "benchmarks.quantize_gguf", str(whole), kind, partial)
+    return [*first, Command(words, peers.ROOT, peer.environment(peer.venv, 1))]
 
 
 def moved(target: Path) -> Command:

@@ -117,9 +117,10 @@ def peer_servers(args: argparse.Namespace, subject: peers.Subject, stack: ExitSt
     """The other servers asked for that are here; the others are named and left out."""
 
     def start(name: str) -> Http:
-        peer = peers.known(name, subject)
-        if peer.server is None:
+        if name in peers.PEERS and peers.PEERS[name].server is None:
             raise peers.PeerError(f"{name}: it has no server; python -m benchmarks.engine measures it")
+        peer = peers.known(name, subject)
+        assert peer.server is not None
         port = server.free_port()
         places = peers.places(peer, subject, port)
         environment = peers.surroundings(peer, subject.threads)

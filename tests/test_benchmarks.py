@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from benchmarks import (
@@ -253,13 +254,17 @@ def test_a_peer_and_its_children_compute_only_in_their_turns(tmp_path):
         file.write("import time\n" + PEER.replace("job = json.loads(line)", "job = json.loads(line); time.sleep(0.3)"))
     peer = peers.start("toy", SUBJECT, f"{{python}} {tmp_path / 'peer.py'}")
     group = peer.group.process.pid
+    everyone = [group, *(child.pid for child in psutil.Process(group).children())]
+
+    def stopped() -> bool:
+        return all(state(pid) == "T" for pid in everyone)
+
     try:
-        assert soon(lambda: state(group) == "T")
+        assert len(everyone) == 2 and soon(stopped)
         seen = []
         for _ in range(2):
             peer.run([[1]], 1)
-            assert soon(lambda: state(group) == "T")
-            time.sleep(0.1)  # each process of a group takes the signal when it next runs
+            assert soon(stopped)  # each process of a group takes the signal when it next runs
             before = count.stat().st_mtime_ns
             time.sleep(0.2)
             assert count.stat().st_mtime_ns == before, "a child went on in another side's turn"
@@ -267,10 +272,7 @@ def test_a_peer_and_its_children_compute_only_in_their_turns(tmp_path):
         assert seen[1] > seen[0]
     finally:
         peer.close()
-    assert state(group) is None
-    last = count.stat().st_mtime_ns
-    time.sleep(0.2)
-    assert count.stat().st_mtime_ns == last, "a child outlived its peer"
+    assert soon(lambda: not any(map(state, everyone))), "a child outlived its peer"
 
 
 def test_a_killed_benchmark_leaves_no_stopped_peer(tmp_path):
