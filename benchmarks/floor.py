@@ -32,8 +32,10 @@ class Shape:
     """Parameters outside embedding and head."""
     head: int
     """Parameters of the head, tied or not."""
-    itemsize: int
-    """Bytes of a parameter."""
+    itemsize: float
+    """Bytes of a parameter outside embedding and head."""
+    head_itemsize: float
+    """Bytes of a parameter of the head."""
     kv_token: int
     """k: bytes of KV a token takes over all layers."""
     attention: int
@@ -72,7 +74,7 @@ def decode(shape: Shape, rows: int, context: float, shared: float = 0.0) -> Work
     parameters = shape.body + shape.head
     tokens = rows * (context - shared) + shared
     return Work(
-        weight_bytes=parameters * shape.itemsize,
+        weight_bytes=shape.body * shape.itemsize + shape.head * shape.head_itemsize,
         weight_flops=2 * parameters * rows,
         kv_bytes=tokens * shape.kv_token,
     )

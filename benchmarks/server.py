@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import re
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -13,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from benchmarks.machine import ROOT
+from benchmarks.processes import Group
 
 START_LIMIT = 300.0
 """Seconds in which a server must come up."""
@@ -57,14 +56,12 @@ class Server:
     def __enter__(self) -> Server:
         self._log = tempfile.TemporaryFile()
         self.started = time.monotonic()
-        self._process = subprocess.Popen(
-            self.command, cwd=ROOT, env=self._environment, stdout=self._log, stderr=subprocess.STDOUT
-        )
-        self.pid = self._process.pid
+        self.group = Group(self.command, env=self._environment, stdout=self._log, stderr=self._log)
+        self.pid = self.group.process.pid
         try:
             while not healthy(self.url):
-                if self._process.poll() is not None:
-                    raise ServerError(f"the server ended with {self._process.returncode}: {self.said()}")
+                if not self.alive:
+                    raise ServerError(f"the server ended with {self.group.process.returncode}: {self.said()}")
                 if time.monotonic() - self.started > START_LIMIT:
                     raise ServerError(f"the server was not up after {START_LIMIT:g} s: {self.said()}")
                 time.sleep(0.02)
@@ -75,18 +72,14 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         """SIGTERM, and after 15 seconds SIGKILL."""
-        if self._process.poll() is None:
-            self._process.terminate()
-        try:
-            self.exit_code = self._process.wait(15)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self.exit_code = self._process.wait()
+        if self.alive:
+            self.group.process.terminate()
+        self.exit_code = self.group.end(15)
         self._log.close()
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        return self.group.process.poll() is None
 
     def said(self) -> str:
         """The last 2000 characters that the server printed."""

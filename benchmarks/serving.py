@@ -21,18 +21,30 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import client, machine, peers, report, server, shape, startup, workloads
-from benchmarks.engine import SHAPE
-from benchmarks.workloads import Measured, Prompts, Sizes, Timed, Tokens, percentile
+from benchmarks import client, comparison, machine, peers, report, server, shape, startup
+from benchmarks.comparison import SHAPE
+from benchmarks.processes import Group
+from benchmarks.workloads import Measured, Timed, Tokens, percentile
 
 
 class Http:
-    """A server: a side. Keeps the times of every answer."""
+    """A server: a side. Keeps the times of every answer. One that we started is stopped between its turns."""
 
-    def __init__(self, name: str, url: str, model: str | None = None):
-        self.name, self.url, self.model = name, url, model
+    def __init__(self, name: str, url: str, model: str | None = None, group: Group | None = None):
+        self.name, self.url, self.model, self.group = name, url, model, group
+        if group is not None:
+            group.pause()
 
     def run(self, prompts: Sequence[Tokens], new: int) -> Timed:
+        if self.group is None:
+            return self._run(prompts, new)
+        self.group.resume()
+        try:
+            return self._run(prompts, new)
+        finally:
+            self.group.pause()
+
+    def _run(self, prompts: Sequence[Tokens], new: int) -> Timed:
         bodies = [client.body_of(p, new, self.model) for p in prompts]
         start = time.perf_counter()
         exchanges = asyncio.run(client.all_at_once(self.url, bodies))
@@ -88,55 +100,38 @@ def row(f: dict[str, Any]) -> list[str]:
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    from fnengine import environment
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", default="w1", help="of w1, w2, w3, w4, separated by commas")
-    parser.add_argument("--model", default=None, help=f"demo, or a folder (default: {SHAPE}; w4: that and demo)")
-    parser.add_argument("--load-format", default="auto", help="auto: dummy for a folder without weights")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--concurrency", default="8,32", help="of W1")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=environment.threads())
-    parser.add_argument("--max-model-len", type=int, default=1024)
+    parser = comparison.parser(__doc__, "w1", "8,32")
     parser.add_argument("--url", default=None, help="a running server of ours, of --model")
     parser.add_argument("--server-args", default="", help="more flags for `fnengine serve`, in one string")
-    parser.add_argument("--peer", default="", help="known peers with a server, separated by commas")
     parser.add_argument("--peer-url", default=None, help="a running server of another engine, of the same shape")
-    parser.add_argument("--peer-model", default=None, help="the model's name or file for the peer")
-    parser.add_argument("--enforce-eager", action="store_true")
-    parser.add_argument("--divide", type=int, default=1, help="divide all sizes, to try the script")
-    parser.add_argument("--json", default=None)
-    args = parser.parse_args(argv)
-    args.workload = args.workload.split(",")
-    unknown = set(args.workload) - {"w1", "w2", "w3", "w4"}
-    if unknown:
-        parser.error(f"unknown workload {', '.join(sorted(unknown))}; known: w1, w2, w3, w4")
-    return args
+    parser.add_argument("--peer-model", default=None, help="the model's name at --peer-url")
+    return comparison.parse(parser, argv)
 
 
 def serve_flags(args: argparse.Namespace) -> list[str]:
-    return args.server_args.split() + (["--enforce-eager"] if args.enforce_eager else [])
+    more = ["--enforce-eager"] if args.enforce_eager else []
+    return [*args.server_args.split(), "--quantization", args.quantization, *more]
 
 
-def peer_servers(args: argparse.Namespace, folder: Path, dtype: str, max_len: int, stack: ExitStack) -> list[Http]:
+def peer_servers(args: argparse.Namespace, subject: peers.Subject, stack: ExitStack) -> list[Http]:
     """The other servers asked for that are here; the others are named and left out."""
-    found = []
-    if args.peer_url:
-        found.append(Http("peer", args.peer_url, args.peer_model))
-    names = list(peers.PEERS) if args.peer == "all" else [n for n in args.peer.split(",") if n]
-    for name in names:
-        peer = peers.PEERS.get(name)
-        why = f"no peer is called {name}" if peer is None else peers.missing(peer)
-        if peer is None or peer.server is None or why is not None:
-            print(f"peer missing: {name}: {why or 'it has no server; python -m benchmarks.engine measures it'}")
-            continue
+
+    def start(name: str) -> Http:
+        if name in peers.PEERS and peers.PEERS[name].server is None:
+            raise peers.PeerError(f"{name}: it has no server; python -m benchmarks.engine measures it")
+        peer = peers.known(name, subject)
+        assert peer.server is not None
         port = server.free_port()
-        model = args.peer_model or str(folder)
-        command = peers.filled(peer.server, model=model, dtype=dtype, threads=args.threads, max_len=max_len, port=port)
-        running = stack.enter_context(server.Server(command, port))
-        found.append(Http(name, running.url, model))
-    return found
+        places = peers.places(peer, subject, port)
+        environment = peers.surroundings(peer, subject.threads)
+        try:
+            running = stack.enter_context(server.Server(peers.filled(peer.server, places), port, environment))
+        except server.ServerError as e:
+            raise peers.PeerError(f"{name}: {e}") from None
+        return Http(name, running.url, str(places["model"]), running.group)
+
+    given = [Http("peer", args.peer_url, args.peer_model)] if args.peer_url else []
+    return [*given, *comparison.here(args.peer, start)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,76 +147,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def steady(args: argparse.Namespace, out: dict[str, Any]) -> None:
     """Runs W1 to W3 into `out` and prints them."""
-    folder, found_format = shape.prepare(args.model or SHAPE)
-    load_format = found_format if args.load_format == "auto" else args.load_format
-    dtype = shape.own_dtype(folder, args.dtype)
-    sizes = Sizes().divided(args.divide) if args.divide > 1 else Sizes()
-    form, vocab, longest = shape.measure(folder, dtype)
-    max_len = min(args.max_model_len, longest)
-    quick = args.divide > 1
-    others, rates = machine.Others(), [machine.measure_apart(dtype, args.threads, quick=quick)]
-    measured: list[Measured] = []
-    memory = None
+    plan = comparison.plan(args)
+    others, rates = machine.Others(), [plan.rates()]
     with ExitStack() as stack:
         if args.url is None:
-            command = server.command(folder, load_format, dtype, args.threads, max_len, serve_flags(args))
+            command = server.command(
+                plan.folder, plan.load_format, plan.dtype, args.threads, plan.max_len, serve_flags(args)
+            )
             own = stack.enter_context(server.Server(command))
-            ours = Http("fnengine", own.url)
+            ours = Http("fnengine", own.url, group=own.group)
             out["server"] = own.command
         else:
-            own, ours = None, Http("fnengine", args.url)
-        sides = [ours, *peer_servers(args, folder, dtype, max_len, stack)]
-        prompts = Prompts(vocab)
-        if "w1" in args.workload:
-            for rows in (int(c) for c in args.concurrency.split(",")):
-                measured += workloads.w1(sides, prompts, sizes, rows, args.repeats)
-        if "w2" in args.workload:
-            measured += workloads.w2(sides, prompts, sizes, args.repeats if quick else max(5, args.repeats))
-        if "w3" in args.workload:
-            measured += workloads.w3(sides, prompts, sizes, args.repeats)
-        if own is not None:
-            memory = peak_memory(own.pid)
-    rates.append(machine.measure_apart(dtype, args.threads, quick=quick))
-    share = others.share()
+            ours = Http("fnengine", args.url)
+        sides = [ours, *peer_servers(args, plan.subject, stack)]
+        measured = comparison.measure(sides, plan)
+        memory = {side.name: side.group.peak_bytes() for side in sides if side.group is not None}
+    rates.append(plan.rates())
+    under = comparison.Conditions(
+        out["facts"], rates, others.share(), f" over HTTP at {ours.url}", {"peak_rss_bytes": memory}
+    )
 
-    best = machine.best_rates(rates)
-    rows = []
-    for m in measured:
-        f = report.figures(m, form, best, sizes)
-        f["latency"] = latencies(m)
-        del f["facts"]  # every single gap; the percentiles are kept
-        rows.append(f)
-    by_workload = {(m.workload, m.rows): m for m in measured if m.side == ours.name}
-    pairs = [report.paired(by_workload[m.workload, m.rows], m) for m in measured if m.side != ours.name]
-    name = args.model or SHAPE
-    print(f"\n{name}, {dtype}, {load_format} weights, over HTTP at {ours.url}, divided by {args.divide}")
-    print(report.machine_lines(out["facts"], rates, dtype, share))
-    print("\n" + report.table(HEAD, map(row, rows)))
-    if pairs:
-        print("\nfnengine is so many times as fast, repeat by repeat:")
-        print(report.table(("workload", "against", "whole", "prefill", "decode"), map(report.ratio_row, pairs)))
-    if memory is not None:
-        print(f"\npeak resident memory of the server: {memory / 1e9:.2f} GB")
-    out |= {
-        "model": name,
-        "dtype": dtype,
-        "load_format": load_format,
-        "sizes": vars(sizes),
-        "rates": rates,
-        "others_share": share,
-        "results": rows,
-        "ratios": pairs,
-        "peak_rss_bytes": memory,
-    }
+    def refine(m: Measured, figures: dict[str, Any]) -> None:
+        figures["latency"] = latencies(m)
+        del figures["facts"]  # every single gap; the percentiles are kept
 
-
-def peak_memory(pid: int) -> int | None:
-    """Most bytes that a process has held so far; None where the system does not say."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+    out |= comparison.conclude(plan, measured, ours.name, under, HEAD, row, refine)
+    if memory:
+        print(comparison.memory_line(memory))
 
 
 def first_tokens(models: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ tokens are strings of letters.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 import shutil
@@ -17,6 +18,8 @@ from pathlib import Path
 from benchmarks.floor import Shape
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+ROUNDED = {"int8": (8.125 / 8, 8.125 / 8), "int4": (4.5 / 8, 8.125 / 8)}
+"""Bytes of a parameter of the body and of the head, scales included (kernels/quantized.py)."""
 
 
 def prepare(name: str) -> tuple[Path, str]:
@@ -33,7 +36,7 @@ def prepare(name: str) -> tuple[Path, str]:
         return folder, load_format
     assert load_format == "dummy", f"{folder} has weights and no tokenizer.json"
     config = (folder / "config.json").read_bytes()
-    key = hashlib.sha256(config + Path(__file__).read_bytes()).hexdigest()[:12]
+    key = hashlib.sha256(config + inspect.getsource(made_tokenizer).encode()).hexdigest()[:12]
     made = environment.cache_dir() / "benchmarks" / f"{folder.name}-{key}"
     if not (made / "tokenizer.json").exists():
         made.mkdir(parents=True, exist_ok=True)
@@ -89,7 +92,7 @@ def made_tokenizer(size: int) -> dict:
     }
 
 
-def measure(folder: Path, dtype: str) -> tuple[Shape, int, int]:
+def measure(folder: Path, dtype: str, quantization: str = "none") -> tuple[Shape, int, int]:
     """(sizes, vocabulary, longest sequence) of the model in a folder; `dtype` is bfloat16, float16 or float32."""
     from fnengine import checkpoint, params
     from fnengine.spec import kv_bytes_per_token
@@ -97,10 +100,12 @@ def measure(folder: Path, dtype: str) -> tuple[Shape, int, int]:
     spec = checkpoint.read_spec(folder)
     head = spec.vocab * spec.width
     item = ITEMSIZE[dtype]
+    body, end = ROUNDED.get(quantization, (item, item))
     shape = Shape(
         body=params.count(spec) - head * (1 if spec.tied else 2),
         head=head,
-        itemsize=item,
+        itemsize=body,
+        head_itemsize=end,
         kv_token=kv_bytes_per_token(spec, item),
         attention=sum(layer.mixer.heads * layer.mixer.width for layer in spec.layers),
     )

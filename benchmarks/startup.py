@@ -49,7 +49,7 @@ def cold_and_warm(start: Callable[[Path], dict[str, float]], repeats: int) -> di
 def child_start(model: Path, load_format: str, args: argparse.Namespace, cache: Path) -> dict[str, float]:
     """Seconds of one start in a fresh process, by phase; `first_token` is the whole."""
     command = [sys.executable, "-m", "benchmarks.startup", "--model", str(model), "--load-format", load_format]
-    command += ["--dtype", args.dtype, "--max-model-len", str(args.max_model_len)]
+    command += ["--dtype", args.dtype, "--max-model-len", str(args.max_model_len), "--quantization", args.quantization]
     command += ["--enforce-eager"] if args.enforce_eager else []
     command += ["--started", repr(time.monotonic())]  # one clock for all processes of a machine
     done = subprocess.run(
@@ -77,9 +77,8 @@ def in_process(models: Sequence[str], args: argparse.Namespace) -> list[dict[str
             return child_start(folder, load_format, args, cache)
 
         both = cold_and_warm(start, args.repeats)
-        results.append(
-            {"model": name, "dtype": args.dtype, "load_format": load_format, "threads": args.threads, **both}
-        )
+        about = {"dtype": args.dtype, "quantization": args.quantization, "load_format": load_format}
+        results.append({"model": name, **about, "threads": args.threads, **both})
     share = others.share()
     print(table(results))
     print(
@@ -111,6 +110,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization", default="none")
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--started", type=float, required=True)
@@ -124,7 +124,7 @@ def main() -> None:
     import fnengine.engine
 
     reached("imported")
-    model = fn.load(args.model, dtype=args.dtype, load_format=args.load_format)
+    model = fn.load(args.model, dtype=args.dtype, load_format=args.load_format, quantization=args.quantization)
     reached("loaded")
     length = min(args.max_model_len, model.spec.max_len)
     llm = fn.LLM(model, max_model_len=length, enforce_eager=args.enforce_eager)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,12 +15,29 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from benchmarks import client, floor, machine, peers, report, server, serving, shape, soak, startup, workloads
+from benchmarks import (
+    client,
+    floor,
+    install_peers,
+    machine,
+    peer_llamacpp,
+    peers,
+    report,
+    server,
+    serving,
+    shape,
+    soak,
+    startup,
+    workloads,
+)
 from benchmarks import engine as in_process
 from benchmarks.floor import Rates
 from benchmarks.workloads import Measured, Prompts, Sizes, Timed
@@ -194,26 +213,243 @@ for line in sys.stdin:
 """
 
 
+SUBJECT = peers.Subject(Path("/models/x"), "bfloat16", threads=2, max_len=64, rows=4)
+
+
+def state(pid: int) -> str | None:
+    """`T` of a stopped process; None of one that is gone or a zombie."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return None
+    return None if letter in "ZX" else letter
+
+
+def soon(true, limit=10.0) -> bool:
+    end = time.monotonic() + limit
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+    return true()
+
+
 def test_a_peer_is_any_command_that_speaks_the_protocol(tmp_path):
     (tmp_path / "peer.py").write_text(PEER)
     command = f"{{python}} {tmp_path / 'peer.py'} --model {{model}}"
-    peer = peers.start("toy", tmp_path, "float32", 1, 64, command)
+    peer = peers.start("toy", SUBJECT, command)
     try:
         assert peer.run([[1, 2, 3], [4]], 2) == Timed(0.5, [[3, 3], [1, 1]])
+        assert peer.rss_bytes > 1 << 20
         with pytest.raises(peers.PeerError, match="thirteen is too much"):
             peer.run([[1]], 13)
     finally:
         peer.close()
 
 
-def test_peers_that_are_not_here_say_why(tmp_path):
-    absent = peers.Peer("absent", "no_module_of_this_name", process="{python} -c pass")
+def test_a_peer_and_its_children_compute_only_in_their_turns(tmp_path):
+    """The peer's child counts as fast as it can; the counter stands still between turns."""
+    count = tmp_path / "count"
+    spin = f"import itertools\nfor i in itertools.count():\n    open({str(count)!r}, 'w').write(str(i))"
+    (tmp_path / "peer.py").write_text(f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {spin!r}])\n")
+    with (tmp_path / "peer.py").open("a") as file:
+        file.write("import time\n" + PEER.replace("job = json.loads(line)", "job = json.loads(line); time.sleep(0.3)"))
+    peer = peers.start("toy", SUBJECT, f"{{python}} {tmp_path / 'peer.py'}")
+    group = peer.group.process.pid
+    everyone = [group, *(child.pid for child in psutil.Process(group).children())]
+
+    def stopped() -> bool:
+        return all(state(pid) == "T" for pid in everyone)
+
+    try:
+        assert len(everyone) == 2 and soon(stopped)
+        seen = []
+        for _ in range(2):
+            peer.run([[1]], 1)
+            assert soon(stopped)  # each process of a group takes the signal when it next runs
+            before = count.stat().st_mtime_ns
+            time.sleep(0.2)
+            assert count.stat().st_mtime_ns == before, "a child went on in another side's turn"
+            seen.append(before)
+        assert seen[1] > seen[0]
+    finally:
+        peer.close()
+    assert soon(lambda: not any(map(state, everyone))), "a child outlived its peer"
+
+
+def test_a_killed_benchmark_leaves_no_stopped_peer(tmp_path):
+    """What is stopped cannot end by itself; the system ends it because its group is orphaned."""
+    (tmp_path / "peer.py").write_text(PEER)
+    program = f"""
+import os, signal
+from pathlib import Path
+from benchmarks import peers
+peer = peers.start("toy", peers.Subject(Path("x"), "float32", 1, 64), "{{python}} {tmp_path / "peer.py"}")
+print(peer.group.process.pid, flush=True)
+signal.pause()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as benchmark:
+        assert benchmark.stdout is not None
+        pid = int(benchmark.stdout.readline())
+        assert soon(lambda: state(pid) == "T")
+        benchmark.kill()
+    assert soon(lambda: state(pid) is None)
+
+
+def test_peers_that_are_not_here_say_what_installs_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("FNENGINE_PEERS", str(tmp_path))
+    absent = peers.Peer("absent", "{python} -c pass", module="no_module_of_this_name")
     assert "no_module_of_this_name" in (peers.missing(absent) or "")
-    assert "no-such-program" in (peers.missing(peers.Peer("absent", "!no-such-program")) or "")
     assert peers.missing(peers.PEERS["transformers"]) is None
+    for name in install_peers.INSTALLERS:
+        peer = peers.PEERS[name]
+        assert f"{tmp_path / name}: python -m benchmarks.install_peers {name}" in (peers.missing(peer) or "")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "installed.json").write_text("{}")
+        assert peers.missing(peer) is None
     with pytest.raises(peers.PeerError, match="known: transformers"):
-        peers.start("unheard-of", tmp_path, "float32", 1, 64)
-    assert [name for name, _, _ in peers.listing()] == list(peers.PEERS)
+        peers.start("unheard-of", SUBJECT)
+    assert [name for name, *_ in peers.listing()] == list(peers.PEERS)
+    assert set(peers.PEERS) == {"transformers", *install_peers.INSTALLERS}
+
+
+def test_peers_say_which_model_they_miss_and_what_they_cannot_round(tmp_path, monkeypatch):
+    monkeypatch.setenv("FNENGINE_PEERS", str(tmp_path))
+    vllm, openvino, llama = (peers.PEERS[name] for name in ("vllm", "openvino", "llama.cpp"))
+    rounded = replace(SUBJECT, quantization="int4")
+    assert "--quantization none only, not int4" in (peers.unfit(vllm, rounded) or "")
+    assert peers.unfit(vllm, replace(SUBJECT, folder=tmp_path)) is None
+    assert (peers.unfit(llama, rounded) or "").endswith(
+        f"no {tmp_path}/models/x/q4_0.gguf: python -m benchmarks.peer_models llama.cpp --model /models/x "
+        "--dtype bfloat16 --quantization int4"
+    )
+    assert [peers.ir(s).name for s in (SUBJECT, rounded)] == ["openvino-fp16", "openvino-int4"]
+    assert [peers.gguf(replace(SUBJECT, dtype=d)).name for d in ("bfloat16", "float32")] == ["bf16.gguf", "f32.gguf"]
+    peers.ir(SUBJECT).mkdir(parents=True)
+    assert peers.unfit(openvino, SUBJECT) is None
+
+
+def test_commands_are_filled_with_the_subject(tmp_path, monkeypatch):
+    monkeypatch.setenv("FNENGINE_PEERS", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    for peer in peers.PEERS.values():
+        values = peers.places(peer, SUBJECT, port=9)
+        for command in (peer.process, peer.server):
+            words = peers.filled(command or "", values)
+            assert not any("{" in word for word in words)
+    vllm, llama = peers.PEERS["vllm"], peers.PEERS["llama.cpp"]
+    words = peers.filled(vllm.server or "", peers.places(vllm, SUBJECT, port=9))
+    assert words[0] == str(tmp_path / "vllm" / "bin" / "python")
+    assert words[-4:] == ["--max-model-len", "64", "--max-num-seqs", "4"]
+    assert words[words.index("--load-format") + 1] == "dummy" and words[words.index("--port") + 1] == "9"
+    words = peers.filled(llama.server or "", peers.places(llama, SUBJECT, port=9))
+    assert words[words.index("-c") + 1] == str(4 * 64), "llama-server divides its context among its slots"
+    assert "OMP_NUM_THREADS" not in peers.surroundings(vllm, 2), "vLLM binds its threads itself"
+    assert peers.surroundings(vllm, 2)["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
+    assert peers.surroundings(llama, 2)["OMP_NUM_THREADS"] == "2"
+
+
+def test_vllm_preloads_the_libraries_that_are_there(tmp_path):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libiomp5.so").touch()
+    assert peers.vllm_environment(tmp_path, 1)["LD_PRELOAD"] == str(tmp_path / "lib" / "libiomp5.so")
+    deep = tmp_path / "tcmalloc" / "usr" / "lib" / "libtcmalloc_minimal.so.4"
+    deep.parent.mkdir(parents=True)
+    deep.touch()
+    assert peers.vllm_environment(tmp_path, 1)["LD_PRELOAD"] == f"{deep}:{tmp_path / 'lib' / 'libiomp5.so'}"
+
+
+def test_what_peers_import_of_ours_is_there_in_a_bare_python():
+    """Their environments have neither torch nor psutil of ours; -S hides every installed package."""
+    modules = "benchmarks.peers, benchmarks.peer_vllm, benchmarks.peer_openvino, benchmarks.peer_llamacpp"
+    done = subprocess.run([sys.executable, "-S", "-c", f"import {modules}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_installing_stops_where_a_needed_command_fails(tmp_path, capsys):
+    fails = (sys.executable, "-c", "import sys; sys.exit(3)")
+    install_peers.run(install_peers.Command(fails, tmp_path / "new", needed=False))
+    install_peers.run(install_peers.Command(("no-such-program",), tmp_path, needed=False))
+    assert capsys.readouterr().out.count("went on without it") == 2
+    with pytest.raises(subprocess.CalledProcessError):
+        install_peers.run(install_peers.Command(fails, tmp_path))
+
+
+class Llama:
+    """llama.cpp's C functions over a model whose next token is the sum of the sequence so far, modulo 50.
+
+    Each sequence has a cache, as the real one; a token at a position that does not follow its cache is refused.
+    """
+
+    def __init__(self, rows):
+        self.kv: list[list[int]] = [[] for _ in range(rows)]
+        self.computed = 0
+
+    def llama_memory_clear(self, memory, data):
+        self.kv = [[] for _ in self.kv]
+
+    def llama_memory_seq_cp(self, memory, source, target, first, last):
+        assert (first, last) == (-1, -1), "caches apart are copied whole"
+        self.kv[target] = list(self.kv[source])
+
+    def llama_decode(self, context, batch):
+        self.found = {}
+        for i in range(batch.n_tokens):
+            kv = self.kv[batch.seq_id[i][0]]
+            assert batch.pos[i] == len(kv) and batch.n_seq_id[i] == 1
+            kv.append(batch.token[i])
+            self.computed += 1
+            if batch.logits[i]:
+                self.found[i] = (ctypes.c_float * 50)(*(t == sum(kv) % 50 for t in range(50)))
+        return 0
+
+    def llama_get_logits_ith(self, context, i):
+        return self.found[i]
+
+
+@pytest.mark.parametrize("batch", [3, 100])
+@pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1, 2, 3], [4, 5, 6, 7]], [[9, 9, 1, 2], [9, 9, 3], [9, 9, 1]]])
+def test_the_adapter_of_llama_cpp_keeps_its_books(monkeypatch, batch, prompts):
+    """Oracle: the model by hand. A common prefix is computed once, whatever is cut into batches."""
+    import numpy as np
+
+    monkeypatch.setattr(peer_llamacpp, "BATCH", batch)
+    one = peer_llamacpp.Sequences.__new__(peer_llamacpp.Sequences)
+    one.lib, one.np, one.vocab, one.memory, one.context = Llama(len(prompts)), np, 50, None, None
+    arrays = {k: [0] * batch for k in ("token", "pos", "n_seq_id", "logits")}
+    one.batch = SimpleNamespace(n_tokens=0, seq_id=[[0] for _ in range(batch)], **arrays)
+    for new in (1, 4):
+        wanted = [list(p) for p in prompts]
+        for p in wanted:
+            for _ in range(new):
+                p.append(sum(p) % 50)
+        one.lib.computed = 0
+        assert one.generate(prompts, new) == [p[-new:] for p in wanted]
+        shared = {1: 0, 2: 0, 3: 2}[len(prompts)]
+        assert one.lib.computed == sum(map(len, prompts)) - shared * (len(prompts) - 1) + len(prompts) * (new - 1)
+
+
+def test_peers_may_be_named_together_or_apart():
+    named = in_process.arguments(["--peer", "vllm,openvino", "--peer", "llama.cpp", "--concurrency", "1,2"])
+    assert named.peer == ["vllm", "openvino", "llama.cpp"] and named.concurrency == [1, 2]
+    assert serving.arguments(["--peer", "all"]).peer == list(peers.PEERS)
+    assert serving.serve_flags(serving.arguments(["--quantization", "int8"])) == ["--quantization", "int8"]
+
+
+def test_rounded_weights_have_a_floor_of_their_bytes():
+    """Oracle: the bytes of codes and scales that the kernels' layout has for the shape's products."""
+    from fnengine.kernels import quantized
+
+    folder = ROOT / "benchmarks" / "shapes" / "qwen3-0.6b"
+    products = ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072))
+    for name, bits in (("int8", 8), ("int4", 4)):
+        form = shape.measure(folder, "bfloat16", name)[0]
+        sizes = [quantized.shapes(n, k, bits) for n, k in products]
+        held = sum(math.prod(codes) + 2 * math.prod(scales) for codes, scales in sizes)
+        assert held / sum(n * k for n, k in products) == form.itemsize
+        codes, scales = quantized.shapes(151936, 1024, 8)
+        assert (math.prod(codes) + 2 * math.prod(scales)) / form.head == form.head_itemsize
+    whole = shape.measure(folder, "bfloat16")[0]
+    assert floor.decode(form, 1, 0).bytes == form.body * form.itemsize + form.head * form.head_itemsize
+    assert whole.itemsize == whole.head_itemsize == 2
 
 
 # --- the client -------------------------------------------------------------------------------------------------------
@@ -478,6 +714,7 @@ def test_the_engine_benchmark_runs_beside_transformers_and_they_agree(tmp_path, 
     """Oracle: transformers on the bundled model's weights in float32 gives the same greedy tokens."""
     pytest.importorskip("transformers")
     monkeypatch.setattr(machine, "measure_apart", lambda *a, **k: {"read": 1e10, "matmul": 1e11})
+    monkeypatch.setenv("FNENGINE_PEERS", str(tmp_path))  # where nothing is installed
     for name in ("FNENGINE_THREADS", "OMP_NUM_THREADS"):  # --threads sets them; afterwards they are as before
         monkeypatch.setenv(name, "1")
     target = tmp_path / "deep" / "out.json"
@@ -492,8 +729,7 @@ def test_the_engine_benchmark_runs_beside_transformers_and_they_agree(tmp_path, 
     assert [len(r["whole"]) for r in out["ratios"]] == [1, 1, 1]
     assert out["checks"] == {in_process.COMPANY: True, "requests with the tokens of transformers": 1.0}
     assert "% of floor" in printed and "commit" in printed and "tokens among others equal tokens alone: True" in printed
-    if peers.missing(peers.PEERS["vllm"]):
-        assert "peer missing: vllm" in printed
+    assert f"peer missing: vllm: not installed in {tmp_path / 'vllm'}: python -m benchmarks.install_peers" in printed
 
 
 def test_serving_takes_a_running_server_and_reports_percentiles(monkeypatch, capsys, tmp_path):
