@@ -158,6 +158,22 @@ def _flags() -> tuple[Flag, ...]:
             float,
         ),
         Flag(
+            ("--memory",),
+            "engine.memory",
+            "most that this process may hold, such as 8GiB (CPU); the KV pool is what `fnengine plan` leaves of it",
+            memory,
+            read_size,
+            metavar="BYTES",
+        ),
+        Flag(
+            ("--answer-memory",),
+            "engine.answer_bytes",
+            "most that one answer may take before it is sent; twice this for all of them",
+            memory,
+            read_size,
+            metavar="BYTES",
+        ),
+        Flag(
             ("--kv-cache-memory-bytes",),
             "engine.kv_cache_memory_bytes",
             "size of the KV pool, such as 8GiB; overrides what is derived from memory",

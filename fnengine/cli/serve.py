@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         allowed_origins=s.allowed_origins,
         response_role=s.response_role,
         stream_interval=s.stream_interval,
+        answer_bytes=options.engine.answer_bytes,
     )
     say("stopped")
     return 0
