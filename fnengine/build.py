@@ -15,7 +15,7 @@ from fnengine.errors import ConfigError
 from fnengine.graphs.compile import CannotCompile, Traces, folder, kept, missing_compiler
 from fnengine.graphs.compile import start as start_compiler
 from fnengine.host.step import BLOCK
-from fnengine.kernels import Ops
+from fnengine.kernels import Ops, team
 from fnengine.memory import Account, Shapes
 from fnengine.model import Model, one_by_one
 from fnengine.params import memory_plan
@@ -38,6 +38,10 @@ class Built:
     traces: Traces
     account: Account | None = None
     """The byte ledger; None on CUDA, where there is none yet."""
+    threads: tuple[int, ...] = ()
+    """The system's ids of the threads of a step on CPU, as OpenMP says; empty where it cannot be asked."""
+    pinned: tuple[tuple[int, int], ...] = ()
+    """(thread, processor) of those that are pinned"""
 
 
 def build(model: Model, settings: Settings) -> Built:
@@ -96,6 +100,8 @@ def build(model: Model, settings: Settings) -> Built:
             available=available,
             total=total,
         )
+    threads = team.members(torch.get_num_threads()) if device.type == "cpu" else []
+    pinned = team.pin(threads, environment.processors()) if settings.pin_threads else {}
     traces = Traces()
     run_layers, execution = one_by_one(), "eager: --enforce-eager"
     if device.type != "cpu":
@@ -132,6 +138,8 @@ def build(model: Model, settings: Settings) -> Built:
         execution=execution,
         traces=traces,
         account=account,
+        threads=tuple(threads),
+        pinned=tuple(pinned.items()),
     )
 
 

@@ -74,16 +74,22 @@ def threads_origin() -> str:
     return "cgroup quota" if (quota() or sys.maxsize) < cores() else "cores this process may run on"
 
 
+def processors(root: Path = Path("/sys/devices/system/cpu")) -> list[int]:
+    """The first processor of each physical core that this process may run on."""
+    usable = os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
+    first: dict[str, int] = {}
+    for cpu in sorted(usable):
+        try:
+            core = (root / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip()
+        except OSError:
+            core = str(cpu)
+        first.setdefault(core, cpu)
+    return list(first.values()) or [0]
+
+
 def cores(root: Path = Path("/sys/devices/system/cpu")) -> int:
     """Physical cores among the processors this process may run on."""
-    usable = os.sched_getaffinity(0) if sys.platform == "linux" else range(os.cpu_count() or 1)
-    seen = set()
-    for cpu in usable:
-        try:
-            seen.add((root / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip())
-        except OSError:
-            seen.add(str(cpu))
-    return max(1, len(seen))
+    return len(processors(root))
 
 
 LOADING, SERVING = (1 << 20, 1 << 20), (32 << 20, 64 << 20)

@@ -48,6 +48,8 @@ class Settings:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     enforce_eager: bool = False
+    pin_threads: bool = False
+    """Keep each helper of a step on one core. Off, because a pinned thread waits for whoever else uses its core."""
     seed: int = 0
     """Root of the seeds of requests that bring none."""
     max_queue: int = 4096

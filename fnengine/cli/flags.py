@@ -215,7 +215,16 @@ def _flags() -> tuple[Flag, ...]:
         ),
         Flag(("--max-queue",), "engine.max_queue", "most waiting sequences; more are a 429", steps, read_size, (), "N"),
         Flag(("--enforce-eager",), "engine.enforce_eager", "do not compile", steps),
-        Flag(("--threads",), "threads", "threads of a step on CPU", steps, read_threads, (), "N"),
+        Flag(
+            ("--threads",),
+            "threads",
+            "threads of a step on CPU (default: physical cores this process may run on, within its CPU quota)",
+            steps,
+            read_threads,
+            (),
+            "N",
+        ),
+        Flag(("--pin-threads",), "engine.pin_threads", "keep each helper of a step on one core", steps),
         Flag(("--seed",), "engine.seed", "root of seeds for requests that bring none", steps, read_size, (), "N"),
         Flag(
             ("--max-logprobs",),

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any
@@ -108,6 +108,7 @@ def make_app(
     response_role: str = "assistant",
     max_body: int = 64 << 20,
     answer_bytes: int = Settings.answer_bytes,
+    constants: Mapping[str, tuple[float, str]] | None = None,
     shutdown_timeout: float = 0.0,
     stream_interval: int = 1,
     silence: float = SILENCE,
@@ -125,6 +126,7 @@ def make_app(
         allowed_origins: for browsers (CORS).
         max_body: bytes.
         answer_bytes: most that an answer may take before it is sent whole; twice this for all together.
+        constants: name -> (value, help) of gauges that do not change.
         shutdown_timeout: seconds the engine may take to finish what runs.
         stream_interval: tokens a chunk holds at least, the first and last of a choice excepted.
         silence: seconds without an event before a keep-alive comment.
@@ -132,7 +134,7 @@ def make_app(
         wall: Unix seconds, for `created`.
     """
     flights: dict[str, Flight] = {}
-    meter = measuring.Meter(engine, prefixes=tuple(metrics))
+    meter = measuring.Meter(engine, prefixes=tuple(metrics), constants=constants)
     room = Room(answer_bytes, 2 * answer_bytes)
     born = int(wall())
 
