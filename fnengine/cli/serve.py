@@ -67,7 +67,9 @@ def constants(engine: Engine) -> dict[str, tuple[float, str]]:
     """Gauges that do not change while it serves: name -> (value, help)."""
     built = engine.built
     assert built is not None
-    found = {"step_threads": (len(built.threads), "Threads of a step, by OpenMP's count.")}
+    found: dict[str, tuple[float, str]] = {
+        "step_threads": (len(built.threads), "Threads of a step, by OpenMP's count.")
+    }
     found["step_threads_pinned"] = (len(built.pinned), "Of those, pinned to one processor.")
     if built.account is not None:
         found["memory_at_rest_bytes"] = (built.account.at_rest, "Bytes of this process by the ledger, the pool full.")
