@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 
-from fnengine import kernels
+from fnengine import environment, kernels, leaves
+from fnengine import memory as accounting
 from fnengine.device import TorchDevice
+from fnengine.errors import ConfigError
 from fnengine.graphs.compile import CannotCompile, Traces, folder, kept, missing_compiler
 from fnengine.graphs.compile import start as start_compiler
 from fnengine.host.step import BLOCK
-from fnengine.kernels import Ops
+from fnengine.kernels import Ops, team
+from fnengine.memory import Account, Shapes
 from fnengine.model import Model, one_by_one
+from fnengine.params import memory_plan
 from fnengine.program import RECORDED_TOKENS, Recorded, compiled_layers, wanted_layers
 from fnengine.settings import Mode, PoolSize, Settings, size_pool
 from fnengine.spec import kv_bytes_per_token
@@ -34,6 +36,12 @@ class Built:
     execution: str
     """How steps run: compiled or eager, and why."""
     traces: Traces
+    account: Account | None = None
+    """The byte ledger; None on CUDA, where there is none yet."""
+    threads: tuple[int, ...] = ()
+    """The system's ids of the threads of a step on CPU, as OpenMP says; empty where it cannot be asked."""
+    pinned: tuple[tuple[int, int], ...] = ()
+    """(thread, processor) of those that are pinned"""
 
 
 def build(model: Model, settings: Settings) -> Built:
@@ -51,16 +59,49 @@ def build(model: Model, settings: Settings) -> Built:
         start_compiler()  # while the native kernels are built
     ops = kernels.ops(device, model.dtype)
     per_token = kv_bytes_per_token(spec, model.dtype.itemsize)
-    available, total = memory(device)
-    pool = size_pool(
-        settings=settings,
-        model_len=spec.max_len,
-        bytes_per_token=per_token,
-        rows=mode.rows,
-        device=device.type,
-        available=available,
-        total=total,
-    )
+    slots = int(settings.swap_space * 2**30) // (per_token * BLOCK)
+    kinds = []
+    if compiling and ops.paged_attention.backend.name != "reference":
+        kinds = wanted_layers(spec, model.params, ops, model.dtype, device)
+    account = None
+    if device.type == "cpu":
+        how = leaves.packing(device, model.dtype, model.quantization)
+        weights = memory_plan(spec, model.dtype, how).weights
+        shapes = Shapes(
+            spec,
+            model.dtype,
+            how,
+            mode,
+            max_len=spec.max_len,
+            blocks=1,
+            host_slots=slots,
+            max_logprobs=settings.max_logprobs,
+            answer_bytes=settings.answer_bytes,
+            threads=torch.get_num_threads(),
+            compiled=bool(kinds),
+            compiling=any(kind.wanted.kept(folder()) is None for kind in kinds),
+            base=model.before or max(accounting.base_now() - weights, 0),
+        )
+        pool, account = accounting.size(shapes, settings, *memory(device), now=accounting.base_now())
+    else:
+        if settings.memory is not None:
+            raise ConfigError(
+                "is for the CPU, where weights and KV lie in the process",
+                where="--memory",
+                remedy="--gpu-memory-utilization says how much of a card is used",
+            )
+        available, total = memory(device)
+        pool = size_pool(
+            settings=settings,
+            model_len=spec.max_len,
+            bytes_per_token=per_token,
+            rows=mode.rows,
+            device=device.type,
+            available=available,
+            total=total,
+        )
+    threads = team.members(torch.get_num_threads()) if device.type == "cpu" else []
+    pinned = team.pin(threads, environment.processors()) if settings.pin_threads else {}
     traces = Traces()
     run_layers, execution = one_by_one(), "eager: --enforce-eager"
     if device.type != "cpu":
@@ -69,7 +110,6 @@ def build(model: Model, settings: Settings) -> Built:
         if ops.paged_attention.backend.name == "reference":
             execution = f"eager: {why_not or ops.paged_attention.reason}"
         else:
-            kinds = wanted_layers(spec, model.params, ops, model.dtype, device)
             try:
                 run_layers = compiled_layers(kinds, model.params, folder(), traces)
                 sources = ", ".join(f"{name} {source} in {s:.1f} s" for name, source, s in traces.log)
@@ -79,7 +119,6 @@ def build(model: Model, settings: Settings) -> Built:
                 execution = f"eager: {e}"
     if execution.startswith("eager"):
         log.warning("steps run %s", execution)
-    slots = int(settings.swap_space * 2**30) // (per_token * BLOCK)
     return Built(
         device=TorchDevice(
             spec,
@@ -98,17 +137,18 @@ def build(model: Model, settings: Settings) -> Built:
         mode=mode,
         execution=execution,
         traces=traces,
+        account=account,
+        threads=tuple(threads),
+        pinned=tuple(pinned.items()),
     )
 
 
 def memory(device: torch.device) -> tuple[int, int]:
-    """(available, total) bytes of the device's memory; on CPU the cgroup's limit counts where it is lower."""
+    """(available, total) bytes of the device's memory; on CPU a cgroup's limit counts where it is lower."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     vm = psutil.virtual_memory()
     available, total = vm.available, vm.total
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if os.path.exists(limit) and (text := limit.read_text().strip()) != "max":
-        total = min(total, int(text))
-        available = min(available, int(text) - int(used.read_text()))
+    for limit, used in environment.memory_limits():
+        total, available = min(total, limit), min(available, limit - used)
     return max(available, 0), total

@@ -25,6 +25,7 @@ from fnengine.build import Built, build
 from fnengine.errors import DeviceFault, FnError, RequestError
 from fnengine.host import commit as committing
 from fnengine.host import plan as planning
+from fnengine.host.answers import fits
 from fnengine.host.blocks import Ledger
 from fnengine.host.commit import Event
 from fnengine.host.garbage import Collector
@@ -124,6 +125,7 @@ class Engine:
         defaults: dict[str, Any] | None = None,
         fingerprint: str = "",
         max_logprobs: int = 20,
+        answer_bytes: int = Settings.answer_bytes,
         built: Built | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -131,6 +133,7 @@ class Engine:
         self.names, self.defaults = names, defaults or {}
         self.fingerprint, self.built = fingerprint, built
         self.max_logprobs = policy.vocab if max_logprobs < 0 else max_logprobs
+        self.answer_bytes = answer_bytes
         ledger = Ledger(device.blocks, BLOCK, caching=policy.caching)
         self.host = Host(policy, ledger, rows=device.rows, host_slots=device.host_slots, seed=seed)
         self.on_step: list[Callable[[StepFacts], None]] = []
@@ -179,6 +182,7 @@ class Engine:
             defaults=model.generation_defaults if generation_config == "auto" else {},
             fingerprint=_fingerprint(model, settings, built),
             max_logprobs=settings.max_logprobs,
+            answer_bytes=settings.answer_bytes,
             built=built,
         )
 
@@ -216,6 +220,7 @@ class Engine:
                     param=name,
                     remedy="the limit is set by --max-logprobs",
                 )
+        fits(request, rows=self.policy.rows, budget=self.policy.budget, answer_bytes=self.answer_bytes)
         now = self.clock()
         request = replace(request, arrival=now)
         runs = planning.submit(self.host, request, now)

@@ -11,10 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor
 
-from fnengine import checkpoint, kernels
+from fnengine import checkpoint, environment, kernels
 from fnengine.graphs import compile
 from fnengine.host.tokenizer import Tokenizer
 from fnengine.kernels.rope import rms_norm
@@ -47,6 +48,9 @@ class Model:
     """What a user calls it."""
     notes: tuple[str, ...] = ()
     """What was decided on the way, to be shown: dtype, layout of weights, dummy weights."""
+    quantization: str = "none"
+    before: int = 0
+    """Bytes that were resident in this process before it was loaded; 0 when nobody looked."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -99,15 +103,30 @@ def load(
         CheckpointError: weights are missing, damaged or of the wrong shape.
         ConfigError: dtype, device, load_format or quantization has no meaning here.
     """
+    before = psutil.Process().memory_info().rss
     device = checkpoint.pick_device(device)
     spec = checkpoint.read_spec(folder)
     torch_dtype, why = checkpoint.pick_dtype(spec, dtype, device)
     if kernels.start(device, torch_dtype, quantization != "none"):  # built while the weights are read
         compile.start_in_background()  # a first start on this machine will compile layers, too
-    params, notes = checkpoint.fill(
-        folder, spec, torch_dtype, device, load_format, quantization=quantization, seed=seed, progress=progress
+    environment.allocate(environment.LOADING)
+    try:
+        params, notes = checkpoint.fill(
+            folder, spec, torch_dtype, device, load_format, quantization=quantization, seed=seed, progress=progress
+        )
+    finally:
+        environment.allocate(environment.SERVING)
+    return Model(
+        spec,
+        params,
+        torch_dtype,
+        device,
+        Path(folder),
+        Path(folder).name,
+        (why, *notes),
+        quantization=quantization,
+        before=before,
     )
-    return Model(spec, params, torch_dtype, device, Path(folder), Path(folder).name, (why, *notes))
 
 
 def embed(spec: ModelSpec, params: dict[str, Any], token_T: Tensor) -> Tensor:

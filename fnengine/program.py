@@ -31,6 +31,9 @@ log = logging.getLogger("fnengine")
 
 RECORDED_TOKENS = 64
 """Largest step that is recorded: with 28 layers Python costs some 7 ms, 2 % of a step of 128 tokens."""
+PROGRAMS = 128
+"""Most sizes of a step that are recorded at a time; the one not used for longest makes room. 33 rows of one token each
+and their mixtures with short prompts recur, and each holds some 150 KB."""
 ARENA_BYTES = 1 << 28
 """Address space for one layer's buffers at that size; memory is taken as it is written."""
 
@@ -100,6 +103,7 @@ class Recorded:
         key = (len(x_TD), len(w.row), id(params), pool[0].k.data_ptr())
         program = self.programs.get(key)
         if program is not None:
+            self.programs[key] = self.programs.pop(key)  # the newest is last
             return program.run(inputs)
         if key not in self.seen:
             self.seen.add(key)
@@ -118,6 +122,8 @@ class Recorded:
             log.warning("small steps run without a recording: %s", e)
             self.why_not = str(e)
             return self.run(*everything)
+        if len(self.programs) >= PROGRAMS:
+            del self.programs[next(iter(self.programs))]
         self.programs[key] = program
         return first
 

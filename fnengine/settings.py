@@ -38,6 +38,8 @@ class Settings:
     """Longest sequence in tokens; None takes the model's own limit, or what fits the pool on CPU."""
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    memory: int | None = None
+    """Bytes of everything this process holds, on CPU; the pool is what the ledger leaves of it (`fnengine.memory`)."""
     kv_cache_memory_bytes: int | None = None
     """Bytes of the KV pool; None derives it (see `size_pool`)."""
     gpu_memory_utilization: float = 0.9
@@ -46,12 +48,17 @@ class Settings:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     enforce_eager: bool = False
+    pin_threads: bool = False
+    """Keep each helper of a step on one core. Off, because a pinned thread waits for whoever else uses its core."""
     seed: int = 0
     """Root of the seeds of requests that bring none."""
     max_queue: int = 4096
     """Most waiting sequences; more are refused with 429."""
     max_logprobs: int = 20
     """-1 means the vocabulary."""
+    answer_bytes: int = 128 << 20
+    """Most bytes that one answer may take before it is sent: log-probabilities beside tokens, mostly. Twice this is
+    held for all answers together."""
 
     def mode(self, device: str) -> Mode:
         """Budget and rows for a device type, explicit settings winning over the table."""
@@ -89,26 +96,12 @@ class PoolSize:
     """Where the size came from, for `doctor` and the log."""
 
 
-def size_pool(
-    *,
-    settings: Settings,
-    model_len: int,
-    bytes_per_token: int,
-    rows: int,
-    device: str,
-    available: int,
-    total: int = 0,
-) -> PoolSize:
-    """Blocks of the KV pool and the longest sequence, from memory and flags.
-
-    On CPU a quarter of the available memory, or less when max rows x max length needs less; on CUDA what
-    `gpu_memory_utilization` of the card leaves beside what is in use. `available` and `total` are bytes, measured
-    after the weights are loaded.
+def wanted_len(settings: Settings, model_len: int) -> int | None:
+    """The longest sequence that was asked for, in tokens, or None.
 
     Raises:
-        ConfigError: the pool cannot hold one sequence of the wanted length; names the largest that fits.
+        ConfigError: it is no length, or longer than the model's.
     """
-    per_block = BLOCK * bytes_per_token
     wanted = settings.max_model_len
     if wanted is not None and wanted < 1:
         raise ConfigError(f"must be at least 1, got {wanted}", where="--max-model-len")
@@ -118,10 +111,37 @@ def size_pool(
             where="--max-model-len",
             remedy=f"at most {model_len}",
         )
+    return wanted
+
+
+def size_pool(
+    *,
+    settings: Settings,
+    model_len: int,
+    bytes_per_token: int,
+    rows: int,
+    device: str,
+    available: int,
+    total: int = 0,
+    beside: int = 0,
+) -> PoolSize:
+    """Blocks of the KV pool and the longest sequence, from memory and flags.
+
+    On CPU a quarter of the available memory, or what `beside` leaves of it, or less when max rows x max length needs
+    less; on CUDA what `gpu_memory_utilization` of the card leaves beside what is in use. `available` and `total` are
+    bytes, measured after the weights are loaded; `beside` are those that the ledger says are still to come.
+
+    Raises:
+        ConfigError: the pool cannot hold one sequence of the wanted length; names the largest that fits.
+    """
+    per_block = BLOCK * bytes_per_token
+    wanted = wanted_len(settings, model_len)
     if settings.kv_cache_memory_bytes is not None:
         budget, reason = settings.kv_cache_memory_bytes, "--kv-cache-memory-bytes"
     elif device == "cpu":
         budget, reason = available // 4, "a quarter of the available memory"
+        if available - beside < budget:
+            budget, reason = available - beside, f"available memory but {beside} bytes that are still to come"
     else:
         if not 0 < settings.gpu_memory_utilization <= 1:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The command line: `fnengine serve | chat | complete | bench | compile | doctor`.
+"""The command line: `fnengine serve | chat | complete | bench | compile | plan | doctor`.
 
 Nothing heavy is imported before a command is known, so `--help` and `--version` answer at once. What a user did wrong
 is one line on stderr and exit code 2; `--debug` shows where it was raised.
@@ -87,6 +87,11 @@ def parser() -> argparse.ArgumentParser:
         "rounding the checkpoint (as much disk as they take memory)",
     )
     p.add_argument("--json", action="store_true", help="print JSON, with the keys")
+    add_flags(p, "model", "engine")
+
+    p = _command(commands, "plan", "the byte ledger: what a server of this model will hold, from its config alone")
+    _model_argument(p)
+    p.add_argument("--json", action="store_true", help="print JSON, in bytes")
     add_flags(p, "model", "engine")
 
     p = _command(commands, "doctor", "versions, device, kernels and why, memory plan, and what is missing")

@@ -19,6 +19,7 @@ from fnengine import __version__, environment
 from fnengine.config import Options, resolve
 
 if TYPE_CHECKING:
+    from fnengine.build import Built
     from fnengine.engine import Engine
     from fnengine.kernels import Ops
     from fnengine.model import Model
@@ -59,7 +60,14 @@ def run(args: argparse.Namespace) -> int:
     add("model", about(model, engine))
     add("kernels", kernels(built.ops))
     holds, why = seed_promise(model, built.ops)
-    add("steps", [("execution", built.execution), ("seed promise", f"{'holds' if holds else 'does not hold'}: {why}")])
+    add(
+        "steps",
+        [
+            ("execution", built.execution),
+            ("threads", threads(built)),
+            ("seed promise", f"{'holds' if holds else 'does not hold'}: {why}"),
+        ],
+    )
     add("memory", memory(model, engine))
     add("to mend", missing(options, model, engine) or [("nothing", "")])
     if args.json:
@@ -104,6 +112,14 @@ def machine(options: Options) -> Section:
     for name in ("g++", "clang++"):
         rows.append((name, compiler(name)))
     return [*rows, ("compiling steps", missing_compiler() or "possible"), ("cache", str(environment.cache_dir()))]
+
+
+def threads(built: Built) -> str:
+    """How many threads a step has, by OpenMP's own count, and whether they may move."""
+    if not built.threads:
+        return "torch's OpenMP runtime was not found: one"
+    where = ", ".join(f"{thread} on processor {cpu}" for thread, cpu in built.pinned)
+    return f"{len(built.threads)}, " + (f"pinned: {where}" if where else "free to move (--pin-threads)")
 
 
 def processor() -> str:
@@ -168,6 +184,7 @@ def seed_promise(model: Model, ops: Ops) -> tuple[bool, str]:
 def memory(model: Model, engine: Engine) -> Section:
     """Bytes by purpose, computed from shapes."""
     from fnengine import leaves, tree
+    from fnengine import memory as accounting
     from fnengine.build import memory as measure
     from fnengine.device import TorchDevice
 
@@ -187,6 +204,7 @@ def memory(model: Model, engine: Engine) -> Section:
         ("logits, at most", f"{size(4 * mode.rows * model.spec.vocab)} (float32, one row per sequence)"),
         ("host KV for swapping", f"{engine.device.host_slots} blocks"),
         ("tokens a step", str(mode.budget)),
+        *([] if built.account is None else [("ledger", accounting.sentence(built.account))]),
         (f"left on {model.device}", f"{size(available)} of {size(total)}; on CPU the pool takes memory as it fills"),
     ]
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import TYPE_CHECKING
 
 from fnengine import __version__
 from fnengine.config import Options, resolve, table
 from fnengine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fnengine.engine import Engine
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,9 +56,25 @@ def run(args: argparse.Namespace) -> int:
         allowed_origins=s.allowed_origins,
         response_role=s.response_role,
         stream_interval=s.stream_interval,
+        answer_bytes=options.engine.answer_bytes,
+        constants=constants(engine),
     )
     say("stopped")
     return 0
+
+
+def constants(engine: Engine) -> dict[str, tuple[float, str]]:
+    """Gauges that do not change while it serves: name -> (value, help)."""
+    built = engine.built
+    assert built is not None
+    found: dict[str, tuple[float, str]] = {
+        "step_threads": (len(built.threads), "Threads of a step, by OpenMP's count.")
+    }
+    found["step_threads_pinned"] = (len(built.pinned), "Of those, pinned to one processor.")
+    if built.account is not None:
+        found["memory_at_rest_bytes"] = (built.account.at_rest, "Bytes of this process by the ledger, the pool full.")
+        found["memory_at_worst_bytes"] = (built.account.at_worst, "Bytes of this process by the ledger, at worst.")
+    return found
 
 
 def banner(url: str, name: str, options: Options, seconds: float) -> str:

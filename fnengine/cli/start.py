@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tokenizers
 
+from fnengine import memory
 from fnengine.config import ModelOptions, Options
 from fnengine.engine import Engine
 from fnengine.errors import CheckpointError, ConfigError
@@ -101,6 +102,7 @@ def facts(engine: Engine) -> list[str]:
         f"{engine.name}: context {engine.max_len} tokens, up to {built.mode.rows} sequences and "
         f"{built.mode.budget} new tokens a step",
         f"KV pool: {built.pool.blocks} blocks, {built.pool.bytes / 2**20:.0f} MiB ({built.pool.reason})",
+        *([] if built.account is None else [f"memory: {memory.sentence(built.account)}"]),
         f"kernels: {kernels}",
         f"steps: {built.execution}",
     ]

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any
@@ -24,17 +24,21 @@ from starlette.responses import Response
 
 from fnengine import __version__
 from fnengine.errors import FnError, NotFound, QueueFull, RequestError, Unauthorized
+from fnengine.host.answers import weigh
 from fnengine.serve import metrics as measuring
 from fnengine.serve import protocol, translate
 from fnengine.serve.answer import Answer, dump
 from fnengine.serve.engine_port import EnginePort
 from fnengine.serve.flight import Batch, Flight, Thinning, open_flight
 from fnengine.serve.sse import DONE, SILENCE, EventStream, until_gone
+from fnengine.settings import Settings
 
 OPEN = frozenset({"/health", "/ping", "/version"})
 """Routes that need no key."""
 LARGE = 1 << 16
 """Bytes of a body from which on parsing and tokenizing leave the event loop, which other streams need."""
+PROMPT_TOKEN = 48
+"""Bytes of a token of a prompt while its request is open: as an object, in the answer's shape, in the engine."""
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -52,6 +56,35 @@ class Unavailable(FnError):
 
 class Aborted(Unavailable):
     """Somebody ended this request on purpose; asking again would undo that."""
+
+
+class Room:
+    """Memory for prompts of open requests, and for answers that are held until they are whole: at most `one` bytes for
+    each request's, and `every` bytes together."""
+
+    def __init__(self, one: int, every: int):
+        self.one, self.every, self.held = one, every, 0
+
+    def take(self, mine: int, more: int) -> int:
+        """`more`, which is held from now on beside the `mine` bytes of the same answer.
+
+        Raises:
+            RequestError: the answer alone is too large.
+            Unavailable: all answers together are.
+        """
+        if mine + more > self.one:
+            raise RequestError(
+                f"prompts or answer take more than the {self.one} bytes that one request may hold",
+                remedy="stream it, or ask for fewer tokens, choices or log-probabilities; "
+                "the limit is set by --answer-memory",
+            )
+        if self.held + more > self.every:
+            raise Unavailable(
+                f"requests that are open hold all of the {self.every} bytes there are for prompts and answers",
+                remedy="try again later, or stream; the limit is set by --answer-memory",
+            )
+        self.held += more
+        return more
 
 
 class Fault(FnError):
@@ -74,6 +107,8 @@ def make_app(
     root_path: str = "",
     response_role: str = "assistant",
     max_body: int = 64 << 20,
+    answer_bytes: int = Settings.answer_bytes,
+    constants: Mapping[str, tuple[float, str]] | None = None,
     shutdown_timeout: float = 0.0,
     stream_interval: int = 1,
     silence: float = SILENCE,
@@ -90,6 +125,8 @@ def make_app(
         metrics_open: /metrics needs no key.
         allowed_origins: for browsers (CORS).
         max_body: bytes.
+        answer_bytes: most that an answer may take before it is sent whole; twice this for all together.
+        constants: name -> (value, help) of gauges that do not change.
         shutdown_timeout: seconds the engine may take to finish what runs.
         stream_interval: tokens a chunk holds at least, the first and last of a choice excepted.
         silence: seconds without an event before a keep-alive comment.
@@ -97,7 +134,8 @@ def make_app(
         wall: Unix seconds, for `created`.
     """
     flights: dict[str, Flight] = {}
-    meter = measuring.Meter(engine, prefixes=tuple(metrics))
+    meter = measuring.Meter(engine, prefixes=tuple(metrics), constants=constants)
+    room = Room(answer_bytes, 2 * answer_bytes)
     born = int(wall())
 
     @asynccontextmanager
@@ -162,15 +200,29 @@ def make_app(
                 return make(body, engine, id=flight.id, created=int(wall()), model=name)
 
             job = await asyncio.to_thread(work) if _large(body) else work()
-            flight.submit(engine, job.requests)
+            prompts = room.take(0, PROMPT_TOKEN * sum(map(len, job.shape.prompts)))
         except BaseException:
             flight.close()
+            raise
+
+        def close():
+            nonlocal prompts
+            flight.close()
+            room.held, prompts = room.held - prompts, 0
+
+        try:
+            flight.submit(engine, job.requests)
+        except BaseException:
+            close()
             raise
         answer = Answer(job.shape, engine.tokenizer)
         headers = {"x-fnengine-ignored": _header(ignored)} if ignored else {}
         if job.shape.stream:
-            return EventStream(_events(flight, answer, Thinning(stream_interval), log), flight.close, headers, silence)
-        return await _whole(request, flight, answer, headers)
+            return EventStream(_events(flight, answer, Thinning(stream_interval), log), close, headers, silence)
+        try:
+            return await _whole(request, flight, answer, headers, room)
+        finally:
+            close()
 
     async def completions(request: Request) -> Response:
         return await generate(request, protocol.CompletionBody, translate.from_completion)
@@ -366,16 +418,23 @@ async def _events(
         yield f"data: {dump(value)}\n\n{DONE}"
 
 
-async def _whole(request: Request, flight: Flight, answer: Answer, headers: dict[str, str]) -> Response:
-    """The one body of a request that does not stream; a client that goes away ends it early."""
+async def _whole(request: Request, flight: Flight, answer: Answer, headers: dict[str, str], room: Room) -> Response:
+    """The one body of a request that does not stream; a client that goes away ends it early.
+
+    Raises:
+        RequestError, Unavailable: there is no room to hold the answer until it is whole.
+    """
+    held = 0
     listener = asyncio.ensure_future(until_gone(request.receive))
     listener.add_done_callback(lambda task: None if task.cancelled() else flight.close())
     try:
         async for batch in flight.batches():
             _check(batch)
             for prompt, delta in batch:
+                held += room.take(held, weigh(delta))
                 answer.take(prompt, delta)
     finally:
+        room.held -= held
         listener.cancel()
         flight.close()
     if not answer.done:

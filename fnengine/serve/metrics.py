@@ -7,7 +7,7 @@ its gaps with one searchsorted, where a metrics library's histogram would take a
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -70,10 +70,16 @@ class Meter:
     Args:
         engine: gets two observers, which run on its own thread.
         prefixes: each metric appears once per prefix, as `<prefix>:<name>`.
+        constants: name -> (value, help) of gauges that do not change, under our own prefix.
     """
 
-    def __init__(self, engine: EnginePort, prefixes: Sequence[str] = ("fnengine",)):
-        self.engine, self.prefixes = engine, prefixes
+    def __init__(
+        self,
+        engine: EnginePort,
+        prefixes: Sequence[str] = ("fnengine",),
+        constants: Mapping[str, tuple[float, str]] | None = None,
+    ):
+        self.engine, self.prefixes, self.constants = engine, prefixes, constants or {}
         lengths = one_two_five(engine.max_len)
         self.histograms = {
             name: (Histogram(bounds), text)
@@ -204,6 +210,8 @@ class Meter:
             yield family
         if prefix != "fnengine":
             return
+        for name, (value, text) in self.constants.items():
+            yield gauge(name, value, text)
         yield gauge("kv_cache_waste_perc", g.kv_waste, "Allocated minus needed KV over allocated, 0 to 1.")
         yield gauge("kv_blocks_total", g.blocks_total, "Blocks in the pool.")
         yield gauge("kv_blocks_held", g.blocks_held, "Blocks held by live sequences.")

@@ -1,0 +1,59 @@
+"""How much memory answers may take before they are sent, and what of a request is refused for it. Torch-free."""
+
+from __future__ import annotations
+
+from fnengine.errors import RequestError
+from fnengine.host.output import Delta
+from fnengine.host.request import Request
+
+ENTRY = 512
+"""Bytes of one log-probability, from the device until it is sent: as a pair of objects, as a part of the answer with
+its token's text, and as JSON (measured: 320 to 480)."""
+TOKEN = 512
+"""Bytes of one token of an answer without its log-probabilities: its delta, its text, its place in lists."""
+STEP_BYTES = 256 << 20
+"""Most bytes of log-probabilities that one step gives, as parts and as a whole (16 bytes each)."""
+
+
+def most_logprobs(n: int) -> int:
+    """Most log-probabilities beside each of n positions that a step can be asked for."""
+    return STEP_BYTES // (16 * n)
+
+
+def fits(request: Request, *, rows: int, budget: int, answer_bytes: int) -> None:
+    """Nothing, for a request whose answer can be made and held.
+
+    Args:
+        rows, budget: most rows and most new tokens of a step.
+        answer_bytes: most bytes of one answer.
+
+    Raises:
+        RequestError: names the field and the largest value that would do.
+    """
+    for name, k, n in (("logprobs", request.logprobs, rows), ("prompt_logprobs", request.prompt_logprobs, budget)):
+        if k is not None and k > most_logprobs(n):
+            raise RequestError(
+                f"{name} must be at most {most_logprobs(n)} here, got {k}: a step holds those of {n} positions at once",
+                param=name,
+                remedy="ask for fewer, or start with fewer tokens a step (--max-num-seqs, --max-num-batched-tokens)",
+            )
+    positions, made = len(request.prompt) - 1, 0 if request.logprobs is None else request.stop.max_tokens or 0
+    parts = {
+        "prompt_logprobs": 0 if request.prompt_logprobs is None else positions * (request.prompt_logprobs + 1),
+        "logprobs": request.n * made * ((request.logprobs or 0) + 1),
+    }
+    if (need := sum(parts.values())) * ENTRY > answer_bytes:
+        name = max(parts, key=lambda part: parts[part])
+        raise RequestError(
+            f"{need} log-probabilities do not fit one answer, which may take {answer_bytes} bytes and hold "
+            f"{answer_bytes // ENTRY} of them",
+            param=name,
+            remedy="ask for fewer of them, or of fewer tokens; the limit is set by --answer-memory",
+        )
+
+
+def weigh(delta: Delta) -> int:
+    """Bytes that a delta takes while an answer is held back until it is whole."""
+    entries = sum([len(p.top) + 1 for p in delta.logprobs or ()])
+    entries += sum([1 if p is None else len(p.top) + 1 for p in delta.prompt_logprobs or ()])
+    return TOKEN * len(delta.tokens) + ENTRY * entries

@@ -1,0 +1,355 @@
+"""The byte ledger of an engine on CPU: what its process will hold, line by line, from shapes, before it is loaded.
+
+    base  code  tokenizer  weights  rows  swap  recordings  workspace  allocator  KV pool    at rest, the pool full
+    + the largest of what comes and goes (sampling, scoring, writing an answer) + answers    at worst
+    base  code  weights, and one array in both of its forms                                  while loading
+
+Only `base` is no function of shapes: it is what a process that can serve holds before it has a model, and is measured
+in the process that asks. Constants say what they were measured on. Every line is an upper bound that some request
+reaches, so `--memory` minus all lines but the pool is the pool.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from fnengine import tree
+from fnengine.device import make_state
+from fnengine.errors import ConfigError
+from fnengine.graphs.bucket import fit
+from fnengine.host.answers import most_logprobs
+from fnengine.host.step import BLOCK
+from fnengine.leaves import QUANTIZED, Packing
+from fnengine.params import memory_plan
+from fnengine.program import PROGRAMS, RECORDED_TOKENS
+from fnengine.sampling import AT_ONCE, rows_at_once
+from fnengine.settings import Mode, PoolSize, Settings, size_pool, wanted_len
+from fnengine.spec import Layer, ModelSpec, kv_bytes_per_token
+from fnengine.step import SCORED_AT_ONCE
+
+MIB = 1 << 20
+
+CODE = 24 * MIB
+"""Native libraries, replayed artifacts and what torch sets up in its first steps, beyond `base` (measured: 22 MiB)."""
+COMPILING = 130 * MIB
+"""Inductor and Dynamo in a process that had to compile its layers (measured: 126 to 132 MiB); they stay."""
+TOKEN_TEXT = 216
+"""Bytes of the tokenizer a token of the vocabulary (measured: 210 for 151,936 words)."""
+HUGE = 2 * MIB
+"""Arrays of NumPy from 4 MiB up (pool, recordings) become resident in pages of this size."""
+KEPT = 64 * MIB
+"""Most that the allocator keeps of freed small buffers (`environment.SERVING`)."""
+THREAD = 1 * MIB
+"""Scratch memory of a thread in attention and products of few rows."""
+CALLS = 12
+"""Most native calls of a layer, and ..."""
+CALL_BYTES = 34 * 8 + 6 * 24
+"""... bytes of one in a recording: its words and the addresses that move."""
+SORTED = 44
+"""Bytes a logit alive while processors sort all of a row (top_p of a flat distribution): probabilities, values, 64-bit
+ids, float64 sums, result."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Everything the ledger is a function of."""
+
+    spec: ModelSpec
+    dtype: torch.dtype
+    how: Packing
+    mode: Mode
+    max_len: int
+    blocks: int
+    """N, the null block included."""
+    host_slots: int = 0
+    max_logprobs: int = 20
+    """-1 means the vocabulary."""
+    answer_bytes: int = Settings.answer_bytes
+    threads: int = 1
+    compiled: bool = True
+    """Layers run compiled and recorded; else by the plain functions."""
+    compiling: bool = False
+    """Layers are not in the cache, so this process compiles them."""
+    base: int = 0
+    """Bytes of a process that can serve and has no model yet (`base_now`)."""
+
+
+@dataclass(frozen=True)
+class Line:
+    name: str
+    bytes: int
+    why: str
+    """Where the number comes from, for people."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """The ledger."""
+
+    rest: tuple[Line, ...]
+    """Held at once when the pool is full; the pool is the last of them."""
+    passing: tuple[Line, ...]
+    """What comes and goes, one of them at a time."""
+    answers: Line
+    """What the server holds of answers that are not sent yet."""
+    loading: Line
+    """Beside `base` and `code` while weights are read, instead of everything else."""
+
+    def line(self, name: str) -> Line:
+        """The line of that name."""
+        return next(x for x in (*self.rest, *self.passing, self.answers, self.loading) if x.name == name)
+
+    @property
+    def at_rest(self) -> int:
+        return sum(x.bytes for x in self.rest)
+
+    @property
+    def worst_step(self) -> int:
+        """At rest, and the largest of what a step adds for its time."""
+        return self.at_rest + max(x.bytes for x in self.passing if x.name != "writing an answer")
+
+    @property
+    def at_worst(self) -> int:
+        return self.at_rest + self.answers.bytes + max(x.bytes for x in self.passing)
+
+    @property
+    def while_loading(self) -> int:
+        return self.line("base").bytes + self.line("code").bytes + self.loading.bytes
+
+    @property
+    def peak(self) -> int:
+        """The most the process ever holds."""
+        return max(self.at_worst, self.while_loading)
+
+    @property
+    def beside_pool(self) -> int:
+        """Of `at_worst`, everything but the pool: what `--memory` has to hold before the first block."""
+        return self.at_worst - self.line("KV pool").bytes
+
+
+def account(s: Shapes) -> Account:
+    """The ledger of an engine of these shapes."""
+    spec, item, V = s.spec, s.dtype.itemsize, s.spec.vocab
+    b = fit(s.mode.budget, s.mode.rows)
+    plan = memory_plan(spec, s.dtype, s.how)
+    state = make_state(spec, blocks=1, rows=s.mode.rows, max_len=s.max_len, dtype=s.dtype, device=torch.device("meta"))
+    rows = sum(t.nbytes for t in tree.leaves(state.rows))
+    per_block = BLOCK * kv_bytes_per_token(spec, item)
+    k = V if s.max_logprobs < 0 else min(s.max_logprobs, V)
+    layers = len(spec.layers)
+    workspace = max(layer_bytes(kind, spec.width, b.tokens, s) for kind in spec.layers) + s.threads * THREAD
+    sampled = _sampling(b.rows, V, item, min(k, most_logprobs(b.rows)))
+    scored = b.rows * V * 4 + _scoring(b.tokens, V, item, min(k, most_logprobs(b.tokens)))
+    programs = 0
+    if s.compiled:
+        most = min(b.tokens, RECORDED_TOKENS)
+        arena = max(layer_bytes(kind, spec.width, most, s) for kind in spec.layers)
+        programs = -(-arena // HUGE) * HUGE + PROGRAMS * layers * CALLS * CALL_BYTES
+    small = min(KEPT, _small(min(b.rows, AT_ONCE), V) + _small(SCORED_AT_ONCE, V, item))
+    rest = (
+        Line("base", s.base, "interpreter, torch and what serving imports: measured, not computed"),
+        Line("code", CODE + (COMPILING if s.compiling else 0), "native libraries, layers" + ", compiler" * s.compiling),
+        Line("tokenizer", V * TOKEN_TEXT, f"{V:,} tokens"),
+        Line("weights", plan.weights, f"{s.how.kind}, {'the embedding is the head' if spec.tied else 'own head'}"),
+        Line("rows", rows, f"{s.mode.rows} + 1 rows of {s.max_len:,} tokens"),
+        Line("swap space", s.host_slots * per_block, f"{s.host_slots} blocks of host memory"),
+        Line("recorded steps", programs, f"up to {RECORDED_TOKENS} tokens, at most {PROGRAMS} sizes"),
+        Line("workspace", workspace, f"one layer of {b.tokens:,} tokens, {s.threads} threads"),
+        Line("allocator", small, "freed buffers that it does not give back"),
+        Line("KV pool", s.blocks * per_block, f"{s.blocks:,} blocks of {BLOCK} tokens, the null block included"),
+    )
+    passing = (
+        Line("sampling", sampled, f"logits and log-probabilities of {b.rows} rows x {V:,}, {AT_ONCE} rows sorted"),
+        Line("scoring", scored, f"prompts, {SCORED_AT_ONCE} rows x {V:,} at a time"),
+        Line("writing an answer", s.answer_bytes, "the largest, as objects and as JSON"),
+    )
+    return Account(
+        rest,
+        passing,
+        Line("answers", 2 * s.answer_bytes, "and prompts of open requests, held by the server (--answer-memory)"),
+        Line("loading", plan.peak, "weights, and one array in both of its forms"),
+    )
+
+
+def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
+    """Bytes of the buffers of one layer that live at the same time, for T tokens.
+
+    From `layers.layer`: in attention x, qkv, q and o; around them x, its norm and a product; in the MLP x, gate and up,
+    and their product. Beside them what the chosen product makes of its input.
+    """
+    a, F = kind.mixer, kind.mlp.width
+    q, kv = a.heads * a.width, a.kv_heads * a.width
+    widths = (D + (q + 2 * kv) + 2 * q, 2 * D + (q + 2 * kv), 2 * D + 2 * F, D + 3 * F)
+    deepest = max(D, q, F)
+    scratch = T * deepest * 4  # widened to float32
+    if s.how.kind in QUANTIZED:
+        scratch = T * (deepest * 2 + -(-deepest // 32) * 4)  # rounded to 16 bits, a factor for each group
+    elif s.how.kind in ("packed", "dense") or s.how.atom == 2:
+        scratch = 0
+    angles = T * a.rope.width * 4
+    live = T * max(widths) * s.dtype.itemsize
+    if not s.compiled:  # SiLU in float32, and all scores of a row at once in the reference
+        live += T * (2 * F * 4 + 2 * a.heads * s.max_len * 4) + 2 * s.max_len * kv * 4
+    return live + scratch + angles
+
+
+def _sampling(R: int, V: int, item: int, k: int) -> int:
+    """Logits in both dtypes; or in float32 beside what processors or log-probabilities make of some of them."""
+    head = R * V * (4 + (item if item != 4 else 0))
+    sorting = R * V * 4 + min(R, AT_ONCE) * V * SORTED
+    return max(head, sorting, R * V * 4 + _logprobs(min(R, rows_at_once(k)), V, k) + R * k * 16)
+
+
+def _scoring(T: int, V: int, item: int, k: int) -> int:
+    n = min(T, SCORED_AT_ONCE)
+    head = n * V * (4 + (item if item != 4 else 0))
+    return max(head, n * V * 4 + _logprobs(min(n, rows_at_once(k)), V, k)) + T * k * 16
+
+
+def _logprobs(n: int, V: int, k: int) -> int:
+    """log_softmax, and its k leading values: sorted whole with 64-bit ids where k is large."""
+    return n * V * 4 + n * (V * 12 + k * 4 if 4 * k >= V or k > 4096 else k * 96 + V)
+
+
+def _small(n: int, V: int, item: int = 4) -> int:
+    """Bytes of [n, V], if the allocator takes them from the heap."""
+    return n * V * item if n * V * item < 32 * MIB else 0
+
+
+def base_now() -> int:
+    """Bytes resident in this process: before a model is loaded, the base."""
+    return psutil.Process().memory_info().rss
+
+
+def fitted(s: Shapes, memory: int, length: int | None) -> Shapes:
+    """The same shapes with as many blocks as `memory` bytes hold beside everything else, at most what all rows use.
+
+    Args:
+        s: `max_len` is the longest that is wanted, `blocks` is ignored.
+        length: what the user asked for, in tokens, which must fit; None cuts `max_len` to what does.
+
+    Raises:
+        ConfigError: it does not fit; says by how much, and which flags would make it fit.
+    """
+    per_block = BLOCK * kv_bytes_per_token(s.spec, s.dtype.itemsize)
+    need = BLOCK * (-(-(length or BLOCK) // BLOCK))
+    least = account(dataclasses.replace(s, blocks=1 + need // BLOCK, max_len=length or BLOCK))
+    if least.peak > memory:
+        what = f"{need} tokens of KV" if length else "a single block of KV"
+        raise ConfigError(
+            f"{said(memory)} are {said(least.peak - memory)} too few for this model with {what}, "
+            f"{s.mode.rows} sequences and {s.mode.budget} tokens a step, which take {said(least.peak)}",
+            where="--memory",
+            remedy=_remedy(s, memory, length) or f"no flag saves that much: give at least {said(least.peak)}",
+        )
+    blocks, max_len = 0, s.max_len
+    for _ in range(8):  # a shorter row is a smaller row: a few rounds settle it
+        beside = account(dataclasses.replace(s, blocks=1, max_len=max_len)).beside_pool
+        blocks = (memory - beside) // per_block
+        if length is not None or blocks * BLOCK - BLOCK >= max_len:
+            break
+        max_len = max(BLOCK, (blocks - 1) * BLOCK)
+    blocks = min(blocks, 1 + s.mode.rows * -(-max_len // BLOCK))
+    return dataclasses.replace(s, blocks=blocks, max_len=max_len)
+
+
+def _remedy(s: Shapes, memory: int, length: int | None) -> str:
+    """Flags that would make it fit, those that change least first; empty when none does."""
+
+    def fits(x: Shapes, tokens: int | None) -> bool:
+        tokens = tokens or BLOCK
+        x = dataclasses.replace(x, blocks=1 + -(-tokens // BLOCK), max_len=tokens)
+        return account(x).peak <= memory
+
+    found = []
+    for words, x, tokens in _changes(s, length):
+        if fits(x, tokens):
+            found.append(words)
+        if len(found) == 3:
+            break
+    return "or ".join(f"{words} " for words in found).strip()
+
+
+def _changes(s: Shapes, length: int | None) -> Iterator[tuple[str, Shapes, int | None]]:
+    """(flags, the shapes they give, the length), single changes first."""
+    n = length
+    while n is not None and n > 256:
+        n //= 2
+        yield f"--max-model-len {n}", s, n
+    singles: list[tuple[str, Shapes]] = []
+    rows, budget = s.mode.rows, s.mode.budget
+    while rows > 4:
+        rows //= 2
+        budget = min(s.mode.budget, max(rows, 128))
+        mode = Mode(budget=budget, rows=rows)
+        singles.append((f"--max-num-seqs {rows} --max-num-batched-tokens {budget}", dataclasses.replace(s, mode=mode)))
+    small = (16 * MIB, "--answer-memory 16MiB")
+    if s.answer_bytes > small[0]:
+        singles.append((small[1], dataclasses.replace(s, answer_bytes=small[0])))
+    if s.how.kind not in QUANTIZED:
+        singles += [(f"--quantization {q}", dataclasses.replace(s, how=Packing(q, ""))) for q in QUANTIZED]
+    for words, x in singles:
+        yield words, x, length
+    # Everything that can be small is, and then weights of fewer bits.
+    least = dataclasses.replace(s, mode=Mode(budget=128, rows=4), answer_bytes=min(s.answer_bytes, small[0]))
+    words = f"--max-num-seqs 4 --max-num-batched-tokens 128 {small[1]}"
+    for q in ("", *([] if s.how.kind in QUANTIZED else QUANTIZED)):
+        x = dataclasses.replace(least, how=Packing(q, "")) if q else least
+        more = f"{words} --quantization {q}" if q else words
+        yield more, x, length
+        if length is not None and length > 256:
+            yield f"{more} --max-model-len 256", x, 256
+
+
+def said(n: int) -> str:
+    """Bytes in MiB below 10 GiB, else in GiB."""
+    return f"{n / 2**30:.2f} GiB" if n >= 10 * 2**30 else f"{n / MIB:,.0f} MiB"
+
+
+def size(s: Shapes, settings: Settings, available: int, total: int, now: int = 0) -> tuple[PoolSize, Account]:
+    """The pool, by `--memory` or by what is available, and the ledger with it.
+
+    Args:
+        s: `max_len` is the model's own, `blocks` is ignored.
+        available, total: bytes of the machine or the cgroup.
+        now: bytes that are resident in this process already.
+
+    Raises:
+        ConfigError: it does not fit, or flags exclude each other.
+    """
+    per_token = kv_bytes_per_token(s.spec, s.dtype.itemsize)
+    length = wanted_len(settings, s.max_len)
+    if s.answer_bytes < MIB:
+        raise ConfigError(f"must be at least 1 MiB, got {s.answer_bytes} bytes", where="--answer-memory")
+    if settings.memory is None:
+        beside = account(dataclasses.replace(s, blocks=1, max_len=length or s.max_len)).beside_pool
+        pool = size_pool(
+            settings=settings,
+            model_len=s.max_len,
+            bytes_per_token=per_token,
+            rows=s.mode.rows,
+            device="cpu",
+            available=available,
+            total=total,
+            beside=max(beside - now, 0),
+        )
+        return pool, account(dataclasses.replace(s, blocks=pool.blocks, max_len=pool.max_len))
+    if settings.kv_cache_memory_bytes is not None:
+        raise ConfigError("excludes --kv-cache-memory-bytes", where="--memory", remedy="give one of them")
+    s = fitted(s if length is None else dataclasses.replace(s, max_len=length), settings.memory, length)
+    kept = account(s)
+    reason = f"--memory {said(settings.memory)}, of which {said(kept.beside_pool)} is for everything else"
+    if s.blocks * BLOCK * per_token + kept.beside_pool < settings.memory - BLOCK * per_token:
+        reason = f"{s.mode.rows} rows x {s.max_len} tokens, less than {reason}"
+    return PoolSize(s.blocks, s.max_len, s.blocks * BLOCK * per_token, reason), kept
+
+
+def sentence(a: Account) -> str:
+    """The ledger in one line, for logs."""
+    rest = ", ".join(f"{x.name} {said(x.bytes)}" for x in a.rest if x.bytes >= MIB)
+    return f"{said(a.at_rest)} at rest ({rest}), {said(a.at_worst)} at worst, {said(a.while_loading)} while loading"
