@@ -141,7 +141,7 @@ def fill(
         )
     kept = packed_key(folder, spec, dtype, device, how)
     if kept is not None and (params := packed.load(kept, outline(spec, dtype, how))) is not None:
-        return params, (*notes, f"weights mapped from {packed.path_of(kept)}, where they were kept in this form")
+        return params, (*notes, f"weights read from {packed.path_of(kept)}, where they were kept in this form")
     return load(folder, spec, dtype, device, how, progress=progress), tuple(notes)
 
 

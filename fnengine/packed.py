@@ -1,26 +1,25 @@
-"""Weights in their final form, kept on disk: a start maps them instead of reading, fusing, casting and packing them.
+"""Weights in their final form, kept on disk: a start reads them in one piece instead of fusing and packing them.
 
 One file a (checkpoint, dtype, layout): the header of safetensors and the tensors, each beginning at a multiple of 64
-bytes, under the paths of the params tree. Its key lies beside it as JSON (`keys.py`). What is mapped is shared by all
-processes that map it, read from disk as it is touched, and never written: writing to it copies the page.
+bytes, under the paths of the params tree. Its key lies beside it as JSON (`keys.py`). It is read, not mapped: pages of
+a file are small, and products read large ones half as fast again (`kernels/memory.py`), which is more than mapping
+saves.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fnengine import keys, tree
 from fnengine.environment import cache_dir
-from fnengine.kernels import linear, native, quantized
+from fnengine.kernels import linear, memory, native, quantized
 from fnengine.leaves import Packing
 from fnengine.params import abstract, arrays
 from fnengine.spec import ModelSpec
@@ -96,33 +95,32 @@ def save(key: keys.Key, params: dict[str, Any]) -> Path:
 
 
 def load(key: keys.Key, outline: dict[str, Any]) -> dict[str, Any] | None:
-    """The params tree of `outline` (on the meta device, see `checkpoint.outline`) over the kept file, or None where
+    """The params tree of `outline` (on the meta device, see `checkpoint.outline`) from the kept file, or None where
     there is none, or one whose tensors are not those of the outline (damaged: it is left alone)."""
-    path = path_of(key)
-    try:
-        with path.open("rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        size = int.from_bytes(memory[:8], "little")
-        table = json.loads(memory[8 : 8 + size])
-    except (OSError, ValueError):
-        return None
-    memory.madvise(mmap.MADV_WILLNEED)
-    whole = torch.from_numpy(np.frombuffer(memory, np.uint8))  # holds the mapping for as long as a tensor lives
     want = {name: (_NAMES.get(t.dtype), list(t.shape), t.nbytes) for name, t in tree.items(outline)}
-    begin = 8 + size
+    try:
+        with path_of(key).open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            length = os.fstat(file.fileno()).st_size - 8 - size
+            table = json.loads(file.read(size)) if length >= 0 else {}
 
-    def fits(name: str, dtype: str | None, shape: list[int], nbytes: int) -> bool:
-        found = table.get(name, {})
-        first, last = found.get("data_offsets", (0, -1))
-        fields = (found.get("dtype"), found.get("shape"), last - first)
-        return fields == (dtype, shape, nbytes) and first >= 0 and begin + last <= len(whole)
+            def fits(name: str, dtype: str | None, shape: list[int], nbytes: int) -> bool:
+                found = table.get(name, {})
+                first, last = found.get("data_offsets", (0, -1))
+                fields = (found.get("dtype"), found.get("shape"), last - first)
+                return fields == (dtype, shape, nbytes) and first >= 0 and last <= length
 
-    if set(table) != set(want) or not all(fits(name, *fields) for name, fields in want.items()):
+            if set(table) != set(want) or not all(fits(name, *fields) for name, fields in want.items()):
+                return None
+            whole = memory.zeros((length,), torch.uint8)
+            if file.readinto(whole.numpy().data) != length:
+                return None
+    except (OSError, ValueError):
         return None
 
     def view(name: str, like: Tensor) -> Tensor:
         first, last = table[name]["data_offsets"]
-        return whole[begin + first : begin + last].view(like.dtype).view(like.shape)
+        return whole[first:last].view(like.dtype).view(like.shape)
 
     return tree.map_with_path(view, outline)
 

@@ -19,6 +19,7 @@ from fnengine.kernels.attention import PAGED_ATTENTION
 from fnengine.kernels.contract import Backend, Contract
 from fnengine.kernels.library import register
 from fnengine.kernels.linear import LINEAR, PANEL, atom_of
+from fnengine.kernels.memory import zeros
 from fnengine.kernels.noise import GUMBEL_ARGMAX
 from fnengine.kernels.pool import COPY_BLOCKS
 from fnengine.kernels.quantized import QUANTIZED_LINEAR, bits_of, shapes
@@ -213,7 +214,7 @@ def tile(weight: Tensor) -> Tensor:
     if K % atom or weight.stride(1) != 1 or weight.stride(0) % atom:
         weight = F.pad(weight, (0, -K % atom)).contiguous()
         K = weight.shape[1]
-    out = weight.new_empty(-(-N // PANEL), K // atom, PANEL, atom)
+    out = zeros((-(-N // PANEL), K // atom, PANEL, atom), weight.dtype)
     _library(weight.dtype).fn_tile(weight.data_ptr(), out.data_ptr(), N, K, weight.stride(0), torch.get_num_threads())
     return out
 
@@ -252,7 +253,7 @@ def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     N, K = weight.shape
     weight = weight if weight.stride(1) == 1 or K == 1 else weight.contiguous()
     code_shape, scale_shape = shapes(N, K, bits)
-    codes = torch.empty(code_shape, dtype=torch.uint8)
+    codes = zeros(code_shape, torch.uint8)
     scales = torch.empty(scale_shape, dtype=torch.bfloat16)
     _part(native.QUANTIZED[ELEMENT[weight.dtype]]).fn_quantize(
         weight.data_ptr(),

@@ -25,6 +25,7 @@ from fnengine.kernels import (
     cpu,
     describe,
     linear,
+    memory,
     native,
     noise,
     ops,
@@ -666,3 +667,36 @@ def test_reference_on_cuda_equals_reference_on_cpu():
                 a, b = there[name], example[name]
                 for x, y in zip(a, b, strict=True) if isinstance(a, list) else [(a, b)]:
                     assert torch.equal(x.cpu(), y)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, (2 << 20) - 1, 2 << 20, (5 << 20) + 3])
+def test_fresh_memory_is_zero_aligned_and_its_own(size):
+    """Oracle: the numbers themselves, and for large pages the kernel's own account of this process."""
+    a, b = memory.zeros((size,), torch.uint8), memory.zeros((size,), torch.uint8)
+    assert a.shape == (size,) and int(a.sum()) == 0
+    assert size == 0 or a.data_ptr() % (memory.HUGE if size >= memory.HUGE else 4096) == 0
+    a.fill_(7)
+    assert int(b.sum()) == 0 and int(a.sum()) == 7 * size
+
+
+def huge_pages() -> int:
+    """Bytes of this process in pages of 2 MiB."""
+    line = next(x for x in Path("/proc/self/smaps_rollup").read_text().splitlines() if x.startswith("AnonHugePages"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
+def test_weights_lie_in_huge_pages_where_there_are_some():
+    allowed = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not allowed.exists() or "[never]" in allowed.read_text():
+        pytest.skip("this machine gives none")
+    before = huge_pages()
+    held = memory.zeros((64 << 20,), torch.uint8).fill_(1)
+    if huge_pages() == before:
+        pytest.skip("none is free at the moment")
+    tiles = held.nbytes  # what a process holds now
+    assert huge_pages() - before <= tiles
+    if cpu.linear.supports(torch.device("cpu"), torch.bfloat16) is None:
+        before = huge_pages()
+        weight = cpu.tile(torch.zeros(16384, 1024, dtype=torch.bfloat16))
+        assert huge_pages() - before > weight.nbytes // 2

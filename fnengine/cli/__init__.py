@@ -83,8 +83,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--weights",
         action="store_true",
-        help="keep the weights, too, in the form that products want: a start maps them instead of reading, packing or "
-        "rounding the checkpoint (as much disk as they take memory)",
+        help="keep the weights, too, in the form that products want: a start reads them in one piece instead of "
+        "packing or rounding the checkpoint (as much disk as they take memory)",
     )
     p.add_argument("--json", action="store_true", help="print JSON, with the keys")
     add_flags(p, "model", "engine")

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int PANEL = 32;
 constexpr int NV = 2;
-constexpr int AHEAD = 4096;  // bytes of the weight asked for before they are needed
+constexpr int AHEAD = 1024;  // bytes of the weight asked for before they are needed
 
 struct Result {
     const void* bias;  // [N] elements, or null
