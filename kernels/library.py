@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnengine.kernels.layout import heads_of
+
 NAMESPACE = "fnengine"
 
 SCHEMAS = {
@@ -36,9 +38,9 @@ def _shape_of_choice(logits: Tensor, *_: Any) -> Tensor:
 
 
 def _shape_of_queries(
-    qkv: Tensor, q_norm: Any, k_norm: Any, cos: Tensor, sin: Tensor, k_pool: Tensor, *_: Any
+    qkv: Tensor, q_norm: Any, k_norm: Any, cos: Tensor, sin: Tensor, k_pool: Tensor, v_pool: Tensor, *_: Any
 ) -> Tensor:
-    K, C = k_pool.shape[2:]
+    K, C = heads_of(v_pool)
     return torch.empty((qkv.shape[0], qkv.shape[1] // C - 2 * K, C), dtype=qkv.dtype, device=qkv.device)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fnengine import model as fn_model
 from fnengine.host.step import BLOCK
+from fnengine.kernels.layout import Tokens
 from fnengine.model import Model, embed, head_logits
 from fnengine.state import Batch, Pool, Rows, locate
 
@@ -178,7 +179,7 @@ class Paged:
             state, length=z(M, dtype=torch.int32), table=z(M, P, dtype=torch.int32), history=z(M, max_len + 1)
         )
         pool = tuple(
-            Pool(*(z(blocks, BLOCK, la.mixer.kv_heads, la.mixer.width, dtype=model.dtype) for _ in "kv"))
+            Pool(*(z(s, dtype=model.dtype) for s in ops.kv.shapes(blocks, BLOCK, la.mixer.kv_heads, la.mixer.width)))
             for la in model.spec.layers
         )
         # Scattered blocks, so that a table read wrongly shows.
@@ -272,5 +273,5 @@ def dense_ops() -> Any:
         pass
 
     ops: Any = Ops()
-    ops.rope_write, ops.paged_attention = rope_write, paged_attention
+    ops.rope_write, ops.paged_attention, ops.kv = rope_write, paged_attention, Tokens()
     return ops

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import inspect
+import itertools
 import logging
 import math
 import platform
 import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +35,7 @@ from fnengine.kernels import (
     philox,
     reference,
 )
+from fnengine.kernels.layout import Lanes
 from fnengine.kernels.rope import ROPE_WRITE
 from tests import test_quantized
 
@@ -62,6 +67,28 @@ def needs(b: Backend, dtype: torch.dtype = torch.float32) -> None:
         pytest.skip(why)
 
 
+KV = ("k_NBKC", "v_NBKC", "k_pool", "v_pool")
+
+
+def canonical(b: Backend) -> Callable[..., Any]:
+    """The backend with the pools of its op, if it has any, token by token as in the contract."""
+    at = [i for i, name in enumerate(inspect.signature(b.op.reference).parameters) if name in KV]
+    if not at:
+        return b.fn
+
+    def fn(*given):
+        k, v = (given[i] for i in at)
+        layout, arguments = b.kv(k.dtype), list(given)
+        pools = layout.pack(k, v)
+        arguments[at[0]], arguments[at[1]] = pools
+        out = b.fn(*arguments)
+        for pool, new in zip((k, v), layout.unpack(*pools), strict=True):
+            pool.copy_(new)
+        return out
+
+    return fn
+
+
 def as_float32(x):
     return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
@@ -81,7 +108,7 @@ def test_backend_equals_reference_in_float32(backend: Backend, dtype: torch.dtyp
             }
             wanted = copy.deepcopy(wanted)
             before = copy.deepcopy(example)
-            got, want = backend.fn(*example.values()), op.reference(*wanted.values())
+            got, want = canonical(backend)(*example.values()), op.reference(*wanted.values())
             if want is not None:
                 assert got.dtype == (dtype if want.is_floating_point() else want.dtype)
                 torch.testing.assert_close(as_float32(got), want, rtol=rtol, atol=atol)
@@ -102,6 +129,9 @@ def test_registered_schema_tells_the_truth(backend: Backend):
     """Mutation, aliasing and shapes as declared, checked by torch itself."""
     needs(backend)
     for example in backend.op.examples(torch.float32, 3):
+        if pools := [name for name in example if name in KV]:
+            k, v = (example[name] for name in pools)
+            example |= dict(zip(pools, backend.kv(torch.float32).pack(k, v), strict=True))
         torch.library.opcheck(backend.fn, tuple(example.values()), test_utils=("test_schema", "test_faketensor"))
 
 
@@ -116,6 +146,7 @@ def test_ops_survive_tracing_in_one_graph():
 
     q, k, v, table, row, start, length = list(example.values())[:7]
     K, C = k.shape[2:]
+    k, v = o.kv.pack(k, v)
     slot = torch.tensor([17, 18, 40], dtype=torch.int32)
     extra = (torch.randn(3, 4 * K * C), torch.randn(3, C // 2), slot)
     arguments = (q, k, v, table, row, start, length, *extra)
@@ -163,7 +194,7 @@ def agrees_with_dense(fn, first: int | None = None) -> bool:
 
 @pytest.mark.parametrize("backend", on_this_machine("paged_attention"))
 def test_attention_equals_dense_float64(backend: Backend):
-    assert agrees_with_dense(lambda **e: backend.fn(*e.values()))
+    assert agrees_with_dense(lambda **e: canonical(backend)(*e.values()))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +255,7 @@ def first_variation(fn, dtype: torch.dtype) -> str | None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("backend", on_this_machine("paged_attention", invariant=True))
 def test_a_query_has_the_same_bits_in_any_company(backend: Backend, dtype: torch.dtype):
-    assert first_variation(lambda **e: backend.fn(*e.values()), dtype) is None
+    assert first_variation(lambda **e: canonical(backend)(*e.values()), dtype) is None
 
 
 def test_invariance_law_catches_kv_split_by_number_of_queries():
@@ -255,18 +286,40 @@ def test_invariance_law_catches_kv_split_by_number_of_queries():
     assert first_variation(split, torch.float32) is not None
 
 
+def reads_rubbish(fn: Callable[..., Any], dtype: torch.dtype) -> str | None:
+    """Where NaN in every slot that belongs to no row's tokens changes an answer."""
+    for n, e in enumerate(attention.PAGED_ATTENTION.examples(dtype, 31)):
+        B = e["k_NBKC"].shape[1]
+        k, v = torch.full_like(e["k_NBKC"], torch.nan), torch.full_like(e["v_NBKC"], torch.nan)
+        for r, length in zip(e["row_R"].tolist(), e["length_R"].tolist(), strict=True):
+            for p in range(length):
+                slot = int(e["table_MP"][r, p // B]), p % B
+                k[slot], v[slot] = e["k_NBKC"][slot], e["v_NBKC"][slot]
+        if not torch.equal(fn(*(e | {"k_NBKC": k, "v_NBKC": v}).values()), fn(*e.values())):
+            return f"example {n}"
+    return None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("backend", on_this_machine("paged_attention"))
-def test_rubbish_behind_the_end_of_a_row_is_not_read(backend: Backend):
-    """A block's former owner may have left NaN where the row has no tokens yet."""
-    e = small_examples()[2]
-    want = backend.fn(*e.values())
-    B = e["k_NBKC"].shape[1]
-    k, v = torch.full_like(e["k_NBKC"], torch.nan), torch.full_like(e["v_NBKC"], torch.nan)
-    for r, n in zip(e["row_R"].tolist(), e["length_R"].tolist(), strict=True):
-        for p in range(n):
-            slot = int(e["table_MP"][r, p // B]), p % B
-            k[slot], v[slot] = e["k_NBKC"][slot], e["v_NBKC"][slot]
-    assert torch.equal(backend.fn(*(e | {"k_NBKC": k, "v_NBKC": v}).values()), want)
+def test_rubbish_behind_the_end_of_a_row_is_not_read(backend: Backend, dtype: torch.dtype):
+    """A block's former owner, or a token that was taken back, may have left NaN where the row has no tokens yet; with
+    pairs of tokens that is beside the row's last token, too."""
+    needs(backend, dtype)
+    assert reads_rubbish(canonical(backend), dtype) is None
+
+
+def test_rubbish_is_noticed_where_it_is_read():
+    """The mutant gives tokens behind the end a weight of 0 and multiplies."""
+
+    def mutant(q_THC, k_NBKC, v_NBKC, table_MP, row_R, start_R1, length_R, scale, window):
+        out = attention.paged_attention(q_THC, k_NBKC, v_NBKC, table_MP, row_R, start_R1, length_R, scale, window)
+        for r in range(len(length_R)):
+            behind = v_NBKC[table_MP[row_R[r], (int(length_R[r]) - 1) // 16].long(), int(length_R[r]) % 16]
+            out[int(start_R1[r]) : int(start_R1[r + 1])] += 0 * behind.sum()
+        return out
+
+    assert reads_rubbish(mutant, torch.float32) is not None
 
 
 @pytest.mark.parametrize("backend", on_this_machine("paged_attention"))
@@ -282,7 +335,7 @@ def test_padding_longer_than_its_table_is_inert(backend: Backend):
         "start_R1": torch.cat([e["start_R1"], torch.tensor([T + pad], dtype=torch.int32)]),
         "length_R": torch.cat([e["length_R"], torch.tensor([pad], dtype=torch.int32)]),
     }
-    got, want = backend.fn(*padded.values())[:T], backend.fn(*e.values())
+    got, want = canonical(backend)(*padded.values())[:T], canonical(backend)(*e.values())
     assert torch.equal(got, want) if backend.invariant else torch.allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -322,7 +375,7 @@ def test_rows_that_share_a_prefix_have_the_bits_they_have_alone(dtype, heads, kv
         for threads in (1, 2):
             torch.set_num_threads(threads)
             for window in (0, 100):
-                together = cpu.paged_attention.fn(*(e | {"window": window}).values())
+                together = canonical(cpu.paged_attention)(*(e | {"window": window}).values())
                 for r in range(len(e["length"])):
                     lo, hi = int(e["start"][r]), int(e["start"][r + 1])
                     one = {
@@ -332,7 +385,10 @@ def test_rows_that_share_a_prefix_have_the_bits_they_have_alone(dtype, heads, kv
                         "length": e["length"][r : r + 1],
                         "window": window,
                     }
-                    assert torch.equal(cpu.paged_attention.fn(*(e | one).values()), together[lo:hi]), (r, window)
+                    assert torch.equal(canonical(cpu.paged_attention)(*(e | one).values()), together[lo:hi]), (
+                        r,
+                        window,
+                    )
     finally:
         torch.set_num_threads(before)
 
@@ -341,13 +397,13 @@ def test_native_ops_refuse_addresses_outside_of_the_pool():
     needs(cpu.paged_attention)
     e = small_examples()[1]
     with pytest.raises(AssertionError, match="out of range"):
-        cpu.paged_attention.fn(*(e | {"table_MP": e["table_MP"] + 10_000}).values())
+        canonical(cpu.paged_attention)(*(e | {"table_MP": e["table_MP"] + 10_000}).values())
     with pytest.raises(AssertionError, match="out of range"):
-        cpu.paged_attention.fn(*(e | {"row_R": e["row_R"] + 100}).values())
+        canonical(cpu.paged_attention)(*(e | {"row_R": e["row_R"] + 100}).values())
     pool = torch.zeros(2, 16, 1, 8)
     angle, slot = torch.ones(1, 4), torch.tensor([32], dtype=torch.int32)
     with pytest.raises(AssertionError, match="out of range"):
-        cpu.rope_write.fn(torch.ones(1, 24), None, None, angle, angle, pool, pool.clone(), slot, 1e-6)
+        canonical(cpu.rope_write)(torch.ones(1, 24), None, None, angle, angle, pool, pool.clone(), slot, 1e-6)
     with pytest.raises(AssertionError, match="out of range"):
         cpu.copy_blocks.fn([pool], torch.tensor([[0, 2]], dtype=torch.int32))
 
@@ -506,6 +562,25 @@ def test_tiles_are_laid_out_as_written(dtype: torch.dtype, N: int, K: int):
         assert torch.equal(linear.untile(tiles, N, K), weight)
 
 
+# ---- how KV lies in the pool -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("atom", [1, 2])
+@pytest.mark.parametrize("C", [1, 8, 13])
+def test_lanes_are_laid_out_as_written(atom: int, C: int):
+    """Oracle: element by element from the definition, and the way back."""
+    N, B, K = 3, 16, 2
+    k, v = torch.randn(2, N, B, K, C)
+    layout = Lanes(atom)
+    packed = layout.pack(k, v)
+    assert tuple(tuple(x.shape) for x in packed) == layout.shapes(N, B, K, C)
+    for n, t, h, c in itertools.product(range(N), range(B), range(K), range(C)):
+        assert packed[0][n, h, c // atom, t, c % atom] == k[n, t, h, c]
+        assert packed[1][n, h, t // atom, c, t % atom] == v[n, t, h, c]
+    assert packed[0].count_nonzero() == k.count_nonzero(), "an odd last channel has a zero beside it"
+    assert all(torch.equal(a, b) for a, b in zip(layout.unpack(*packed), (k, v), strict=True))
+
+
 # ---- from projection to pool ------------------------------------------------------------------------------------
 
 
@@ -519,12 +594,12 @@ def test_a_token_is_rotated_and_written_the_same_in_any_company(dtype: torch.dty
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        q = cpu.rope_write.fn(qkv, q_norm, k_norm, cos, sin, *pools, slot, eps)
+        q = canonical(cpu.rope_write)(qkv, q_norm, k_norm, cos, sin, *pools, slot, eps)
     finally:
         torch.set_num_threads(before)
     for t in range(len(slot)):
         one = slice(t, t + 1)
-        alone = cpu.rope_write.fn(qkv[one], q_norm, k_norm, cos[one], sin[one], k_pool, v_pool, slot[one], eps)
+        alone = canonical(cpu.rope_write)(qkv[one], q_norm, k_norm, cos[one], sin[one], k_pool, v_pool, slot[one], eps)
         assert torch.equal(alone[0], q[t])
     assert torch.equal(k_pool, pools[0]) and torch.equal(v_pool, pools[1])
 
@@ -623,9 +698,12 @@ def test_builds_for_lesser_processors_are_right_too(compiler, isa, monkeypatch):
 
     libraries = {part: load(part) for part in native.SOURCES}
     monkeypatch.setattr(native, "load", lambda part: libraries[part])
-    assert agrees_with_dense(lambda **e: cpu.paged_attention.fn(*e.values()))
+    assert agrees_with_dense(lambda **e: canonical(cpu.paged_attention)(*e.values()))
     for dtype in DTYPES:
-        assert first_variation(lambda **e: cpu.paged_attention.fn(*e.values()), dtype) is None
+        assert first_variation(lambda **e: canonical(cpu.paged_attention)(*e.values()), dtype) is None
+        assert reads_rubbish(canonical(cpu.paged_attention), dtype) is None
+        test_backend_equals_reference_in_float32(cpu.rope_write, dtype)
+        test_a_token_is_rotated_and_written_the_same_in_any_company(dtype)
         test_backend_equals_reference_in_float32(cpu.paged_attention, dtype)
         test_backend_equals_reference_in_float32(cpu.linear, dtype)
         rows_of_a_product_are_their_own(cpu.linear, dtype)
