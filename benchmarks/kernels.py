@@ -67,6 +67,8 @@ def attention_inputs(o: Ops, rows: list[tuple[int, int]], dtype: torch.dtype, co
             "length": torch.tensor([n for _, n in rows]).int(),
             "scale": C**-0.5,
             "window": 0,
+            "soft_cap": 0.0,
+            "sink": None,
         }
         for _ in range(copies)
     ]
@@ -130,6 +132,8 @@ def overhead(o: Ops, best: bool) -> dict:
         one,
         1.0,
         0,
+        0.0,
+        None,
     )
     s = seconds_of(lambda: o.paged_attention(*arguments), best, 0.3)
     return {"op": "paged_attention", "case": "overhead of a call", "us": s * 1e6}

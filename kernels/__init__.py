@@ -2,7 +2,8 @@
 
     ops = fnengine.kernels.ops(torch.device("cpu"), torch.bfloat16)
     q_THC = ops.rope_write(qkv_TE, q_norm, k_norm, cos, sin, pool.k, pool.v, where.slot, eps)
-    o_THC = ops.paged_attention(q_THC, pool.k, pool.v, where.table, where.row, where.start, where.length, scale, window)
+    at = (where.table, where.row, where.start, where.length)
+    o_THC = ops.paged_attention(q_THC, pool.k, pool.v, *at, scale, window, soft_cap, sinks)
 
 A backend is one file listed in `BACKENDS`.
 """

@@ -72,9 +72,12 @@ def _paged_attention(
     length: Tensor,
     scale: float,
     window: int,
+    soft_cap: float,
+    sink: Tensor | None,
 ) -> Tensor:
     assert q.dtype == k_pool.dtype == v_pool.dtype, (q.dtype, k_pool.dtype, v_pool.dtype)
     N, K, C = _pools(k_pool, v_pool)
+    assert sink is None or (sink.dtype == q.dtype and sink.is_contiguous())
     q, table, row, start, length = _packed(q), _int32(table), _int32(row), _int32(start), _int32(length)
     out = empty(q.shape, q.dtype)
     bad = invoke(
@@ -82,6 +85,7 @@ def _paged_attention(
         q.data_ptr(),
         k_pool.data_ptr(),
         v_pool.data_ptr(),
+        None if sink is None else sink.data_ptr(),
         out.data_ptr(),
         table.data_ptr(),
         row.data_ptr(),
@@ -97,6 +101,7 @@ def _paged_attention(
         C,
         bits(scale),
         window,
+        bits(soft_cap),
         torch.get_num_threads(),
         checked=True,
     )

@@ -18,7 +18,7 @@ NAMESPACE = "fnengine"
 
 SCHEMAS = {
     "paged_attention": "(Tensor q, Tensor k_pool, Tensor v_pool, Tensor table, Tensor row, Tensor start, "
-    "Tensor length, float scale, int window) -> Tensor",
+    "Tensor length, float scale, int window, float soft_cap, Tensor? sink) -> Tensor",
     "rope_write": "(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin, Tensor(a!) k_pool, "
     "Tensor(b!) v_pool, Tensor slot, float eps) -> Tensor",
     "copy_blocks": "(Tensor(a!)[] pools, Tensor pairs) -> ()",

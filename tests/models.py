@@ -247,7 +247,7 @@ def dense_ops() -> Any:
             v_pool[at] = heads[t, -K:]
         return q_THC
 
-    def paged_attention(q, k_pool, v_pool, table, row, start, length, scale, window):
+    def paged_attention(q, k_pool, v_pool, table, row, start, length, scale, window, soft_cap, sink):
         out = torch.empty_like(q)
         for r in range(len(row)):
             lo, hi, n = int(start[r]), int(start[r + 1]), int(length[r])
@@ -265,7 +265,11 @@ def dense_ops() -> Any:
             kv = torch.arange(n)[None, :]
             seen = (kv <= at) & ((kv > at - window) if window else torch.ones_like(kv <= at))
             score = torch.einsum("thc,shc->hts", q[lo:hi].float(), k) * scale
-            p = score.masked_fill(~seen, float("-inf")).softmax(-1)
+            if soft_cap:
+                score = soft_cap * (score / soft_cap).tanh()
+            p = score.masked_fill(~seen, float("-inf")).exp()
+            total = p.sum(-1, keepdim=True) + (0 if sink is None else sink.float().exp()[:, None, None])
+            p = p / total
             out[lo:hi] = torch.einsum("hts,shc->thc", p, v).to(q.dtype)
         return out
 

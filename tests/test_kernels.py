@@ -142,7 +142,7 @@ def test_ops_survive_tracing_in_one_graph():
 
     def step(q, k, v, table, row, start, length, qkv, angle, slot):
         o.rope_write(qkv, None, None, angle, angle, k, v, slot, 0.0)
-        return o.paged_attention(q, k, v, table, row, start, length, 0.125, 0) * 2
+        return o.paged_attention(q, k, v, table, row, start, length, 0.125, 0, 0.0, None) * 2
 
     q, k, v, table, row, start, length = list(example.values())[:7]
     K, C = k.shape[2:]
@@ -159,7 +159,7 @@ def test_ops_survive_tracing_in_one_graph():
 # ---- attention --------------------------------------------------------------------------------------------------
 
 
-def dense(q, k, v, table, row, start, length, scale, window):
+def dense(q, k, v, table, row, start, length, scale, window, soft_cap, sink):
     """Attention one query and head at a time in float64, straight from the definition."""
     T, H, C = q.shape
     B, K = k.shape[1:3]
@@ -173,8 +173,11 @@ def dense(q, k, v, table, row, start, length, scale, window):
             first = max(0, at - window + 1) if window else 0
             for h in range(H):
                 score = keys[first : at + 1, h // (H // K)] @ q[t, h] * scale
-                weight = np.exp(score - score.max())
-                out[t, h] = weight / weight.sum() @ values[first : at + 1, h // (H // K)]
+                if soft_cap:
+                    score = soft_cap * np.tanh(score / soft_cap)
+                weight = np.exp(score)
+                total = weight.sum() + (0 if sink is None else math.exp(float(sink[h])))
+                out[t, h] = weight / total @ values[first : at + 1, h // (H // K)]
     return torch.tensor(out)
 
 
@@ -201,6 +204,8 @@ def test_attention_equals_dense_float64(backend: Backend):
     "mutate",
     [
         pytest.param(lambda e: e | {"window": 0}, id="ignores the window"),
+        pytest.param(lambda e: e | {"soft_cap": 0.0}, id="caps no scores"),
+        pytest.param(lambda e: e | {"sink_H": None}, id="has no sinks"),
         pytest.param(lambda e: e | {"window": e["window"] and e["window"] + 1}, id="window is one too wide"),
         pytest.param(lambda e: e | {"row_R": e["row_R"].roll(1)}, id="takes another row's table"),
         pytest.param(lambda e: e | {"k_NBKC": e["k_NBKC"].flip(2)}, id="groups heads the other way round"),
@@ -261,7 +266,7 @@ def test_a_query_has_the_same_bits_in_any_company(backend: Backend, dtype: torch
 def test_invariance_law_catches_kv_split_by_number_of_queries():
     """A flash-decoding split whose number of parts follows the batch is right and yet not invariant."""
 
-    def split(q_THC, k_NBKC, v_NBKC, table_MP, row_R, start_R1, length_R, scale, window):
+    def split(q_THC, k_NBKC, v_NBKC, table_MP, row_R, start_R1, length_R, scale, window, soft_cap, sink_H):
         parts = 1 + q_THC.shape[0] % 3
         out = torch.zeros_like(q_THC)
         for r in range(len(length_R)):
@@ -312,8 +317,8 @@ def test_rubbish_behind_the_end_of_a_row_is_not_read(backend: Backend, dtype: to
 def test_rubbish_is_noticed_where_it_is_read():
     """The mutant gives tokens behind the end a weight of 0 and multiplies."""
 
-    def mutant(q_THC, k_NBKC, v_NBKC, table_MP, row_R, start_R1, length_R, scale, window):
-        out = attention.paged_attention(q_THC, k_NBKC, v_NBKC, table_MP, row_R, start_R1, length_R, scale, window)
+    def mutant(q_THC, k_NBKC, v_NBKC, table_MP, row_R, start_R1, length_R, *rest):
+        out = attention.paged_attention(q_THC, k_NBKC, v_NBKC, table_MP, row_R, start_R1, length_R, *rest)
         for r in range(len(length_R)):
             behind = v_NBKC[table_MP[row_R[r], (int(length_R[r]) - 1) // 16].long(), int(length_R[r]) % 16]
             out[int(start_R1[r]) : int(start_R1[r + 1])] += 0 * behind.sum()
@@ -360,7 +365,19 @@ def sharing_rows(dtype: torch.dtype, heads: int, kv_heads: int, width: int) -> d
         "length": torch.tensor(lengths, dtype=torch.int32),
         "scale": width**-0.5,
         "window": 0,
+        "soft_cap": 2.0 if heads == 4 else 0.0,
+        "sink": torch.randn(heads, generator=g).to(dtype) if heads in (4, 3) else None,
     }
+
+
+@pytest.mark.parametrize("backend", on_this_machine("paged_attention"))
+@pytest.mark.parametrize("size", [1e-3, 0.1, 0.2, 1.0, 30.0])
+def test_caps_are_right_for_scores_of_every_size(backend: Backend, size: float):
+    """Oracle: float64. tanh is a series for small scores and made of exponentials for large ones."""
+    e = small_examples()[1] | {"soft_cap": 2.0, "sink_H": torch.tensor([0.0, -torch.inf, 3.0, -50.0])}
+    e |= {"scale": size / 8}
+    got = canonical(backend)(*e.values())
+    torch.testing.assert_close(got.double(), dense(*e.values()), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

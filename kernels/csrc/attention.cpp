@@ -3,7 +3,8 @@
 // KV is walked in tiles of TILE tokens that start at multiples of TILE in the sequence. For each (query, head):
 //
 //     score[j]  = q . k[j]                       summed over channels from 0 up, in one lane
-//     m, l, o   = online softmax over the tiles, in order; within a tile over tokens from 0 up
+//     m, l, o   = online softmax over the tiles, in order; within a tile over tokens from 0 up; a sink, which is a
+//                 logit without a value, comes before the first
 //
 // A lane holds one token (scores) or one channel (output), never a part of a sum, so how many queries are done
 // together, who does them and what else is in the batch cannot change a bit. Tokens that a query does not see get
@@ -28,12 +29,12 @@ constexpr int QUERY_ROWS = 96;  // (query, head) pairs that go over a KV tile to
 // ---- one piece of work ----------------------------------------------------------------------------------------------
 
 struct Call {
-    const Element *q, *k, *v;
+    const Element *q, *k, *v, *sink;  // sink: one a query head, or null
     Element* out;
     const int32_t *table, *row, *start, *length;
     int64_t q_stride, R, P, N;
     int H, K, C, window;
-    float scale;
+    float scale, cap;
 };
 
 struct State {  // of the queries of a row that has read the tiles it shares: (KV head, query, head of the group)
@@ -136,6 +137,7 @@ void load_queries(const Call& a, int from, int to, int head, const Scratch& s, i
                 }
             }
             s.run[m] = {NONE, vf{}};
+            if (a.sink) s.run[m] = {load_float_part(a.sink + head * G + g, 1)[0], vf{1.f}};
         }
 }
 
@@ -152,7 +154,7 @@ FN_INLINE void read_tile(const Call& a, const Tile& tile, const Scratch& s, int 
     multiply(s.query + m * atoms, atoms, Keys{tile, atoms}, score, TILE, rows, vectors * W, nullptr, ahead);
     for (int i = 0; i < rows; i++) {
         const Span span = seen(i);
-        factor[i] = weigh(score + i * TILE, weight + i * (TILE / PER), vectors, span.first, span.last, a.scale, s.run[m + i]);
+        factor[i] = weigh(score + i * TILE, weight + i * (TILE / PER), vectors, span.first, span.last, a.scale, a.cap, s.run[m + i]);
     }
     multiply(weight, TILE / PER, Values(tile, C, s.odd), s.out + m * whole(C), whole(C), rows, C, factor, ahead);
 }
@@ -332,16 +334,17 @@ void attend_all(const Call& a, int threads) {
 }  // namespace
 }  // namespace fn
 
-// All of the library's element type. q_stride in elements, heads and channels of q contiguous; scale as the bits of a
-// double.
+// All of the library's element type. q_stride in elements, heads and channels of q contiguous; sink: [H] or null; scale
+// and cap as the bits of doubles, cap 0 for none.
 // Returns 0, or 1 when a row or block lies outside of its array or a length is too small (nothing is computed then).
-extern "C" int fn_paged_attention(const void* q, const void* k, const void* v, void* out, const int32_t* table,
-                                  const int32_t* row, const int32_t* start, const int32_t* length, int64_t q_stride,
+extern "C" int fn_paged_attention(const void* q, const void* k, const void* v, const void* sink, void* out,
+                                  const int32_t* table, const int32_t* row, const int32_t* start, const int32_t* length, int64_t q_stride,
                                   int64_t R, int64_t M, int64_t P, int64_t N, int64_t H, int64_t K, int64_t C,
-                                  int64_t scale_bits, int64_t window, int threads) {
+                                  int64_t scale_bits, int64_t window, int64_t cap_bits, int threads) {
     using namespace fn;
-    double scale;
+    double scale, cap;
     memcpy(&scale, &scale_bits, sizeof scale);
+    memcpy(&cap, &cap_bits, sizeof cap);
     for (int64_t r = 0; r < R; r++) {
         const int64_t n = start[r + 1] - start[r];
         if (n == 0) continue;
@@ -353,8 +356,8 @@ extern "C" int fn_paged_attention(const void* q, const void* k, const void* v, v
         }
     }
     const Call a{static_cast<const Element*>(q), static_cast<const Element*>(k), static_cast<const Element*>(v),
-                 static_cast<Element*>(out), table, row, start, length, q_stride, R, P, N, int(H), int(K), int(C),
-                 int(window), float(scale)};
+                 static_cast<const Element*>(sink), static_cast<Element*>(out), table, row, start, length, q_stride, R, P, N, int(H), int(K), int(C),
+                 int(window), float(scale), float(cap)};
     attend_all(a, threads);
     return 0;
 }

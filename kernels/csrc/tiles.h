@@ -180,13 +180,25 @@ struct Running {  // online softmax of one (query, head)
     vf total;     // sum of weights, token j in lane j % W
 };
 
+// tanh within 2e-7, the same in every lane. Near 0, where 1 - e^-2|x| cancels, by its series.
+FN_INLINE vf tanh(vf x) {
+    const vf a = x < vf{} ? -x : x, one = splat(1.f), e = exp_negative(a * splat(-2.f)), far = (one - e) / (one + e), b = x * x;
+    vf p = splat(-17.f / 315.f);
+    p = fma(p, b, splat(2.f / 15.f));
+    p = fma(p, b, splat(-1.f / 3.f));
+    p = fma(p * b, x, x);
+    return a < splat(0.2f) ? p : x < vf{} ? -far : far;
+}
+
 // Turns scores [first, last) of a tile into weights and the rest into 0; returns the factor of what was summed before.
-FN_INLINE float weigh(float* score, uint32_t* weight, int vectors, int first, int last, float scale, Running& run) {
+FN_INLINE float weigh(float* score, uint32_t* weight, int vectors, int first, int last, float scale, float cap,
+                      Running& run) {
     vf s[TILE / W];
     vf top = splat(NONE);
     for (int n = 0; n < vectors; n++) {
         vi j = lanes() + n * W;
         vf x = load<vf>(score + n * W) * splat(scale);
+        if (cap > 0) x = tanh(x / splat(cap)) * splat(cap);
         s[n] = ((j >= first) & (j < last)) ? x : splat(NONE);
         top = max(top, s[n]);
     }
