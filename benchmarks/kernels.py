@@ -51,7 +51,7 @@ def matmul_rate(best: bool) -> float:
     return 2 * 1024**3 / seconds_of(lambda: a @ b, best)
 
 
-def attention_inputs(rows: list[tuple[int, int]], dtype: torch.dtype, copies: int) -> list[dict]:
+def attention_inputs(o: Ops, rows: list[tuple[int, int]], dtype: torch.dtype, copies: int) -> list[dict]:
     """Inputs for rows of (new tokens, length); `copies` pools, so that a pool is not still in cache when it returns."""
     P = max(-(-n // B) for _, n in rows)
     N = 1 + len(rows) * P
@@ -60,14 +60,15 @@ def attention_inputs(rows: list[tuple[int, int]], dtype: torch.dtype, copies: in
     return [
         {
             "q": torch.randn(int(new.sum()), H, C).to(dtype),
-            "k": torch.randn(N, B, K, C).to(dtype),
-            "v": torch.randn(N, B, K, C).to(dtype),
+            **{name: torch.randn(s).to(dtype) for name, s in zip("kv", o.kv.shapes(N, B, K, C), strict=True)},
             "table": table,
             "row": torch.arange(len(rows), dtype=torch.int32),
             "start": torch.cat([torch.zeros(1), new.cumsum(0)]).int(),
             "length": torch.tensor([n for _, n in rows]).int(),
             "scale": C**-0.5,
             "window": 0,
+            "soft_cap": 0.0,
+            "sink": None,
         }
         for _ in range(copies)
     ]
@@ -77,7 +78,7 @@ def attention(o: Ops, name: str, rows: list[tuple[int, int]], dtype: torch.dtype
     """Time, bytes of KV read (once a row) and multiply-adds of one call."""
     bytes_ = sum(n for _, n in rows) * 2 * K * C * dtype.itemsize
     flops = sum(4 * H * C * sum(range(n - new + 1, n + 1)) for new, n in rows)
-    inputs = attention_inputs(rows, dtype, max(1, min(16, (1 << 28) // bytes_)))
+    inputs = attention_inputs(o, rows, dtype, max(1, min(16, (1 << 28) // bytes_)))
     turn = 0
 
     def run() -> None:
@@ -94,7 +95,7 @@ def writes(o: Ops, best: bool) -> list[dict]:
     out = []
     for T in (32, 512):
         qkv, norm, angle = torch.randn(T, (H + 2 * K) * C).bfloat16(), torch.ones(C).bfloat16(), torch.randn(T, C // 2)
-        pools = [torch.zeros(1024, B, K, C, dtype=torch.bfloat16) for _ in range(2)]
+        pools = [torch.zeros(s, dtype=torch.bfloat16) for s in o.kv.shapes(1024, B, K, C)]
         slot = torch.randperm(1024 * B)[:T].int()
         s = seconds_of(lambda: o.rope_write(qkv, norm, norm, angle, angle, *pools, slot, 1e-6), best, 0.3)  # noqa: B023
         out.append({"op": "rope_write", "case": f"{T} tokens", "us": s * 1e6, "GB/s": 2 * qkv.nbytes / s / 1e9})
@@ -120,18 +121,19 @@ def choices(o: Ops, best: bool) -> list[dict]:
 
 def overhead(o: Ops, best: bool) -> dict:
     """Time of a call that has next to nothing to do: one query of one head of eight channels."""
-    k = torch.zeros(2, B, 1, 8)
+    pools = [torch.zeros(s, dtype=torch.bfloat16) for s in o.kv.shapes(2, B, 1, 8)]
     one = torch.ones(1, dtype=torch.int32)
     arguments = (
-        torch.zeros(1, 1, 8),
-        k,
-        k,
+        torch.zeros(1, 1, 8, dtype=torch.bfloat16),
+        *pools,
         one[:, None],
         one - 1,
         torch.tensor([0, 1], dtype=torch.int32),
         one,
         1.0,
         0,
+        0.0,
+        None,
     )
     s = seconds_of(lambda: o.paged_attention(*arguments), best, 0.3)
     return {"op": "paged_attention", "case": "overhead of a call", "us": s * 1e6}

@@ -17,16 +17,16 @@ from torch import Tensor
 from fnengine.graphs.bucket import fit
 from fnengine.host.request import MAX_BIAS
 from fnengine.host.step import BLOCK, Admission, Scores, StepInput, StepOutput, Ticket
-from fnengine.kernels import Ops
+from fnengine.kernels import KVLayout, Ops
 from fnengine.spec import ModelSpec
 from fnengine.state import Batch, Out, Pool, Rows, State, Top
 from fnengine.step import Step
 
 
 def make_state(
-    spec: ModelSpec, *, blocks: int, rows: int, max_len: int, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec, kv: KVLayout, *, blocks: int, rows: int, max_len: int, dtype: torch.dtype, device: torch.device
 ) -> State:
-    """Empty state: `blocks` (N) blocks a layer, `rows` (M) rows and the null row."""
+    """Empty state: `blocks` (N) blocks a layer laid out as `kv` says, `rows` (M) rows and the null row."""
     M, P = rows + 1, -(-max_len // BLOCK)
 
     def full(value: float, dt: torch.dtype, *shape: int) -> Tensor:
@@ -34,7 +34,7 @@ def make_state(
 
     f32, i32 = torch.float32, torch.int32
     pool = tuple(
-        Pool(*(_zeros((blocks, BLOCK, a.kv_heads, a.width), dtype, device) for _ in "kv"))
+        Pool(*(_zeros(shape, dtype, device) for shape in kv.shapes(blocks, BLOCK, a.kv_heads, a.width)))
         for a in (layer.mixer for layer in spec.layers)
     )
     return State(
@@ -131,7 +131,7 @@ class TorchDevice:
         self.blocks, self.rows, self.max_len, self.host_slots = blocks, rows, max_len, host_slots
         self.device = device
         self.depth = 0 if device.type == "cpu" else 1
-        self.state = make_state(spec, blocks=blocks, rows=rows, max_len=max_len, dtype=dtype, device=device)
+        self.state = make_state(spec, ops.kv, blocks=blocks, rows=rows, max_len=max_len, dtype=dtype, device=device)
         pinned = device.type == "cuda"
         self._host = tuple(
             Pool(*(torch.zeros(host_slots, *t.shape[1:], dtype=t.dtype, pin_memory=pinned) for t in (p.k, p.v)))

@@ -53,9 +53,9 @@ def attention(
     norms = (params["q_norm"], params["k_norm"]) if a.qk_norm else (None, None)
     q_THC = ops.rope_write(qkv_TE, *norms, *angles, pool.k, pool.v, where.slot, eps)
     window = 0 if a.window is None else a.window
-    o_THC = ops.paged_attention(
-        q_THC, pool.k, pool.v, where.table, where.row, where.start, where.length, a.scale, window
-    )
+    sinks = params["sinks"] if a.sinks else None
+    at = (where.table, where.row, where.start, where.length)
+    o_THC = ops.paged_attention(q_THC, pool.k, pool.v, *at, a.scale, window, a.soft_cap, sinks)
     return matmul(params["o"], o_THC.flatten(1))
 
 

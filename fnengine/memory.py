@@ -24,6 +24,7 @@ from fnengine.errors import ConfigError
 from fnengine.graphs.bucket import fit
 from fnengine.host.answers import most_logprobs
 from fnengine.host.step import BLOCK
+from fnengine.kernels.layout import Tokens
 from fnengine.leaves import QUANTIZED, Packing
 from fnengine.params import memory_plan
 from fnengine.program import PROGRAMS, RECORDED_TOKENS
@@ -137,7 +138,9 @@ def account(s: Shapes) -> Account:
     spec, item, V = s.spec, s.dtype.itemsize, s.spec.vocab
     b = fit(s.mode.budget, s.mode.rows)
     plan = memory_plan(spec, s.dtype, s.how)
-    state = make_state(spec, blocks=1, rows=s.mode.rows, max_len=s.max_len, dtype=s.dtype, device=torch.device("meta"))
+    state = make_state(
+        spec, Tokens(), blocks=1, rows=s.mode.rows, max_len=s.max_len, dtype=s.dtype, device=torch.device("meta")
+    )
     rows = sum(t.nbytes for t in tree.leaves(state.rows))
     per_block = BLOCK * kv_bytes_per_token(spec, item)
     k = V if s.max_logprobs < 0 else min(s.max_logprobs, V)

@@ -130,7 +130,7 @@ class Recorded:
 
 def wanted_layers(spec: ModelSpec, params: Any, ops: Ops, dtype: torch.dtype, device: torch.device) -> list[Kind]:
     """One wanted artifact for each kind of layer; nothing is traced yet. Of `params` only shapes and dtypes are looked
-    at, so they may be on the meta device (`checkpoint.outline`), and of `ops` only names."""
+    at, so they may be on the meta device (`checkpoint.outline`), and of `ops` only names and the layout of KV."""
     alike: dict[Any, list[int]] = {}
     for i, (kind, p) in enumerate(zip(spec.layers, params["layers"], strict=True)):
         signature = (kind, tuple((path, tuple(w.shape), str(w.dtype)) for path, w in tree.items(p)))
@@ -156,7 +156,7 @@ def _wanted(name: str, kind: Layer, p: Any, ops: Ops, dtype: torch.dtype, device
 
     width = next(w.shape[-1] for path, w in tree.items(p) if path.startswith("norm1"))
     angles = [floats(_T, a.rope.width // 2, dt=torch.float32) for _ in range(2)]
-    pools = [floats(_N, BLOCK, a.kv_heads, a.width) for _ in range(2)]
+    pools = [floats(*shape) for shape in ops.kv.shapes(_N, BLOCK, a.kv_heads, a.width)]
     fixed = [floats(_T, width), *angles, ints(_T), ints(_R), ints(_R + 1), ints(_R), ints(_M, _P), *pools]
     dynamic: list[tuple[int, ...]] = [(0,), (0,), (0,), (0,), (0,), (0,), (0,), (0, 1), (0,), (0,)]
     weights = tree.leaves(p)
@@ -188,6 +188,7 @@ def _wanted(name: str, kind: Layer, p: Any, ops: Ops, dtype: torch.dtype, device
         key={
             "dtype": str(dtype).removeprefix("torch."),
             "kind": keys.described(kind),
+            "kv": ops.kv.name,
             "ops": {op: backend for op, backend, _, _ in kernels.describe(ops)},
             "source": _sources(),
         },

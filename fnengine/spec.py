@@ -60,6 +60,10 @@ class Attention:
     """RMS norm over C of each q and k head before rope."""
     window: int | None = None
     """Sliding window: a token sees itself and the window - 1 before it; None sees all."""
+    soft_cap: float = 0.0
+    """A score becomes soft_cap * tanh(score / soft_cap) before softmax; 0 leaves it."""
+    sinks: bool = False
+    """Each query head has a logit without a value in its softmax, the parameter `sinks` [H]."""
 
 
 @dataclass(frozen=True)

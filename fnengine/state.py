@@ -54,12 +54,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Pool:
-    """KV of one layer. Separate tensors, never views of one: each is donated on its own."""
+    """KV of one layer, N blocks of it; what a block looks like inside is `kernels.Ops.kv`'s to say.
+
+    Separate tensors, never views of one: each is donated on its own.
+    """
 
     k: Tensor
-    """[N, B, K, C]"""
+    """[N, ...]"""
     v: Tensor
-    """[N, B, K, C]"""
+    """[N, ...]"""
 
 
 @dataclass(frozen=True)

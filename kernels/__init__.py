@@ -2,7 +2,8 @@
 
     ops = fnengine.kernels.ops(torch.device("cpu"), torch.bfloat16)
     q_THC = ops.rope_write(qkv_TE, q_norm, k_norm, cos, sin, pool.k, pool.v, where.slot, eps)
-    o_THC = ops.paged_attention(q_THC, pool.k, pool.v, where.table, where.row, where.start, where.length, scale, window)
+    at = (where.table, where.row, where.start, where.length)
+    o_THC = ops.paged_attention(q_THC, pool.k, pool.v, *at, scale, window, soft_cap, sinks)
 
 A backend is one file listed in `BACKENDS`.
 """
@@ -10,14 +11,27 @@ A backend is one file listed in `BACKENDS`.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
 from fnengine.kernels import cpu, native, reference
 from fnengine.kernels.contract import Backend, Chosen, Contract, choose
+from fnengine.kernels.layout import KVLayout
 
-__all__ = ["BACKENDS", "Backend", "Chosen", "Contract", "Ops", "choose", "describe", "expected", "ops", "start"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Chosen",
+    "Contract",
+    "KVLayout",
+    "Ops",
+    "choose",
+    "describe",
+    "expected",
+    "ops",
+    "start",
+]
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "paged_attention": (cpu.paged_attention, reference.paged_attention),
@@ -42,11 +56,17 @@ class Ops:
     rope_write: Chosen
     copy_blocks: Chosen
     gumbel_argmax: Chosen
+    kv: KVLayout
+    """How KV lies in the pool: what `rope_write` writes and `paged_attention` reads."""
 
     @property
     def invariant(self) -> bool:
         """Whether no op's result for a row depends on other rows, chunking or cache hits."""
-        return all(getattr(self, f.name).backend.invariant for f in fields(self))
+        return all(getattr(self, name).backend.invariant for name in CHOSEN)
+
+
+CHOSEN = ("paged_attention", "rope_write", "copy_blocks", "gumbel_argmax")
+"""The ops of `Ops`, in its order."""
 
 
 def ops(device: torch.device | str, dtype: torch.dtype, only: str | None = None) -> Ops:
@@ -56,20 +76,28 @@ def ops(device: torch.device | str, dtype: torch.dtype, only: str | None = None)
         LookupError: no backend fits, with each one's reason.
     """
     device = torch.device(device)
-    return Ops(**{f.name: choose(BACKENDS[f.name], device, dtype, only) for f in fields(Ops)})
+    chosen = {name: choose(BACKENDS[name], device, dtype, only) for name in CHOSEN}
+    writes, reads = (chosen[name].backend.kv(dtype) for name in ("rope_write", "paged_attention"))
+    assert writes == reads, f"KV would be written as {writes} and read as {reads}"
+    return Ops(**chosen, kv=reads)
 
 
 def expected(device: torch.device | str, dtype: torch.dtype) -> Ops:
-    """What `ops` will choose once the native code is built, without building it."""
+    """What `ops` will choose once the native code is built, without building it.
+
+    Raises:
+        BuildFailed: there is no compiler to build it with.
+    """
     device = torch.device(device)
     if cpu.unfit(device, dtype) is not None:
         return ops(device, dtype, only="reference")
-    return Ops(**{f.name: Chosen(BACKENDS[f.name][0], "once it is built") for f in fields(Ops)})
+    chosen = {name: Chosen(BACKENDS[name][0], "once it is built") for name in CHOSEN}
+    return Ops(**chosen, kv=cpu.expected_layout(dtype))
 
 
 def describe(chosen: Ops) -> list[tuple[str, str, bool, str]]:
     """(op, backend, invariant, reason) for each op, to be printed."""
-    pairs = [(f.name, getattr(chosen, f.name)) for f in fields(chosen)]
+    pairs = [(name, getattr(chosen, name)) for name in CHOSEN]
     return [(name, c.backend.name, c.backend.invariant, c.reason) for name, c in pairs]
 
 

@@ -14,7 +14,16 @@ AT_ONCE = 1 << 18
 """Elements of K gathered for rows that go together on CPU: what is copied should still be in cache when it is used."""
 
 
-def _attend(q_RnHC: Tensor, k_RSKC: Tensor, v_RSKC: Tensor, end_R: Tensor, scale: float, window: int) -> Tensor:
+def _attend(
+    q_RnHC: Tensor,
+    k_RSKC: Tensor,
+    v_RSKC: Tensor,
+    end_R: Tensor,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    sink_H: Tensor | None,
+) -> Tensor:
     """Attention of rows with n queries each over their gathered KV; a row's last query stands at end - 1. [R,n,H,C]
 
     Values from `end` on are cleared, because a weight of zero does not silence a NaN that a former owner left there.
@@ -24,12 +33,17 @@ def _attend(q_RnHC: Tensor, k_RSKC: Tensor, v_RSKC: Tensor, end_R: Tensor, scale
     G = H // K
     q = q_RnHC.float().view(R, n, K, G, C).permute(0, 2, 3, 1, 4).reshape(R, K, G * n, C)
     score = torch.matmul(q, k_RSKC.float().permute(0, 2, 3, 1)).mul_(scale).view(R, K, G, n, S)
+    if soft_cap > 0:
+        score = score.div_(soft_cap).tanh_().mul_(soft_cap)
     kv = torch.arange(S, device=q.device)
     position_Rn = (end_R.long() - n)[:, None] + torch.arange(n, device=q.device)
     seen = kv <= position_Rn[..., None]
     if window > 0:
         seen &= kv > position_Rn[..., None] - window
-    weight = score.masked_fill_(~seen[:, None, None], -torch.inf).softmax(-1).view(R, K, G * n, S)
+    score = score.masked_fill_(~seen[:, None, None], -torch.inf)
+    if sink_H is not None:
+        score = torch.cat([score, sink_H.float().view(K, G, 1, 1).expand(R, K, G, n, 1)], -1)
+    weight = score.softmax(-1)[..., :S].reshape(R, K, G * n, S)
     v = v_RSKC.float().masked_fill_((kv >= end_R.long()[:, None])[..., None, None], 0.0)
     out = torch.matmul(weight, v.permute(0, 2, 1, 3))
     return out.view(R, K, G, n, C).permute(0, 3, 1, 2, 4).reshape(R, n, H, C).to(q_RnHC.dtype)
@@ -45,6 +59,8 @@ def paged_attention(
     length_R: Tensor,
     scale: float,
     window: int,
+    soft_cap: float,
+    sink_H: Tensor | None,
 ) -> Tensor:
     """See `PAGED_ATTENTION.doc`.
 
@@ -62,7 +78,7 @@ def paged_attention(
         at = table_MP[row_R[index].long()][:, column].long()
         k, v = k_NBKC[at].flatten(1, 2), v_NBKC[at].flatten(1, 2)
         q = q_THC[token].unflatten(0, (len(rows), n))
-        out[token] = _attend(q, k, v, length_R[index], scale, window).flatten(0, 1)
+        out[token] = _attend(q, k, v, length_R[index], scale, window, soft_cap, sink_H).flatten(0, 1)
 
     single = [r for r in range(len(length)) if start[r + 1] - start[r] == 1 and length[r] > 0]
     longest = max((length[r] for r in single), default=1)
@@ -79,15 +95,15 @@ def paged_attention(
 def _examples(dtype: torch.dtype, seed: int) -> Iterator[dict[str, Any]]:
     g = torch.Generator().manual_seed(seed)
     B = 16
-    cases = (  # H, K, C, window, [(new tokens, length)]
-        (1, 1, 8, 0, [(1, 1)]),
-        (4, 2, 64, 0, [(1, 40), (0, 9), (7, 7), (1, 129), (20, 90)]),
-        (6, 2, 20, 17, [(3, 65), (1, 64), (1, 200), (70, 70), (0, 0)]),
-        (8, 1, 128, 0, [(33, 150), (1, 16), (1, 17)]),
-        (4, 4, 48, 1, [(5, 80), (1, 3)]),
-        (14, 2, 64, 64, [(1, 300), (130, 260), (2, 65)]),
+    cases = (  # H, K, C, window, soft cap, sinks, [(new tokens, length)]
+        (1, 1, 8, 0, 0.0, False, [(1, 1)]),
+        (4, 2, 64, 0, 0.0, False, [(1, 40), (0, 9), (7, 7), (1, 129), (20, 90)]),
+        (6, 2, 20, 17, 1.5, True, [(3, 65), (1, 64), (1, 200), (70, 70), (0, 0)]),
+        (8, 1, 128, 0, 0.0, True, [(33, 150), (1, 16), (1, 17)]),
+        (4, 4, 48, 1, 0.0, True, [(5, 80), (1, 3)]),
+        (14, 2, 64, 64, 30.0, False, [(1, 300), (130, 260), (2, 65)]),
     )
-    for H, K, C, window, rows in cases:
+    for H, K, C, window, soft_cap, sinks, rows in cases:
         P = max(-(-n // B) for _, n in rows) + 1
         M = len(rows) + 2
         N = 1 + M * P
@@ -105,12 +121,15 @@ def _examples(dtype: torch.dtype, seed: int) -> Iterator[dict[str, Any]]:
             "length_R": torch.tensor([n for _, n in rows]).int(),
             "scale": C**-0.5,
             "window": window,
+            "soft_cap": soft_cap,
+            "sink_H": torch.randn(H, generator=g).to(dtype) if sinks else None,
         }
 
 
 PAGED_ATTENTION = Contract(
     name="paged_attention",
-    doc="""(q_THC, k_NBKC, v_NBKC, table_MP int32, row_R int32, start_R1 int32, length_R int32, scale, window) -> o_THC.
+    doc="""(q_THC, k_NBKC, v_NBKC, table_MP int32, row_R int32, start_R1 int32, length_R int32, scale, window, soft_cap,
+    sink_H or None) -> o_THC.
 
     Ragged causal attention. Batch row r owns the queries start[r]:start[r+1]; query t stands at position
     length[r] - (start[r+1] - t) and sees the KV positions up to and including its own; with window > 0 only the last
@@ -118,6 +137,10 @@ PAGED_ATTENTION = Contract(
     table, where only padding goes, its last column stands for the missing ones); the pool already holds the new tokens'
     KV (the write of *all* rows comes first). Query head h reads KV head h // (H // K). Softmax in float32, output in
     the dtype of q. start[r] == start[r+1] is legal: the row has no queries.
+
+    A score is q.k * scale, and with soft_cap > 0 then soft_cap * tanh(score / soft_cap) (Gemma 2, arXiv 2408.00118).
+    A sink is a logit of a query head that takes part in the softmax's sum, but has no value (GPT-OSS): with it weights
+    add up to less than 1.
 
         start[r]        t          start[r+1]
         |---------------q---------------|           queries of row r

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fnengine.kernels.layout import KVLayout, Tokens
+
 
 @dataclass(frozen=True)
 class Contract:
@@ -45,6 +47,8 @@ class Backend:
     absolute index."""
     note: Callable[[torch.dtype], str] = lambda _dtype: ""
     """More to say about it once it is chosen, e.g. how it was built."""
+    kv: Callable[[torch.dtype], KVLayout] = lambda _dtype: Tokens()
+    """How KV lies in the pools it is given, where it is given any; contracts have it token by token."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fnengine.kernels import native
 from fnengine.kernels.attention import PAGED_ATTENTION
 from fnengine.kernels.contract import Backend, Contract
+from fnengine.kernels.layout import Lanes
 from fnengine.kernels.library import register
 from fnengine.kernels.linear import LINEAR, PANEL, atom_of
 from fnengine.kernels.memory import zeros
@@ -28,6 +29,8 @@ from fnengine.kernels.rope import ROPE_WRITE
 
 ELEMENT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """dtype -> the library that serves it."""
+BLOCK = 16
+"""Tokens of a block of the pool; the library is built for it."""
 
 
 def parts(dtype: torch.dtype, quantized: bool = False) -> tuple[str, ...]:
@@ -52,6 +55,14 @@ def _packed(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and (x.stride(1) == C or x.shape[1] == 1) else x.contiguous()
 
 
+def _pools(k_pool: Tensor, v_pool: Tensor) -> tuple[int, int, int]:
+    """(N, K, C) of pools in the layout that the library was built for."""
+    N, K, _, C, atom = v_pool.shape
+    assert (k_pool.shape, v_pool.shape) == Lanes(atom).shapes(N, BLOCK, K, C), (k_pool.shape, v_pool.shape)
+    assert atom == _library(v_pool.dtype).fn_atom() and k_pool.is_contiguous() and v_pool.is_contiguous()
+    return N, K, C
+
+
 def _int32(x: Tensor) -> Tensor:
     assert x.dtype == torch.int32, x.dtype
     return x.contiguous()
@@ -67,17 +78,20 @@ def _paged_attention(
     length: Tensor,
     scale: float,
     window: int,
+    soft_cap: float,
+    sink: Tensor | None,
 ) -> Tensor:
     assert q.dtype == k_pool.dtype == v_pool.dtype, (q.dtype, k_pool.dtype, v_pool.dtype)
-    assert k_pool.is_contiguous() and v_pool.is_contiguous() and k_pool.shape == v_pool.shape
+    N, K, C = _pools(k_pool, v_pool)
+    assert sink is None or (sink.dtype == q.dtype and sink.is_contiguous())
     q, table, row, start, length = _packed(q), _int32(table), _int32(row), _int32(start), _int32(length)
     out = empty(q.shape, q.dtype)
-    N, B, K, C = k_pool.shape
     bad = invoke(
         _library(q.dtype).fn_paged_attention,
         q.data_ptr(),
         k_pool.data_ptr(),
         v_pool.data_ptr(),
+        None if sink is None else sink.data_ptr(),
         out.data_ptr(),
         table.data_ptr(),
         row.data_ptr(),
@@ -88,12 +102,12 @@ def _paged_attention(
         table.shape[0],
         table.shape[1],
         N,
-        B,
         q.shape[1],
         K,
         C,
         bits(scale),
         window,
+        bits(soft_cap),
         torch.get_num_threads(),
         checked=True,
     )
@@ -113,9 +127,8 @@ def _rope_write(
     eps: float,
 ) -> Tensor:
     assert qkv.dtype == k_pool.dtype == v_pool.dtype and cos.dtype == sin.dtype == torch.float32
-    assert k_pool.is_contiguous() and v_pool.is_contiguous() and k_pool.shape == v_pool.shape
+    N, K, C = _pools(k_pool, v_pool)
     assert all(norm is None or (norm.dtype == qkv.dtype and norm.is_contiguous()) for norm in (q_norm, k_norm))
-    N, B, K, C = k_pool.shape
     T, W = cos.shape
     qkv, slot = (qkv if qkv.stride(1) == 1 else qkv.contiguous()), _int32(slot)
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -137,12 +150,12 @@ def _rope_write(
         K,
         C,
         W,
-        N * B,
+        N * BLOCK,
         bits(eps),
         torch.get_num_threads(),
         checked=True,
     )
-    assert not bad, f"a slot is out of range or a head too wide: {slot=} {N=} {B=} {C=}"
+    assert not bad, f"a slot is out of range or a head too wide: {slot=} {N=} {C=}"
     return q
 
 
@@ -294,11 +307,24 @@ def _missing(part: str) -> str | None:
     return None if found.library is not None else found.reason
 
 
+def _layout(dtype: torch.dtype) -> Lanes:
+    return Lanes(atom_of(dtype))
+
+
+def expected_layout(dtype: torch.dtype) -> Lanes:
+    """How KV will lie in the pool once the library is built, without building it.
+
+    Raises:
+        BuildFailed: there is no compiler.
+    """
+    return Lanes(native.expected_atom(native.find_compiler(), native.host_isa(), ELEMENT[dtype]))
+
+
 def _backend(op: Contract, fn: Callable[..., Any], supports: Callable[..., str | None]) -> Backend:
     def note(dtype: torch.dtype) -> str:
         return native.load(native.COMMON if supports is _of_none else ELEMENT[dtype]).reason
 
-    return Backend("cpu", op, register(op.name, "cpu", fn, key="CPU"), supports, True, note)
+    return Backend("cpu", op, register(op.name, "cpu", fn, key="CPU"), supports, True, note, _layout)
 
 
 paged_attention = _backend(PAGED_ATTENTION, _paged_attention, _of_element)

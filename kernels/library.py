@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnengine.kernels.layout import heads_of
+
 NAMESPACE = "fnengine"
 
 SCHEMAS = {
     "paged_attention": "(Tensor q, Tensor k_pool, Tensor v_pool, Tensor table, Tensor row, Tensor start, "
-    "Tensor length, float scale, int window) -> Tensor",
+    "Tensor length, float scale, int window, float soft_cap, Tensor? sink) -> Tensor",
     "rope_write": "(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin, Tensor(a!) k_pool, "
     "Tensor(b!) v_pool, Tensor slot, float eps) -> Tensor",
     "copy_blocks": "(Tensor(a!)[] pools, Tensor pairs) -> ()",
@@ -37,9 +39,9 @@ def _shape_of_choice(logits: Tensor, *_: Any) -> Tensor:
 
 
 def _shape_of_queries(
-    qkv: Tensor, q_norm: Any, k_norm: Any, cos: Tensor, sin: Tensor, k_pool: Tensor, *_: Any
+    qkv: Tensor, q_norm: Any, k_norm: Any, cos: Tensor, sin: Tensor, k_pool: Tensor, v_pool: Tensor, *_: Any
 ) -> Tensor:
-    K, C = k_pool.shape[2:]
+    K, C = heads_of(v_pool)
     return torch.empty((qkv.shape[0], qkv.shape[1] // C - 2 * K, C), dtype=qkv.dtype, device=qkv.device)
 
 

@@ -191,7 +191,7 @@ def openmp_runtime() -> str | None:
 P, I, N = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64  # and no floating point: see `recording.py`
 _ANY = {"fn_instructions": (ctypes.c_char_p, []), "fn_use_threads": (None, [P])}
 _ELEMENT = {
-    "fn_paged_attention": (I, [P] * 8 + [N] * 11 + [I]),
+    "fn_paged_attention": (I, [P] * 9 + [N] * 11 + [I]),
     "fn_rope_write": (I, [P] * 9 + [N] * 8 + [I]),
     "fn_linear": (None, [P] * 4 + [N] * 6 + [I]),
     "fn_tile": (None, [P] * 2 + [N] * 3 + [I]),

@@ -35,7 +35,7 @@ EXACT = {torch.float32: (0.0, 0.0), torch.bfloat16: (0.0, 0.0), torch.float16: (
 
 COPY_BLOCKS = Contract(
     name="copy_blocks",
-    doc="""(pools: list of [N, B, K, C], pairs_C2 int32 of (source, target)) -> None; writes every pool.
+    doc="""(pools: list of [N, ...], pairs_C2 int32 of (source, target)) -> None; writes every pool.
 
     A target occurs once and is no pair's source, except in the padding (0, 0).""",
     reference=copy_blocks,

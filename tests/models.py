@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fnengine import model as fn_model
 from fnengine.host.step import BLOCK
+from fnengine.kernels.layout import Tokens
 from fnengine.model import Model, embed, head_logits
 from fnengine.state import Batch, Pool, Rows, locate
 
@@ -178,7 +179,7 @@ class Paged:
             state, length=z(M, dtype=torch.int32), table=z(M, P, dtype=torch.int32), history=z(M, max_len + 1)
         )
         pool = tuple(
-            Pool(*(z(blocks, BLOCK, la.mixer.kv_heads, la.mixer.width, dtype=model.dtype) for _ in "kv"))
+            Pool(*(z(s, dtype=model.dtype) for s in ops.kv.shapes(blocks, BLOCK, la.mixer.kv_heads, la.mixer.width)))
             for la in model.spec.layers
         )
         # Scattered blocks, so that a table read wrongly shows.
@@ -246,7 +247,7 @@ def dense_ops() -> Any:
             v_pool[at] = heads[t, -K:]
         return q_THC
 
-    def paged_attention(q, k_pool, v_pool, table, row, start, length, scale, window):
+    def paged_attention(q, k_pool, v_pool, table, row, start, length, scale, window, soft_cap, sink):
         out = torch.empty_like(q)
         for r in range(len(row)):
             lo, hi, n = int(start[r]), int(start[r + 1]), int(length[r])
@@ -264,7 +265,11 @@ def dense_ops() -> Any:
             kv = torch.arange(n)[None, :]
             seen = (kv <= at) & ((kv > at - window) if window else torch.ones_like(kv <= at))
             score = torch.einsum("thc,shc->hts", q[lo:hi].float(), k) * scale
-            p = score.masked_fill(~seen, float("-inf")).softmax(-1)
+            if soft_cap:
+                score = soft_cap * (score / soft_cap).tanh()
+            p = score.masked_fill(~seen, float("-inf")).exp()
+            total = p.sum(-1, keepdim=True) + (0 if sink is None else sink.float().exp()[:, None, None])
+            p = p / total
             out[lo:hi] = torch.einsum("hts,shc->thc", p, v).to(q.dtype)
         return out
 
@@ -272,5 +277,5 @@ def dense_ops() -> Any:
         pass
 
     ops: Any = Ops()
-    ops.rope_write, ops.paged_attention = rope_write, paged_attention
+    ops.rope_write, ops.paged_attention, ops.kv = rope_write, paged_attention, Tokens()
     return ops

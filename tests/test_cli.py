@@ -19,6 +19,7 @@ from fnengine.cli import chat, flags, refused, serve
 from fnengine.cli.client import Server, ServerError
 from fnengine.config import ModelOptions, ServeOptions, resolve, table
 from fnengine.errors import ConfigError
+from fnengine.kernels import describe
 from fnengine.settings import MODES, Settings
 
 ROOT = Path(__file__).parent.parent
@@ -447,7 +448,7 @@ def test_doctor_says_what_an_engine_is(llm, capsys):
     assert said["memory"]["KV pool"].startswith(f"{built.pool.bytes / 2**10:.1f} KiB: {built.pool.blocks} blocks")
     assert said["model"]["name"] == "demo"
     assert said["steps"]["execution"] == built.execution == "eager: --enforce-eager"
-    assert set(said["kernels"]) == {f.name for f in dataclasses.fields(built.ops)}
+    assert set(said["kernels"]) == {op for op, *_ in describe(built.ops)}
     assert said["steps"]["seed promise"].startswith("holds" if built.ops.invariant else "does not hold")
     assert said["versions"]["python"].startswith(".".join(map(str, sys.version_info[:3])))
 

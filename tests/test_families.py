@@ -194,3 +194,22 @@ def test_families_are_listed_under_their_own_names():
         spec = spec_from_config({**config, "vocab_size": 10})
         assert (spec.family, spec.architecture) == (name, family.architecture)
         assert params.count(spec) > 0
+
+
+def test_a_mixer_that_says_so_has_caps_and_sinks():
+    """Oracle: dense attention. No family declares them yet, so a model is told to."""
+    model = tiny_model("qwen3")
+    layers = tuple(
+        dataclasses.replace(x, mixer=dataclasses.replace(x.mixer, soft_cap=0.5, sinks=True)) for x in model.spec.layers
+    )
+    sinks = torch.linspace(-1, 2, layers[0].mixer.heads)
+    told = dataclasses.replace(
+        model,
+        spec=dataclasses.replace(model.spec, layers=layers),
+        params={**model.params, "layers": tuple({**p, "sinks": sinks} for p in model.params["layers"])},
+    )
+    ids = tokens(70, seed=9)
+    (want,) = Paged.make(told, dense_ops()).extend([(0, ids)])
+    (got,) = Paged.make(told, kernels.ops("cpu", torch.float32)).extend([(0, ids)])
+    (plain,) = Paged.make(model, dense_ops()).extend([(0, ids)])
+    assert worst(got, want) < TOLERANCE < 0.01 < worst(plain, want)

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import inspect
+import itertools
 import logging
 import math
 import platform
 import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +36,7 @@ from fnengine.kernels import (
     philox,
     reference,
 )
+from fnengine.kernels.layout import Lanes
 from fnengine.kernels.rope import ROPE_WRITE
 from tests import test_quantized
 
@@ -63,6 +68,28 @@ def needs(b: Backend, dtype: torch.dtype = torch.float32) -> None:
         pytest.skip(why)
 
 
+KV = ("k_NBKC", "v_NBKC", "k_pool", "v_pool")
+
+
+def canonical(b: Backend) -> Callable[..., Any]:
+    """The backend with the pools of its op, if it has any, token by token as in the contract."""
+    at = [i for i, name in enumerate(inspect.signature(b.op.reference).parameters) if name in KV]
+    if not at:
+        return b.fn
+
+    def fn(*given):
+        k, v = (given[i] for i in at)
+        layout, arguments = b.kv(k.dtype), list(given)
+        pools = layout.pack(k, v)
+        arguments[at[0]], arguments[at[1]] = pools
+        out = b.fn(*arguments)
+        for pool, new in zip((k, v), layout.unpack(*pools), strict=True):
+            pool.copy_(new)
+        return out
+
+    return fn
+
+
 def as_float32(x):
     return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
@@ -82,7 +109,7 @@ def test_backend_equals_reference_in_float32(backend: Backend, dtype: torch.dtyp
             }
             wanted = copy.deepcopy(wanted)
             before = copy.deepcopy(example)
-            got, want = backend.fn(*example.values()), op.reference(*wanted.values())
+            got, want = canonical(backend)(*example.values()), op.reference(*wanted.values())
             if want is not None:
                 kept = want.is_floating_point() and not example.get("wide")
                 assert got.dtype == (dtype if kept else want.dtype)
@@ -104,6 +131,9 @@ def test_registered_schema_tells_the_truth(backend: Backend):
     """Mutation, aliasing and shapes as declared, checked by torch itself."""
     needs(backend)
     for example in backend.op.examples(torch.float32, 3):
+        if pools := [name for name in example if name in KV]:
+            k, v = (example[name] for name in pools)
+            example |= dict(zip(pools, backend.kv(torch.float32).pack(k, v), strict=True))
         torch.library.opcheck(backend.fn, tuple(example.values()), test_utils=("test_schema", "test_faketensor"))
 
 
@@ -114,10 +144,11 @@ def test_ops_survive_tracing_in_one_graph():
 
     def step(q, k, v, table, row, start, length, qkv, angle, slot):
         o.rope_write(qkv, None, None, angle, angle, k, v, slot, 0.0)
-        return o.paged_attention(q, k, v, table, row, start, length, 0.125, 0) * 2
+        return o.paged_attention(q, k, v, table, row, start, length, 0.125, 0, 0.0, None) * 2
 
     q, k, v, table, row, start, length = list(example.values())[:7]
     K, C = k.shape[2:]
+    k, v = o.kv.pack(k, v)
     slot = torch.tensor([17, 18, 40], dtype=torch.int32)
     extra = (torch.randn(3, 4 * K * C), torch.randn(3, C // 2), slot)
     arguments = (q, k, v, table, row, start, length, *extra)
@@ -130,7 +161,7 @@ def test_ops_survive_tracing_in_one_graph():
 # ---- attention --------------------------------------------------------------------------------------------------
 
 
-def dense(q, k, v, table, row, start, length, scale, window):
+def dense(q, k, v, table, row, start, length, scale, window, soft_cap, sink):
     """Attention one query and head at a time in float64, straight from the definition."""
     T, H, C = q.shape
     B, K = k.shape[1:3]
@@ -144,8 +175,11 @@ def dense(q, k, v, table, row, start, length, scale, window):
             first = max(0, at - window + 1) if window else 0
             for h in range(H):
                 score = keys[first : at + 1, h // (H // K)] @ q[t, h] * scale
-                weight = np.exp(score - score.max())
-                out[t, h] = weight / weight.sum() @ values[first : at + 1, h // (H // K)]
+                if soft_cap:
+                    score = soft_cap * np.tanh(score / soft_cap)
+                weight = np.exp(score)
+                total = weight.sum() + (0 if sink is None else math.exp(float(sink[h])))
+                out[t, h] = weight / total @ values[first : at + 1, h // (H // K)]
     return torch.tensor(out)
 
 
@@ -165,13 +199,15 @@ def agrees_with_dense(fn, first: int | None = None) -> bool:
 
 @pytest.mark.parametrize("backend", on_this_machine("paged_attention"))
 def test_attention_equals_dense_float64(backend: Backend):
-    assert agrees_with_dense(lambda **e: backend.fn(*e.values()))
+    assert agrees_with_dense(lambda **e: canonical(backend)(*e.values()))
 
 
 @pytest.mark.parametrize(
     "mutate",
     [
         pytest.param(lambda e: e | {"window": 0}, id="ignores the window"),
+        pytest.param(lambda e: e | {"soft_cap": 0.0}, id="caps no scores"),
+        pytest.param(lambda e: e | {"sink_H": None}, id="has no sinks"),
         pytest.param(lambda e: e | {"window": e["window"] and e["window"] + 1}, id="window is one too wide"),
         pytest.param(lambda e: e | {"row_R": e["row_R"].roll(1)}, id="takes another row's table"),
         pytest.param(lambda e: e | {"k_NBKC": e["k_NBKC"].flip(2)}, id="groups heads the other way round"),
@@ -226,13 +262,13 @@ def first_variation(fn, dtype: torch.dtype) -> str | None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("backend", on_this_machine("paged_attention", invariant=True))
 def test_a_query_has_the_same_bits_in_any_company(backend: Backend, dtype: torch.dtype):
-    assert first_variation(lambda **e: backend.fn(*e.values()), dtype) is None
+    assert first_variation(lambda **e: canonical(backend)(*e.values()), dtype) is None
 
 
 def test_invariance_law_catches_kv_split_by_number_of_queries():
     """A flash-decoding split whose number of parts follows the batch is right and yet not invariant."""
 
-    def split(q_THC, k_NBKC, v_NBKC, table_MP, row_R, start_R1, length_R, scale, window):
+    def split(q_THC, k_NBKC, v_NBKC, table_MP, row_R, start_R1, length_R, scale, window, soft_cap, sink_H):
         parts = 1 + q_THC.shape[0] % 3
         out = torch.zeros_like(q_THC)
         for r in range(len(length_R)):
@@ -257,18 +293,40 @@ def test_invariance_law_catches_kv_split_by_number_of_queries():
     assert first_variation(split, torch.float32) is not None
 
 
+def reads_rubbish(fn: Callable[..., Any], dtype: torch.dtype) -> str | None:
+    """Where NaN in every slot that belongs to no row's tokens changes an answer."""
+    for n, e in enumerate(attention.PAGED_ATTENTION.examples(dtype, 31)):
+        B = e["k_NBKC"].shape[1]
+        k, v = torch.full_like(e["k_NBKC"], torch.nan), torch.full_like(e["v_NBKC"], torch.nan)
+        for r, length in zip(e["row_R"].tolist(), e["length_R"].tolist(), strict=True):
+            for p in range(length):
+                slot = int(e["table_MP"][r, p // B]), p % B
+                k[slot], v[slot] = e["k_NBKC"][slot], e["v_NBKC"][slot]
+        if not torch.equal(fn(*(e | {"k_NBKC": k, "v_NBKC": v}).values()), fn(*e.values())):
+            return f"example {n}"
+    return None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("backend", on_this_machine("paged_attention"))
-def test_rubbish_behind_the_end_of_a_row_is_not_read(backend: Backend):
-    """A block's former owner may have left NaN where the row has no tokens yet."""
-    e = small_examples()[2]
-    want = backend.fn(*e.values())
-    B = e["k_NBKC"].shape[1]
-    k, v = torch.full_like(e["k_NBKC"], torch.nan), torch.full_like(e["v_NBKC"], torch.nan)
-    for r, n in zip(e["row_R"].tolist(), e["length_R"].tolist(), strict=True):
-        for p in range(n):
-            slot = int(e["table_MP"][r, p // B]), p % B
-            k[slot], v[slot] = e["k_NBKC"][slot], e["v_NBKC"][slot]
-    assert torch.equal(backend.fn(*(e | {"k_NBKC": k, "v_NBKC": v}).values()), want)
+def test_rubbish_behind_the_end_of_a_row_is_not_read(backend: Backend, dtype: torch.dtype):
+    """A block's former owner, or a token that was taken back, may have left NaN where the row has no tokens yet; with
+    pairs of tokens that is beside the row's last token, too."""
+    needs(backend, dtype)
+    assert reads_rubbish(canonical(backend), dtype) is None
+
+
+def test_rubbish_is_noticed_where_it_is_read():
+    """The mutant gives tokens behind the end a weight of 0 and multiplies."""
+
+    def mutant(q_THC, k_NBKC, v_NBKC, table_MP, row_R, start_R1, length_R, *rest):
+        out = attention.paged_attention(q_THC, k_NBKC, v_NBKC, table_MP, row_R, start_R1, length_R, *rest)
+        for r in range(len(length_R)):
+            behind = v_NBKC[table_MP[row_R[r], (int(length_R[r]) - 1) // 16].long(), int(length_R[r]) % 16]
+            out[int(start_R1[r]) : int(start_R1[r + 1])] += 0 * behind.sum()
+        return out
+
+    assert reads_rubbish(mutant, torch.float32) is not None
 
 
 @pytest.mark.parametrize("backend", on_this_machine("paged_attention"))
@@ -284,7 +342,7 @@ def test_padding_longer_than_its_table_is_inert(backend: Backend):
         "start_R1": torch.cat([e["start_R1"], torch.tensor([T + pad], dtype=torch.int32)]),
         "length_R": torch.cat([e["length_R"], torch.tensor([pad], dtype=torch.int32)]),
     }
-    got, want = backend.fn(*padded.values())[:T], backend.fn(*e.values())
+    got, want = canonical(backend)(*padded.values())[:T], canonical(backend)(*e.values())
     assert torch.equal(got, want) if backend.invariant else torch.allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -309,7 +367,19 @@ def sharing_rows(dtype: torch.dtype, heads: int, kv_heads: int, width: int) -> d
         "length": torch.tensor(lengths, dtype=torch.int32),
         "scale": width**-0.5,
         "window": 0,
+        "soft_cap": 2.0 if heads == 4 else 0.0,
+        "sink": torch.randn(heads, generator=g).to(dtype) if heads in (4, 3) else None,
     }
+
+
+@pytest.mark.parametrize("backend", on_this_machine("paged_attention"))
+@pytest.mark.parametrize("size", [1e-3, 0.1, 0.2, 1.0, 30.0])
+def test_caps_are_right_for_scores_of_every_size(backend: Backend, size: float):
+    """Oracle: float64. tanh is a series for small scores and made of exponentials for large ones."""
+    e = small_examples()[1] | {"soft_cap": 2.0, "sink_H": torch.tensor([0.0, -torch.inf, 3.0, -50.0])}
+    e |= {"scale": size / 8}
+    got = canonical(backend)(*e.values())
+    torch.testing.assert_close(got.double(), dense(*e.values()), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -324,7 +394,7 @@ def test_rows_that_share_a_prefix_have_the_bits_they_have_alone(dtype, heads, kv
         for threads in (1, 2):
             torch.set_num_threads(threads)
             for window in (0, 100):
-                together = cpu.paged_attention.fn(*(e | {"window": window}).values())
+                together = canonical(cpu.paged_attention)(*(e | {"window": window}).values())
                 for r in range(len(e["length"])):
                     lo, hi = int(e["start"][r]), int(e["start"][r + 1])
                     one = {
@@ -334,7 +404,10 @@ def test_rows_that_share_a_prefix_have_the_bits_they_have_alone(dtype, heads, kv
                         "length": e["length"][r : r + 1],
                         "window": window,
                     }
-                    assert torch.equal(cpu.paged_attention.fn(*(e | one).values()), together[lo:hi]), (r, window)
+                    assert torch.equal(canonical(cpu.paged_attention)(*(e | one).values()), together[lo:hi]), (
+                        r,
+                        window,
+                    )
     finally:
         torch.set_num_threads(before)
 
@@ -343,13 +416,13 @@ def test_native_ops_refuse_addresses_outside_of_the_pool():
     needs(cpu.paged_attention)
     e = small_examples()[1]
     with pytest.raises(AssertionError, match="out of range"):
-        cpu.paged_attention.fn(*(e | {"table_MP": e["table_MP"] + 10_000}).values())
+        canonical(cpu.paged_attention)(*(e | {"table_MP": e["table_MP"] + 10_000}).values())
     with pytest.raises(AssertionError, match="out of range"):
-        cpu.paged_attention.fn(*(e | {"row_R": e["row_R"] + 100}).values())
+        canonical(cpu.paged_attention)(*(e | {"row_R": e["row_R"] + 100}).values())
     pool = torch.zeros(2, 16, 1, 8)
     angle, slot = torch.ones(1, 4), torch.tensor([32], dtype=torch.int32)
     with pytest.raises(AssertionError, match="out of range"):
-        cpu.rope_write.fn(torch.ones(1, 24), None, None, angle, angle, pool, pool.clone(), slot, 1e-6)
+        canonical(cpu.rope_write)(torch.ones(1, 24), None, None, angle, angle, pool, pool.clone(), slot, 1e-6)
     with pytest.raises(AssertionError, match="out of range"):
         cpu.copy_blocks.fn([pool], torch.tensor([[0, 2]], dtype=torch.int32))
 
@@ -508,6 +581,25 @@ def test_tiles_are_laid_out_as_written(dtype: torch.dtype, N: int, K: int):
         assert torch.equal(linear.untile(tiles, N, K), weight)
 
 
+# ---- how KV lies in the pool -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("atom", [1, 2])
+@pytest.mark.parametrize("C", [1, 8, 13])
+def test_lanes_are_laid_out_as_written(atom: int, C: int):
+    """Oracle: element by element from the definition, and the way back."""
+    N, B, K = 3, 16, 2
+    k, v = torch.randn(2, N, B, K, C)
+    layout = Lanes(atom)
+    packed = layout.pack(k, v)
+    assert tuple(tuple(x.shape) for x in packed) == layout.shapes(N, B, K, C)
+    for n, t, h, c in itertools.product(range(N), range(B), range(K), range(C)):
+        assert packed[0][n, h, c // atom, t, c % atom] == k[n, t, h, c]
+        assert packed[1][n, h, t // atom, c, t % atom] == v[n, t, h, c]
+    assert packed[0].count_nonzero() == k.count_nonzero(), "an odd last channel has a zero beside it"
+    assert all(torch.equal(a, b) for a, b in zip(layout.unpack(*packed), (k, v), strict=True))
+
+
 # ---- from projection to pool ------------------------------------------------------------------------------------
 
 
@@ -521,12 +613,12 @@ def test_a_token_is_rotated_and_written_the_same_in_any_company(dtype: torch.dty
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        q = cpu.rope_write.fn(qkv, q_norm, k_norm, cos, sin, *pools, slot, eps)
+        q = canonical(cpu.rope_write)(qkv, q_norm, k_norm, cos, sin, *pools, slot, eps)
     finally:
         torch.set_num_threads(before)
     for t in range(len(slot)):
         one = slice(t, t + 1)
-        alone = cpu.rope_write.fn(qkv[one], q_norm, k_norm, cos[one], sin[one], k_pool, v_pool, slot[one], eps)
+        alone = canonical(cpu.rope_write)(qkv[one], q_norm, k_norm, cos[one], sin[one], k_pool, v_pool, slot[one], eps)
         assert torch.equal(alone[0], q[t])
     assert torch.equal(k_pool, pools[0]) and torch.equal(v_pool, pools[1])
 
@@ -625,9 +717,12 @@ def test_builds_for_lesser_processors_are_right_too(compiler, isa, monkeypatch):
 
     libraries = {part: load(part) for part in native.SOURCES}
     monkeypatch.setattr(native, "load", lambda part: libraries[part])
-    assert agrees_with_dense(lambda **e: cpu.paged_attention.fn(*e.values()))
+    assert agrees_with_dense(lambda **e: canonical(cpu.paged_attention)(*e.values()))
     for dtype in DTYPES:
-        assert first_variation(lambda **e: cpu.paged_attention.fn(*e.values()), dtype) is None
+        assert first_variation(lambda **e: canonical(cpu.paged_attention)(*e.values()), dtype) is None
+        assert reads_rubbish(canonical(cpu.paged_attention), dtype) is None
+        test_backend_equals_reference_in_float32(cpu.rope_write, dtype)
+        test_a_token_is_rotated_and_written_the_same_in_any_company(dtype)
         test_backend_equals_reference_in_float32(cpu.paged_attention, dtype)
         test_backend_equals_reference_in_float32(cpu.linear, dtype)
         rows_of_a_product_are_their_own(cpu.linear, dtype)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fnengine import environment, leaves, memory, model, params, tree
+from fnengine import environment, kernels, leaves, memory, model, params, tree
 from fnengine.cli import main
 from fnengine.device import make_state
 from fnengine.engine import Engine
@@ -91,7 +91,9 @@ def test_weights_are_the_bytes_of_the_real_tensors(family, kind, dtype, monkeypa
 
 def test_pool_and_rows_are_the_bytes_of_the_real_state():
     a = account(SHAPES)
-    state = make_state(SPEC, blocks=5, rows=8, max_len=512, dtype=torch.float32, device=CPU)
+    state = make_state(
+        SPEC, kernels.ops(CPU, torch.float32).kv, blocks=5, rows=8, max_len=512, dtype=torch.float32, device=CPU
+    )
     assert a.line("KV pool").bytes == sum(t.nbytes for p in state.pool for t in (p.k, p.v))
     assert a.line("rows").bytes == sum(t.nbytes for t in tree.leaves(state.rows))
 

@@ -157,14 +157,13 @@ def test_a_view_keeps_its_buffer():
 
 def test_a_bad_index_is_found_when_a_program_runs():
     """The error of a native function is not lost because nobody looks at each call."""
-    pool = torch.zeros(2, 16, 1, 8)
+    pool, other = (torch.zeros(shape) for shape in cpu.rope_write.kv(torch.float32).shapes(2, 16, 1, 8))
     angle = torch.ones(1, 4)
 
     def fn(qkv, slot):
-        return cpu.rope_write.fn(qkv, None, None, angle, angle, pool, pool.clone(), slot, 1e-6)
+        return cpu.rope_write.fn(qkv, None, None, angle, angle, pool, other.clone(), slot, 1e-6)
 
     slot = torch.tensor([3], dtype=torch.int32)
-    other = pool.clone()
     program = record(
         lambda qkv, slot: cpu.rope_write.fn(qkv, None, None, angle, angle, pool, other, slot, 1e-6),
         (torch.ones(1, 24), slot),

@@ -130,9 +130,10 @@ def test_only_state_is_donated_and_padding_is_inert(make):
     rows = device.state.rows
     assert rows.length.tolist()[0] == 1 and rows.length.tolist()[-1] == 0
     for p in device.state.pool:
-        written = {b for b in range(device.blocks) if p.k[b].abs().sum() > 0}
-        assert written <= {0, BLOCKS_A[0]}, "padding wrote outside the null block"
-        assert p.k[BLOCKS_A[0], 1:].abs().sum() == 0, "padding wrote into the row's own slots"
+        for tokens in device.ops.kv.unpack(p.k, p.v):
+            written = {b for b in range(device.blocks) if tokens[b].abs().sum() > 0}
+            assert written <= {0, BLOCKS_A[0]}, "padding wrote outside the null block"
+            assert tokens[BLOCKS_A[0], 1:].abs().sum() == 0, "padding wrote into the row's own slots"
 
 
 def test_same_inputs_same_outputs(make):

@@ -50,7 +50,7 @@ FN_INLINE void tile(const uint32_t* const (&x)[R], const T* w, int64_t atoms, vf
 #pragma GCC unroll 16
         for (int i = 0; i < R; i++) {
 #pragma GCC unroll 4
-            for (int n = 0; n < NV; n++) sum[i][n] = madd<PAIR>(sum[i][n], x[i][k], wk[n]);
+            for (int n = 0; n < NV; n++) sum[i][n] = madd(sum[i][n], x[i][k], wk[n]);
         }
     }
 }

@@ -1,11 +1,11 @@
 // From a fused projection to attention: heads of q and k normed and rotated, k and v written to the paged pool.
 //
-// One thread does a token from end to end; sums run over channels in vectors of W and over a vector's lanes pairwise, so
-// a token's bits are its own.
+// One thread does a token; sums run over channels in vectors of W and over a vector's lanes pairwise, so a token's bits
+// are its own.
 #include <cmath>
 
 #include "parallel.h"
-#include "simd.h"
+#include "pool.h"
 
 namespace fn {
 namespace {
@@ -63,11 +63,40 @@ void head(const Element* x, const Element* weight, const Turn& t, Element* out) 
     for (int c = 2 * t.half; c < t.C; c += W) write(out + c, read(a + c, t.C - c), t.C - c);
 }
 
+// A token goes to one line of every atom of K and to its own half of pairs of V. Other threads may be writing the
+// neighbours, so nothing but the token's own bytes is stored.
+
+void put_k(const Element* x, int C, Element* to) {
+    int c = 0;
+    for (; c + PER <= C; c += PER) memcpy(to + c * BLOCK, x + c, sizeof(Element) * PER);
+    if (c < C) to[c * BLOCK] = x[c];  // what pads the last atom stays zero
+}
+
+void put_v(const Element* x, int C, Element* to, int half) {
+    if constexpr (PER == 1) {
+        memcpy(to, x, sizeof(Element) * C);
+    } else {
+        int c = 0;
+#if FN_AVX512
+        for (; c + W <= C; c += W)
+            _mm512_mask_storeu_epi16(to + c * PER, 0x55555555u << half, (__m512i)(widen(load<vh>(x + c)) << (16 * half)));
+#endif
+        for (; c < C; c++) to[c * PER + half] = x[c];
+    }
+}
+
+// Asks for the lines of a head's K and V that a token is going to be written to.
+FN_INLINE void prefetch(const Element* k, const Element* v, int C) {
+    for (int c = 0; c < C; c += PER) __builtin_prefetch(k + c * BLOCK, 1, 2);
+    for (int c = 0; c < C; c += 64 / PER / int(sizeof(Element))) __builtin_prefetch(v + c * PER, 1, 2);
+}
+
 }  // namespace
 }  // namespace fn
 
 // qkv: T rows, `stride` elements apart, of H + 2 K heads of C channels; cos, sin: [T, half]; norms [C] or null;
-// slot[t] is the row of the pools [slots, K, C] that token t goes to; q: [T, H, C]; eps as the bits of a double.
+// token t goes to place slot[t] % BLOCK of block slot[t] / BLOCK of the pools (pool.h); q: [T, H, C]; eps as the bits of a
+// double.
 // Returns 0, 1 when a slot lies outside of the pool (nothing is written for it), 2 when a head is too wide.
 extern "C" int fn_rope_write(const void* qkv, const void* q_norm, const void* k_norm, const float* cos, const float* sin,
                              void* k_pool, void* v_pool, const int32_t* slot, void* q, int64_t stride, int64_t T,
@@ -79,21 +108,36 @@ extern "C" int fn_rope_write(const void* qkv, const void* q_norm, const void* k_
     if (C > MOST) return 2;
     constexpr int64_t CHUNK = 8;  // tokens an item takes
     std::atomic<int> bad{0};
+    const Layout pool{K, C};
     const auto* in = static_cast<const Element*>(qkv);
+    const auto turn = [&](int64_t t) { return Turn{cos + t * half, sin + t * half, int(C), int(half), float(eps)}; };
+    const auto k_at = [&](int64_t t, int64_t h) {
+        return static_cast<Element*>(k_pool) + pool.k(slot[t] / BLOCK, h) + slot[t] % BLOCK * PER;
+    };
+    const auto v_at = [&](int64_t t, int64_t h) {
+        return static_cast<Element*>(v_pool) + pool.v(slot[t] / BLOCK, h) + slot[t] % BLOCK / PER * PER * C;
+    };
     each((T + CHUNK - 1) / CHUNK, T * (H + 2 * K) * C > 1 << 16 ? threads : 1, [&](int64_t i) {
-        for (int64_t t = i * CHUNK; t < T && t < (i + 1) * CHUNK; t++) {
-            if (slot[t] < 0 || slot[t] >= slots) {
-                bad = 1;
-                continue;
+        const int64_t first = i * CHUNK, end = first + CHUNK < T ? first + CHUNK : T, G = H / K;
+        // Heads outside, tokens inside: tokens that follow each other are written to the same lines.
+        for (int64_t h = 0; h < K; h++) {
+            for (int64_t t = first; t < end; t++) {
+                if (slot[t] < 0 || slot[t] >= slots) {
+                    bad = 1;
+                    continue;
+                }
+                prefetch(k_at(t, h), v_at(t, h), int(C));
+                for (int64_t g = h * G; g < (h + 1) * G; g++)
+                    head(in + t * stride + g * C, static_cast<const Element*>(q_norm), turn(t),
+                         static_cast<Element*>(q) + (t * H + g) * C);
             }
-            const Turn turn{cos + t * half, sin + t * half, int(C), int(half), float(eps)};
-            const Element* x = in + t * stride;
-            for (int64_t h = 0; h < H; h++)
-                head(x + h * C, static_cast<const Element*>(q_norm), turn, static_cast<Element*>(q) + (t * H + h) * C);
-            Element *k = static_cast<Element*>(k_pool) + slot[t] * K * C, *v = static_cast<Element*>(v_pool) + slot[t] * K * C;
-            for (int64_t h = 0; h < K; h++)
-                head(x + (H + h) * C, static_cast<const Element*>(k_norm), turn, k + h * C);
-            memcpy(v, x + (H + K) * C, sizeof(Element) * K * C);
+            for (int64_t t = first; t < end; t++) {
+                if (slot[t] < 0 || slot[t] >= slots) continue;
+                Element turned[MOST + W];
+                head(in + t * stride + (H + h) * C, static_cast<const Element*>(k_norm), turn(t), turned);
+                put_k(turned, int(C), k_at(t, h));
+                put_v(in + t * stride + (H + K + h) * C, int(C), v_at(t, h), slot[t] % PER);
+            }
         }
     });
     return bad;

@@ -3,49 +3,138 @@
 #pragma once
 #include <cmath>
 
+#include "pool.h"
 #include "simd.h"
 
 namespace fn {
 namespace {
 
-constexpr int TILE = 64;           // KV tokens
-constexpr float NONE = -INFINITY;  // score of a token that is not seen
-#if FN_AVX512
-using vh32 = uint16_t __attribute__((vector_size(64)));
-#endif
+constexpr int TILE = 64;               // KV tokens
+constexpr int BLOCKS = TILE / BLOCK;   // they lie in
+constexpr float NONE = -INFINITY;      // score of a token that is not seen
 
-// ---- atoms ----------------------------------------------------------------------------------------------------------
+// ---- memory that will be read next -----------------------------------------------------------------------------------
 
-template <bool PAIR>
+// KV on its way to the second-level cache, a few lines at a time among the arithmetic: a burst would fill the miss
+// buffers and stall it. A head of a block is one piece, and where the next piece lies the hardware does not foresee.
+class Ahead {
+  public:
+    FN_INLINE void add(const void* p, int bytes) {
+        at_[pieces_++] = (const char*)p;
+        bytes_ = bytes;
+    }
+
+    FN_INLINE void fetch() {
+        if (piece_ == pieces_) return;
+#pragma GCC unroll 4
+        for (int i = 0; i < LINES; i++) __builtin_prefetch(at_[piece_] + byte_ + i * 64, 0, 2);
+        if ((byte_ += LINES * 64) >= bytes_) byte_ = 0, piece_++;
+    }
+
+    static constexpr int LINES = 4;
+
+  private:
+    const char* at_[2 * BLOCKS];
+    int bytes_ = 0, pieces_ = 0, piece_ = 0, byte_ = 0;
+};
+
+// ---- a tile where it lies --------------------------------------------------------------------------------------------
+
+struct Tile {  // one KV head of `count` tokens of a row, from a multiple of TILE on
+    const Element *k[BLOCKS], *v[BLOCKS];
+    int count;
+
+    FN_INLINE int blocks() const { return (count + BLOCK - 1) / BLOCK; }
+};
+
+// What a product reads on its right: vector n of row k of part p begins at at(p, n) + k * step.
+struct Keys {  // a row is an atom, a lane a token; one part
+    const Tile& tile;
+    int atoms;
+    static constexpr int parts = 1, step = BLOCK * PER;
+
+    FN_INLINE int rows(int) const { return atoms; }
+    FN_INLINE const Element* at(int, int n) const { return tile.k[n * W / BLOCK] + n * W % BLOCK * PER; }
+};
+
+struct Values {  // a row is PER tokens, a lane a channel; a part is a block, and an odd last token, in `odd`
+    const Tile& tile;
+    const uint32_t* odd;
+    int step, parts;
+
+    // `odd` has room for C atoms. Beside an odd last token lies one that nobody sees: its former owner may have left NaN
+    // there, which a weight of 0 would not silence.
+    Values(const Tile& t, int C, uint32_t* odd) : tile(t), odd(odd), step(C * PER), parts(t.blocks()) {
+        if (t.count % PER == 0) return;
+        const Element* pair = t.v[parts - 1] + t.count % BLOCK / PER * step;
+        for (int c = 0; c < C; c++) {
+            uint32_t atom;
+            memcpy(&atom, pair + c * PER, sizeof atom);
+            odd[c] = atom & 0xffff;
+        }
+        parts++;
+    }
+
+    FN_INLINE bool is_odd(int p) const { return p == tile.blocks(); }
+    FN_INLINE int rows(int p) const {
+        const int rest = tile.count - p * BLOCK;
+        return is_odd(p) ? 1 : (rest < BLOCK ? rest : BLOCK) / PER;
+    }
+    FN_INLINE const Element* at(int p, int n) const { return (is_odd(p) ? (const Element*)odd : tile.v[p]) + n * W * PER; }
+};
+
+// ---- products -------------------------------------------------------------------------------------------------------
+
 FN_INLINE vf madd(vf sum, uint32_t a, vu b) {
 #if FN_AVX512_BF16
-    if constexpr (PAIR)
+    if constexpr (PAIRS)
         return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
     else
 #endif
         return fma((vf)splat(a), (vf)b, sum);
 }
 
-// c[i][n] = c[i][n] * factor[i] + sum over k of a[i][k] * b[k][n] for MR rows i and NV vectors n, k from 0 up.
-// Without `factor` c starts at zero.
-template <bool PAIR, int MR, int NV>
-FN_INLINE void multiply_block(const uint32_t* a, int lda, const uint32_t* b, int ldb, float* c, int ldc, int depth,
-                              const float* factor) {
+FN_INLINE vu load_atoms(const Element* p) {
+    if constexpr (PAIRS)
+        return load<vu>(p);
+    else
+        return (vu)load_float(p);
+}
+
+FN_INLINE vu load_atoms_part(const Element* p, int atoms) {  // zero beyond the first `atoms`
+    Element a[W * PER] = {};
+    memcpy(a, p, sizeof(Element) * PER * atoms);
+    return load_atoms(a);
+}
+
+// c[i][n] = c[i][n] * factor[i] + sum over k of a[i][k] * b[k][n] for MR rows i and NV vectors n from vector `first` on,
+// k from 0 up. Without `factor` c starts at zero. Of b only `lanes` atoms of a vector are read unless WHOLE.
+template <int MR, int NV, bool WHOLE, class B>
+void multiply_block(const uint32_t* a, int lda, const B& b, int first, int lanes, float* c, int ldc, const float* factor,
+                    Ahead& ahead) {
     vf sum[MR][NV];
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
         for (int n = 0; n < NV; n++)
             sum[i][n] = factor ? load<vf>(c + i * ldc + n * W) * splat(factor[i]) : vf{};
-    for (int k = 0; k < depth; k++) {
-        vu bk[NV];
+    for (int p = 0; p < b.parts; p++) {
+        const Element* at[NV];
 #pragma GCC unroll 4
-        for (int n = 0; n < NV; n++) bk[n] = load<vu>(b + k * ldb + n * W);
+        for (int n = 0; n < NV; n++) at[n] = b.at(p, first + n);
+        const int rows = b.rows(p);
+        for (int k = 0; k < rows; k++, a++) {
+            vu bk[NV];
+            ahead.fetch();
+#pragma GCC unroll 4
+            for (int n = 0; n < NV; n++) {
+                const Element* from = at[n] + k * b.step;
+                bk[n] = WHOLE ? load_atoms(from) : load_atoms_part(from, lanes);
+            }
 #pragma GCC unroll 8
-        for (int i = 0; i < MR; i++) {
-            uint32_t aik = a[i * lda + k];
+            for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
-            for (int n = 0; n < NV; n++) sum[i][n] = madd<PAIR>(sum[i][n], aik, bk[n]);
+                for (int n = 0; n < NV; n++) sum[i][n] = madd(sum[i][n], a[i * lda], bk[n]);
         }
     }
 #pragma GCC unroll 8
@@ -54,224 +143,34 @@ FN_INLINE void multiply_block(const uint32_t* a, int lda, const uint32_t* b, int
         for (int n = 0; n < NV; n++) store(c + i * ldc + n * W, sum[i][n]);
 }
 
-template <bool PAIR, int NV>
-void multiply_columns(const uint32_t* a, int lda, const uint32_t* b, int ldb, float* c, int ldc, int rows, int depth,
-                      const float* factor) {
-    constexpr int MR = W == 16 ? 6 : 2;  // with NV = 4 the sums fill the registers
+constexpr int MOST_ROWS = W == 16 ? 6 : 2;  // with four vectors the sums fill the registers
+
+template <int MR, int NV, bool WHOLE, class B>
+void multiply_rows(const uint32_t* a, int lda, const B& b, int first, int lanes, float* c, int ldc, int rows,
+                   const float* factor, Ahead& ahead) {
     int i = 0;
     for (; i + MR <= rows; i += MR)
-        multiply_block<PAIR, MR, NV>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth, factor ? factor + i : nullptr);
-    if constexpr (MR > 2)
-        for (; i + 2 <= rows; i += 2)
-            multiply_block<PAIR, 2, NV>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth, factor ? factor + i : nullptr);
-    for (; i < rows; i++)
-        multiply_block<PAIR, 1, NV>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, depth, factor ? factor + i : nullptr);
+        multiply_block<MR, NV, WHOLE>(a + i * lda, lda, b, first, lanes, c + i * ldc, ldc, factor ? factor + i : nullptr,
+                                      ahead);
+    if constexpr (MR > 1)
+        if (i < rows)
+            multiply_rows<(MR > 2 ? MR - 2 : 1), NV, WHOLE>(a + i * lda, lda, b, first, lanes, c + i * ldc, ldc, rows - i,
+                                                            factor ? factor + i : nullptr, ahead);
 }
 
-// The same for `vectors` vectors of columns.
-template <bool PAIR>
-void multiply(const uint32_t* a, int lda, const uint32_t* b, int ldb, float* c, int ldc, int rows, int vectors, int depth,
-              const float* factor) {
+// The same for any number of rows and `columns` lanes; c has whole vectors.
+template <class B>
+void multiply(const uint32_t* a, int lda, const B& b, float* c, int ldc, int rows, int columns, const float* factor,
+              Ahead& ahead) {
     int n = 0;
-    for (; n + 4 <= vectors; n += 4)
-        multiply_columns<PAIR, 4>(a, lda, b + n * W, ldb, c + n * W, ldc, rows, depth, factor);
-    for (; n < vectors; n++)
-        multiply_columns<PAIR, 1>(a, lda, b + n * W, ldb, c + n * W, ldc, rows, depth, factor);
-}
-
-// ---- memory that will be read next -----------------------------------------------------------------------------------
-
-// Lines of KV on their way to the second-level cache, a few at a time among the arithmetic: a burst would fill the miss
-// buffers and stall it. Heads are read one by one, a stride that the hardware does not foresee.
-class Ahead {
-  public:
-    Ahead(const void* k, const void* v, const int64_t* offset, int tokens, int itemsize, int elements)
-        : k_((const char*)k), v_((const char*)v), offset_(offset), tokens_(tokens), itemsize_(itemsize),
-          bytes_(itemsize * elements) {}
-
-    FN_INLINE void fetch() {  // LINES of K and as many of V
-        if (token_ >= tokens_) return;
-        const int64_t at = offset_[token_] * itemsize_ + byte_;
-#pragma GCC unroll 4
-        for (int i = 0; i < LINES; i++) {
-            __builtin_prefetch(k_ + at + i * 64, 0, 2);
-            __builtin_prefetch(v_ + at + i * 64, 0, 2);
-        }
-        if ((byte_ += LINES * 64) >= bytes_) byte_ = 0, token_++;
-    }
-
-    static constexpr int LINES = 4;
-
-  private:
-    const char *k_, *v_;
-    const int64_t* offset_;
-    int tokens_, itemsize_, bytes_, token_ = 0, byte_ = 0;
-};
-
-// ---- packing --------------------------------------------------------------------------------------------------------
-
-template <class T, bool PAIR>
-FN_INLINE vu load_atoms(const T* p) {
-    if constexpr (PAIR)
-        return load<vu>(p);
-    else
-        return (vu)load_float(p);
-}
-
-template <class T, bool PAIR>
-FN_INLINE vu load_atoms_part(const T* p, int channels) {  // zero beyond the first `channels`
-    T a[W * (PAIR ? 2 : 1)] = {};
-    memcpy(a, p, sizeof(T) * channels);
-    return load_atoms<T, PAIR>(a);
-}
-
-// out[atom][token] = the atoms of `count` tokens' keys, zero for the rest of the vectors touched.
-template <class T, bool PAIR>
-void pack_keys(const T* pool, const int64_t* offset, int count, int C, uint32_t* out, Ahead& ahead) {
-    constexpr int PER = PAIR ? 2 : 1;
-    for (int j = 0; j < count; j += W)
-        for (int c = 0; c < C; c += W * PER) {
-            vu block[W];
-            const T* from = pool + c;
-            uint32_t* to = out + c / PER * TILE + j;
-            ahead.fetch();
-            if (count - j >= W && C - c >= W * PER) {
-#pragma GCC unroll 16
-                for (int i = 0; i < W; i++) block[i] = load_atoms<T, PAIR>(from + offset[j + i]);
-                transpose(block);
-#pragma GCC unroll 16
-                for (int i = 0; i < W; i++) store(to + i * TILE, block[i]);
-            } else {
-                const int channels = C - c < W * PER ? C - c : W * PER;
-                for (int i = 0; i < W; i++)
-                    block[i] = j + i < count ? load_atoms_part<T, PAIR>(from + offset[j + i], channels) : vu{};
-                transpose(block);
-                for (int i = 0; i < (channels + PER - 1) / PER; i++) store(to + i * TILE, block[i]);
-            }
-        }
-}
-
-// Channels of two tokens side by side: the atoms of values in pairs.
-FN_INLINE void interleave(const uint16_t* even, const uint16_t* odd, uint32_t* out) {
-    store(out, widen(load<vh>(even)) | (widen(load<vh>(odd)) << 16));
-}
-
-// out[token or pair of tokens][channel], `width` (a multiple of W) channels, zero beyond C.
-template <class T, bool PAIR>
-void pack_values(const T* pool, const int64_t* offset, int count, int C, int width, uint32_t* out,
-                 Ahead& ahead) {
-    if constexpr (PAIR) {
-        static const uint16_t zeros[W] = {};
-        for (int j = 0; j < count; j += 2, out += width) {
-            const uint16_t* a = (const uint16_t*)(pool + offset[j]);
-            ahead.fetch();
-            const uint16_t* b = j + 1 < count ? (const uint16_t*)(pool + offset[j + 1]) : nullptr;
-            int c = 0;
-#if FN_AVX512
-            const __m512i low = (__m512i)vh32{0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
-                                              8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-            const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-            for (; c + 2 * W <= C; c += 2 * W) {
-                const __m512i x = _mm512_loadu_si512(a + c), y = b ? _mm512_loadu_si512(b + c) : __m512i{};
-                _mm512_store_si512(out + c, _mm512_permutex2var_epi16(x, low, y));
-                _mm512_store_si512(out + c + W, _mm512_permutex2var_epi16(x, high, y));
-            }
-#endif
-            for (; c + W <= C; c += W) interleave(a + c, b ? b + c : zeros, out + c);
-            if (c < C) {
-                uint16_t x[W] = {}, y[W] = {};
-                memcpy(x, a + c, 2 * (C - c));
-                if (b) memcpy(y, b + c, 2 * (C - c));
-                interleave(x, y, out + c);
-            }
-        }
-    } else {
-        for (int j = 0; j < count; j++, out += width) {
-            const T* from = pool + offset[j];
-            ahead.fetch();
-            int c = 0;
-            for (; c + W <= C; c += W) store(out + c, load_atoms<T, false>(from + c));
-            if (c < C) store(out + c, load_atoms_part<T, false>(from + c, C - c));
-        }
-    }
-}
-
-// ---- few rows: the same arithmetic straight from the pool ------------------------------------------------------------
-
-// A packed tile pays when many rows share it. A decode step has as many rows as query heads share a KV head; these two
-// do for at most FEW rows what pack and multiply do, in the same order, and store nothing in between.
-constexpr int FEW = 4;
-constexpr int NVF = W == 16 ? 4 : 2;  // vectors of channels at a time
-
-template <class T, bool PAIR, int MR>
-void score_few(const T* pool, const int64_t* offset, int count, int C, const uint32_t* query, int atoms, float* score,
-               Ahead& ahead) {
-    constexpr int PER = PAIR ? 2 : 1;
-    for (int j = 0; j < count; j += W) {
-        vf sum[MR] = {};
-        const int last = count - j < W ? count - j - 1 : W - 1;  // stands in for tokens beyond it, which get no weight
-        for (int c = 0; c < C; c += W * PER) {
-            vu block[W];
-            const T* from = pool + c;
-            ahead.fetch();
-#pragma GCC unroll 16
-            for (int i = 0; i < W; i++) block[i] = load_atoms<T, PAIR>(from + offset[j + (i < last ? i : last)]);
-            transpose(block);
-            const uint32_t* q = query + c / PER;
-#pragma GCC unroll 16
-            for (int i = 0; i < W; i++)
-#pragma GCC unroll 4
-                for (int r = 0; r < MR; r++) sum[r] = madd<PAIR>(sum[r], q[r * atoms + i], block[i]);
-        }
-        for (int r = 0; r < MR; r++) store(score + r * TILE + j, sum[r]);
-    }
-}
-
-template <class T, bool PAIR>
-FN_INLINE void load_values(const T* a, const T* b, vu (&out)[NVF]) {  // atoms of NVF * W channels
-    if constexpr (PAIR) {
-#if FN_AVX512
-        const __m512i low = (__m512i)vh32{0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
-                                          8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-#pragma GCC unroll 4
-        for (int n = 0; n < NVF; n += 2) {
-            const __m512i x = _mm512_loadu_si512(a + n * W), y = b ? _mm512_loadu_si512(b + n * W) : __m512i{};
-            out[n] = (vu)_mm512_permutex2var_epi16(x, low, y);
-            out[n + 1] = (vu)_mm512_permutex2var_epi16(x, high, y);
-        }
-#endif
-    } else {
-#pragma GCC unroll 4
-        for (int n = 0; n < NVF; n++) out[n] = load_atoms<T, false>(a + n * W);
-    }
-}
-
-template <class T, bool PAIR, int MR>
-void sum_few(const T* pool, const int64_t* offset, int count, int C, const uint32_t* weight, float* out, int width,
-             const float* factor, Ahead& ahead) {
-    constexpr int PER = PAIR ? 2 : 1;
-    for (int c = 0; c < C; c += NVF * W) {
-        vf sum[MR][NVF];
-#pragma GCC unroll 4
-        for (int r = 0; r < MR; r++)
-#pragma GCC unroll 4
-            for (int n = 0; n < NVF; n++) sum[r][n] = load<vf>(out + r * width + c + n * W) * splat(factor[r]);
-        for (int j = 0; j < count; j += PER) {
-            vu v[NVF];
-            ahead.fetch();
-            load_values<T, PAIR>(pool + offset[j] + c, j + 1 < count ? pool + offset[j + 1] + c : nullptr, v);
-#pragma GCC unroll 4
-            for (int r = 0; r < MR; r++)
-#pragma GCC unroll 4
-                for (int n = 0; n < NVF; n++)
-                    sum[r][n] = madd<PAIR>(sum[r][n], weight[r * (TILE / PER) + j / PER], v[n]);
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < MR; r++)
-#pragma GCC unroll 4
-            for (int n = 0; n < NVF; n++) store(out + r * width + c + n * W, sum[r][n]);
-    }
+    for (; (n + 4) * W <= columns; n += 4)
+        multiply_rows<MOST_ROWS, 4, true>(a, lda, b, n, W, c + n * W, ldc, rows, factor, ahead);
+    for (; (n + 2) * W <= columns; n += 2)
+        multiply_rows<MOST_ROWS, 2, true>(a, lda, b, n, W, c + n * W, ldc, rows, factor, ahead);
+    for (; (n + 1) * W <= columns; n++)
+        multiply_rows<MOST_ROWS, 1, true>(a, lda, b, n, W, c + n * W, ldc, rows, factor, ahead);
+    if (n * W < columns)
+        multiply_rows<MOST_ROWS, 1, false>(a, lda, b, n, columns - n * W, c + n * W, ldc, rows, factor, ahead);
 }
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
@@ -281,14 +180,25 @@ struct Running {  // online softmax of one (query, head)
     vf total;     // sum of weights, token j in lane j % W
 };
 
+// tanh within 2e-7, the same in every lane. Near 0, where 1 - e^-2|x| cancels, by its series.
+FN_INLINE vf tanh(vf x) {
+    const vf a = x < vf{} ? -x : x, one = splat(1.f), e = exp_negative(a * splat(-2.f)), far = (one - e) / (one + e), b = x * x;
+    vf p = splat(-17.f / 315.f);
+    p = fma(p, b, splat(2.f / 15.f));
+    p = fma(p, b, splat(-1.f / 3.f));
+    p = fma(p * b, x, x);
+    return a < splat(0.2f) ? p : x < vf{} ? -far : far;
+}
+
 // Turns scores [first, last) of a tile into weights and the rest into 0; returns the factor of what was summed before.
-template <bool PAIR>
-FN_INLINE float weigh(float* score, uint32_t* weight, int vectors, int first, int last, float scale, Running& run) {
+FN_INLINE float weigh(float* score, uint32_t* weight, int vectors, int first, int last, float scale, float cap,
+                      Running& run) {
     vf s[TILE / W];
     vf top = splat(NONE);
     for (int n = 0; n < vectors; n++) {
         vi j = lanes() + n * W;
         vf x = load<vf>(score + n * W) * splat(scale);
+        if (cap > 0) x = tanh(x / splat(cap)) * splat(cap);
         s[n] = ((j >= first) & (j < last)) ? x : splat(NONE);
         top = max(top, s[n]);
     }
@@ -300,7 +210,7 @@ FN_INLINE float weigh(float* score, uint32_t* weight, int vectors, int first, in
     for (int n = 0; n < vectors; n++) {
         vf w = exp_negative(s[n] - splat(peak));
         run.total = run.total + w;
-        if constexpr (PAIR)
+        if constexpr (PAIRS)
             store((uint16_t*)weight + n * W, round_bf16(w));
         else
             store(weight + n * W, w);
