@@ -25,7 +25,10 @@ def parser(about: str | None, workload: str, concurrency: str) -> argparse.Argum
     p.add_argument("--model", default=None, help=f"demo, or a folder (default: {SHAPE}; w4: that and demo)")
     p.add_argument("--load-format", default="auto", help="auto: dummy for a folder without weights")
     p.add_argument("--dtype", default="bfloat16")
-    p.add_argument("--quantization", default="none", choices=peers.QUANTIZATIONS, help="of every side, each its own")
+    kinds = [*peers.QUANTIZATIONS, *(f"{q}-dynamic" for q in peers.QUANTIZATIONS[1:])]
+    p.add_argument(
+        "--quantization", default="none", choices=kinds, help="of every side, each its own; dynamic ones are ours only"
+    )
     p.add_argument("--concurrency", default=concurrency, help="of W1")
     p.add_argument("--repeats", type=int, default=3, help="W2 takes at least five, unless sizes are divided")
     p.add_argument("--threads", type=int, default=environment.threads())
@@ -80,7 +83,12 @@ class Plan:
     @property
     def subject(self) -> peers.Subject:
         return peers.Subject(
-            self.folder, self.dtype, self.args.threads, self.max_len, self.rows, self.args.quantization
+            self.folder,
+            self.dtype,
+            self.args.threads,
+            self.max_len,
+            self.rows,
+            self.args.quantization.removesuffix("-dynamic"),
         )
 
     def rates(self) -> dict[str, float]:
@@ -93,7 +101,7 @@ def plan(args: argparse.Namespace) -> Plan:
     folder, found_format = shape.prepare(args.model or SHAPE)
     dtype = shape.own_dtype(folder, args.dtype)
     sizes = Sizes().divided(args.divide) if args.divide > 1 else Sizes()
-    form, vocab, longest = shape.measure(folder, dtype, args.quantization)
+    form, vocab, longest = shape.measure(folder, dtype, args.quantization.removesuffix("-dynamic"))
     max_len = min(args.max_model_len, longest)
     assert sizes.longest <= max_len, f"the workloads need {sizes.longest} tokens, the model has {max_len}"
     load_format = found_format if args.load_format == "auto" else args.load_format
