@@ -12,14 +12,15 @@ import torch
 
 from fnengine import kernels
 from fnengine.device import TorchDevice
+from fnengine.errors import ConfigError
 from fnengine.graphs.compile import CannotCompile, Traces, folder, kept, missing_compiler
 from fnengine.graphs.compile import start as start_compiler
 from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops
+from fnengine.kernels.layout import block_bytes
 from fnengine.model import Model, one_by_one
 from fnengine.program import RECORDED_TOKENS, Recorded, compiled_layers, wanted_layers
-from fnengine.settings import Mode, PoolSize, Settings, size_pool
-from fnengine.spec import kv_bytes_per_token
+from fnengine.settings import KV_DTYPES, Mode, PoolSize, Settings, size_pool
 from fnengine.step import make_step
 
 log = logging.getLogger("fnengine")
@@ -44,13 +45,24 @@ def build(model: Model, settings: Settings) -> Built:
     """
     device, spec = model.device, model.spec
     mode = settings.mode(device.type)
-    kernels.start(device, model.dtype)
+    if settings.kv_cache_dtype not in KV_DTYPES:
+        raise ConfigError(
+            f"{settings.kv_cache_dtype!r} is not implemented", where="--kv-cache-dtype", remedy=" or ".join(KV_DTYPES)
+        )
+    if settings.kv_cache_dtype == "int8" and device.type != "cpu":
+        raise ConfigError(
+            f"KV of 8 bits is read on cpu only, not on {device.type}",
+            where="--kv-cache-dtype",
+            remedy="leave it out, or use --device cpu",
+        )
+    kernels.start(device, model.dtype, settings.kv_cache_dtype)
     compiling = device.type == "cpu" and not settings.enforce_eager
     why_not = missing_compiler() if compiling else None
     if compiling and why_not is None and not kept(folder()):
         start_compiler()  # while the native kernels are built
-    ops = kernels.ops(device, model.dtype)
-    per_token = kv_bytes_per_token(spec, model.dtype.itemsize)
+    ops = kernels.ops(device, model.dtype, kv=settings.kv_cache_dtype)
+    per_block = sum(block_bytes(ops.kv, BLOCK, x.mixer.kv_heads, x.mixer.width, model.dtype) for x in spec.layers)
+    per_token = per_block // BLOCK
     available, total = memory(device)
     pool = size_pool(
         settings=settings,
@@ -79,7 +91,7 @@ def build(model: Model, settings: Settings) -> Built:
                 execution = f"eager: {e}"
     if execution.startswith("eager"):
         log.warning("steps run %s", execution)
-    slots = int(settings.swap_space * 2**30) // (per_token * BLOCK)
+    slots = int(settings.swap_space * 2**30) // per_block
     return Built(
         device=TorchDevice(
             spec,

@@ -32,9 +32,12 @@ FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "
 COMMON = "common"
 ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2}
 """Type of element -> its number in the sources."""
+KV8 = "kv8-"
+"""Before a type of element: the library for KV rounded to 8 bits."""
 SOURCES = {
     COMMON: ("noise.cpp", "pool.cpp", "program.cpp"),
     **dict.fromkeys(ELEMENTS, ("attention.cpp", "linear.cpp", "quantized.cpp", "rope.cpp")),
+    **{KV8 + element: ("attention.cpp", "rope.cpp") for element in ELEMENTS},
 }
 """Library -> what it is made of, besides `threads.cpp`."""
 REMEDY = "install g++ or clang++ (Debian, Ubuntu: apt install g++)"
@@ -142,7 +145,8 @@ def build(compiler: str, folder: Path, isa: tuple[str, ...], part: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             objects, jobs = [], []
-            element = [f"-DFN_ELEMENT={ELEMENTS[part]}"] if part in ELEMENTS else []
+            number = ELEMENTS.get(part.removeprefix(KV8))
+            element = [] if number is None else [f"-DFN_ELEMENT={number}", f"-DFN_KV8={int(part.startswith(KV8))}"]
             for file in (SOURCE / name for name in (*SOURCES[part], "threads.cpp")):  # one process a file
                 objects.append(str(Path(work) / f"{file.stem}.o"))
                 command = [
@@ -201,7 +205,12 @@ _COMMON = {
     "fn_copy_blocks": (I, [P, P, N, P, N, N, I]),
     "fn_gumbel_argmax": (None, [P] * 5 + [N] * 4 + [I]),
 }
-SIGNATURES = {part: {**_ANY, **(_COMMON if part == COMMON else _ELEMENT)} for part in SOURCES}
+_KV = {name: _ELEMENT[name] for name in ("fn_paged_attention", "fn_rope_write")}
+SIGNATURES = {
+    COMMON: {**_ANY, **_COMMON},
+    **{element: {**_ANY, **_ELEMENT} for element in ELEMENTS},
+    **{KV8 + element: {**_ANY, **_KV} for element in ELEMENTS},
+}
 """Library -> C function -> (result, arguments); see `csrc/`."""
 
 
