@@ -2,6 +2,8 @@
 
     python -m benchmarks.quality [--model demo] [--kinds none,int8,...] [--stories 100] [--prompts 32] [--json FILE]
 
+A kind is how weights are rounded, and with `+kv8` behind it KV has 8 bits, too: `none+kv8` rounds KV alone.
+
 - *Perplexity* a token, over held-out stories of the corpus that made the bundled model (`examples/demo_model`), each
   from its second token to its end token.
 - *Answers*: held-out questions of the same corpus (no stories), answered greedily; right as `evaluate.py` says.
@@ -75,6 +77,14 @@ def held_out_questions(count: int) -> list[tuple[str, tuple[str, ...]]]:
     return list(found.items())
 
 
+def load(name: str, kind: str, **options: Any) -> tuple[fn.Model, Runtime]:
+    """A model and its runtime, rounded as a kind says."""
+    weights, _, kv = kind.partition("+")
+    assert kv in ("", "kv8"), kind
+    model = fn.load(name, quantization=weights, **options)
+    return model, Runtime(model, kv_cache_dtype="int8" if kv else "auto")
+
+
 def all_logits(rt: Runtime, prompts: list[list[int]]) -> list[torch.Tensor]:
     """[n, V] for each prompt."""
     out = []
@@ -132,8 +142,7 @@ def on_text(name: str, kinds: list[str], stories: int, questions: int, prompts: 
     asked = held_out_questions(questions)
     base: dict[str, Any] = {}
     for kind in kinds:
-        model = fn.load(name, quantization=kind)
-        rt = Runtime(model)
+        model, rt = load(name, kind)
         texts = [model.encode(text) for text in held_out_stories(stories)]
         begun = [ids[:24] for ids in texts[:prompts]]
         logits = all_logits(rt, texts)
@@ -165,8 +174,8 @@ def on_random(kinds: list[str], layers: int) -> dict[str, dict[str, float]]:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         ids = torch.randint(0, 8192, (4, 64), generator=torch.Generator().manual_seed(0)).tolist()
         for kind in kinds:
-            model = fn.load(folder, load_format="dummy", quantization=kind)
-            logits = all_logits(Runtime(model), ids)
+            model, rt = load(folder, kind, load_format="dummy")
+            logits = all_logits(rt, ids)
             base = base or logits
             out[kind] = {"weight bytes": weight_bytes(model), "logit error": relative_error(logits, base)}
     return out

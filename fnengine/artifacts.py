@@ -45,6 +45,7 @@ class Needs:
     dtype: torch.dtype
     device: torch.device
     quantization: str
+    kv_cache_dtype: str
     libraries: tuple[Library, ...]
     layers: tuple[Kind, ...]
     eager: str | None
@@ -85,6 +86,7 @@ def needs(
     dtype: str = "auto",
     device: str = "auto",
     quantization: str = "none",
+    kv_cache_dtype: str = "auto",
     enforce_eager: bool = False,
 ) -> Needs:
     """What an engine of the model in `folder` will load; nothing is built, traced or compiled to know it.
@@ -98,8 +100,9 @@ def needs(
     except native.BuildFailed:
         compiler, tiles, choose = None, leaves.tiles, kernels.ops
     kind, _ = checkpoint.pick_dtype(spec, dtype, on, tiles)
-    ops = choose(on, kind)
-    libraries = _libraries(kind, compiler, quantization != "none") if kernels.cpu.unfit(on, kind) is None else ()
+    ops = choose(on, kind, kv=kv_cache_dtype)
+    fits, quantized = kernels.cpu.unfit(on, kind) is None, quantization != "none"
+    libraries = _libraries(kernels.cpu.parts(kind, quantized, kv_cache_dtype), compiler) if fits else ()
     eager = ops.paged_attention.reason if ops.paged_attention.backend.name == "reference" else None
     if enforce_eager:
         eager = "--enforce-eager"
@@ -108,10 +111,10 @@ def needs(
         how = leaves.packing(on, kind, quantization, tiles)
         layers = wanted_layers(spec, checkpoint.outline(spec, kind, how), ops, kind, on)
     unable = compile.missing_compiler() if on.type == "cpu" else None
-    return Needs(spec, kind, on, quantization, libraries, tuple(layers), eager, unable)
+    return Needs(spec, kind, on, quantization, kv_cache_dtype, libraries, tuple(layers), eager, unable)
 
 
-def _libraries(dtype: torch.dtype, compiler: str | None, quantized: bool) -> tuple[Library, ...]:
+def _libraries(parts: tuple[str, ...], compiler: str | None) -> tuple[Library, ...]:
     isa, folder = native.host_isa(), native.folder()
 
     def library(part: str) -> Library:
@@ -120,7 +123,7 @@ def _libraries(dtype: torch.dtype, compiler: str | None, quantized: bool) -> tup
             return Library(part, keys.kept(folder, f"{kept.stem}.json")[kept.stem], kept)
         return Library(part, native.key(compiler, isa), native.target(compiler, folder, isa, part))
 
-    return tuple(library(part) for part in kernels.cpu.parts(dtype, quantized))
+    return tuple(library(part) for part in parts)
 
 
 def statuses(needs: Needs) -> list[Status]:
@@ -163,7 +166,7 @@ def fill(needs: Needs) -> Iterator[Made]:
         return
     spec, dtype, device = needs.spec, needs.dtype, needs.device
     outline = checkpoint.outline(spec, dtype, leaves.packing(device, dtype, needs.quantization))
-    for kind in wanted_layers(spec, outline, kernels.ops(device, dtype), dtype, device):
+    for kind in wanted_layers(spec, outline, kernels.ops(device, dtype, kv=needs.kv_cache_dtype), dtype, device):
         w = kind.wanted
         artifact = compile.make(w, compile.folder(), Traces())
         if w.kept(compile.folder()) is None:

@@ -16,12 +16,12 @@ from fnengine.graphs.compile import CannotCompile, Traces, folder, kept, missing
 from fnengine.graphs.compile import start as start_compiler
 from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops, team
+from fnengine.kernels.layout import block_bytes
 from fnengine.memory import Account, Shapes
 from fnengine.model import Model, one_by_one
 from fnengine.params import memory_plan
 from fnengine.program import RECORDED_TOKENS, Recorded, compiled_layers, wanted_layers
-from fnengine.settings import Mode, PoolSize, Settings, size_pool
-from fnengine.spec import kv_bytes_per_token
+from fnengine.settings import KV_DTYPES, Mode, PoolSize, Settings, size_pool
 from fnengine.step import make_step
 
 log = logging.getLogger("fnengine")
@@ -52,14 +52,24 @@ def build(model: Model, settings: Settings) -> Built:
     """
     device, spec = model.device, model.spec
     mode = settings.mode(device.type)
-    kernels.start(device, model.dtype)
+    if settings.kv_cache_dtype not in KV_DTYPES:
+        raise ConfigError(
+            f"{settings.kv_cache_dtype!r} is not implemented", where="--kv-cache-dtype", remedy=" or ".join(KV_DTYPES)
+        )
+    if settings.kv_cache_dtype == "int8" and device.type != "cpu":
+        raise ConfigError(
+            f"KV of 8 bits is read on cpu only, not on {device.type}",
+            where="--kv-cache-dtype",
+            remedy="leave it out, or use --device cpu",
+        )
+    kernels.start(device, model.dtype, model.quantization != "none", settings.kv_cache_dtype)
     compiling = device.type == "cpu" and not settings.enforce_eager
     why_not = missing_compiler() if compiling else None
     if compiling and why_not is None and not kept(folder()):
         start_compiler()  # while the native kernels are built
-    ops = kernels.ops(device, model.dtype)
-    per_token = kv_bytes_per_token(spec, model.dtype.itemsize)
-    slots = int(settings.swap_space * 2**30) // (per_token * BLOCK)
+    ops = kernels.ops(device, model.dtype, kv=settings.kv_cache_dtype)
+    per_block = sum(block_bytes(ops.kv, BLOCK, x.mixer.kv_heads, x.mixer.width, model.dtype) for x in spec.layers)
+    slots = int(settings.swap_space * 2**30) // per_block
     kinds = []
     if compiling and ops.paged_attention.backend.name != "reference":
         kinds = wanted_layers(spec, model.params, ops, model.dtype, device)
@@ -94,7 +104,7 @@ def build(model: Model, settings: Settings) -> Built:
         pool = size_pool(
             settings=settings,
             model_len=spec.max_len,
-            bytes_per_token=per_token,
+            bytes_per_token=per_block // BLOCK,
             rows=mode.rows,
             device=device.type,
             available=available,

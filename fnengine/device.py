@@ -34,7 +34,7 @@ def make_state(
 
     f32, i32 = torch.float32, torch.int32
     pool = tuple(
-        Pool(*(_zeros(shape, dtype, device) for shape in kv.shapes(blocks, BLOCK, a.kv_heads, a.width)))
+        Pool(*(_zeros(shape, kv.element(dtype), device) for shape in kv.shapes(blocks, BLOCK, a.kv_heads, a.width)))
         for a in (layer.mixer for layer in spec.layers)
     )
     return State(

@@ -156,7 +156,7 @@ def _wanted(name: str, kind: Layer, p: Any, ops: Ops, dtype: torch.dtype, device
 
     width = next(w.shape[-1] for path, w in tree.items(p) if path.startswith("norm1"))
     angles = [floats(_T, a.rope.width // 2, dt=torch.float32) for _ in range(2)]
-    pools = [floats(*shape) for shape in ops.kv.shapes(_N, BLOCK, a.kv_heads, a.width)]
+    pools = [floats(*shape, dt=ops.kv.element(dtype)) for shape in ops.kv.shapes(_N, BLOCK, a.kv_heads, a.width)]
     fixed = [floats(_T, width), *angles, ints(_T), ints(_R), ints(_R + 1), ints(_R), ints(_M, _P), *pools]
     dynamic: list[tuple[int, ...]] = [(0,), (0,), (0,), (0,), (0,), (0,), (0,), (0, 1), (0,), (0,)]
     weights = tree.leaves(p)

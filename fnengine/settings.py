@@ -29,6 +29,9 @@ MODES: dict[tuple[str, str], Mode] = {
 """(device type, mode) -> sizes. Interactivity bounds how long a step keeps others waiting; throughput fills steps."""
 
 
+KV_DTYPES = ("auto", "int8")
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything about an engine that is not the model. Names are those of the flags."""
@@ -42,6 +45,8 @@ class Settings:
     """Bytes of everything this process holds, on CPU; the pool is what the ledger leaves of it (`fnengine.memory`)."""
     kv_cache_memory_bytes: int | None = None
     """Bytes of the KV pool; None derives it (see `size_pool`)."""
+    kv_cache_dtype: str = "auto"
+    """auto: KV in the model's dtype; int8: rounded to 8 bits with a scale to each token and head (CPU only)."""
     gpu_memory_utilization: float = 0.9
     swap_space: float = 0.0
     """GiB of host memory for KV of preempted sequences."""

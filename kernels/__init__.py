@@ -69,20 +69,21 @@ CHOSEN = ("paged_attention", "rope_write", "copy_blocks", "gumbel_argmax")
 """The ops of `Ops`, in its order."""
 
 
-def ops(device: torch.device | str, dtype: torch.dtype, only: str | None = None) -> Ops:
-    """The best backend of each op for a device and a dtype of KV; `only` restricts the choice to one backend's name.
+def ops(device: torch.device | str, dtype: torch.dtype, only: str | None = None, kv: str = "auto") -> Ops:
+    """The best backend of each op for a device and a dtype; `only` restricts the choice to one backend's name, and `kv`
+    says how KV is kept: `auto`, in that dtype, or `int8`, rounded.
 
     Raises:
         LookupError: no backend fits, with each one's reason.
     """
     device = torch.device(device)
     chosen = {name: choose(BACKENDS[name], device, dtype, only) for name in CHOSEN}
-    writes, reads = (chosen[name].backend.kv(dtype) for name in ("rope_write", "paged_attention"))
+    writes, reads = (chosen[name].backend.kv(dtype, kv) for name in ("rope_write", "paged_attention"))
     assert writes == reads, f"KV would be written as {writes} and read as {reads}"
     return Ops(**chosen, kv=reads)
 
 
-def expected(device: torch.device | str, dtype: torch.dtype) -> Ops:
+def expected(device: torch.device | str, dtype: torch.dtype, kv: str = "auto") -> Ops:
     """What `ops` will choose once the native code is built, without building it.
 
     Raises:
@@ -90,9 +91,9 @@ def expected(device: torch.device | str, dtype: torch.dtype) -> Ops:
     """
     device = torch.device(device)
     if cpu.unfit(device, dtype) is not None:
-        return ops(device, dtype, only="reference")
+        return ops(device, dtype, only="reference", kv=kv)
     chosen = {name: Chosen(BACKENDS[name][0], "once it is built") for name in CHOSEN}
-    return Ops(**chosen, kv=cpu.expected_layout(dtype))
+    return Ops(**chosen, kv=cpu.expected_layout(dtype, kv))
 
 
 def describe(chosen: Ops) -> list[tuple[str, str, bool, str]]:
@@ -101,12 +102,12 @@ def describe(chosen: Ops) -> list[tuple[str, str, bool, str]]:
     return [(name, c.backend.name, c.backend.invariant, c.reason) for name, c in pairs]
 
 
-def start(device: torch.device | str, dtype: torch.dtype, quantized: bool = False) -> bool:
+def start(device: torch.device | str, dtype: torch.dtype, quantized: bool = False, kv: str = "auto") -> bool:
     """Begins in the background what `ops` and products of `quantized` weights would wait for: the native build. Whether
     it will take seconds."""
     if torch.device(device).type != "cpu" or dtype not in cpu.ELEMENT:
         return False
-    parts = cpu.parts(dtype, quantized)
+    parts = cpu.parts(dtype, quantized, kv)
     building = not all(map(native.built, parts))
     for part in parts:
         threading.Thread(target=native.load, args=(part,), name=f"native build, {part}", daemon=True).start()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fnengine.kernels.contract import Contract
+from fnengine.kernels.layout import ROUNDED_BLOCK, gather, heads_of
 
 AT_ONCE = 1 << 18
 """Elements of K gathered for rows that go together on CPU: what is copied should still be in cache when it is used."""
@@ -67,7 +69,7 @@ def paged_attention(
     Rows with one query go in groups, the others one by one; the shapes come from `start` and `length`, so on a GPU
     this waits for the device once a call.
     """
-    B = k_NBKC.shape[1]
+    B = k_NBKC.shape[1] if k_NBKC.dim() == 4 else ROUNDED_BLOCK
     start, length = start_R1.tolist(), length_R.tolist()
     out = torch.zeros(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
 
@@ -76,13 +78,13 @@ def paged_attention(
         blocks = -(-max(length[r] for r in rows) // B)
         column = torch.arange(blocks, device=q_THC.device).clamp_(max=table_MP.shape[1] - 1)
         at = table_MP[row_R[index].long()][:, column].long()
-        k, v = k_NBKC[at].flatten(1, 2), v_NBKC[at].flatten(1, 2)
+        k, v = (x.flatten(1, 2) for x in gather(k_NBKC, v_NBKC, at))
         q = q_THC[token].unflatten(0, (len(rows), n))
         out[token] = _attend(q, k, v, length_R[index], scale, window, soft_cap, sink_H).flatten(0, 1)
 
     single = [r for r in range(len(length)) if start[r + 1] - start[r] == 1 and length[r] > 0]
     longest = max((length[r] for r in single), default=1)
-    together = max(1, AT_ONCE // (longest * k_NBKC.shape[2:].numel())) if q_THC.device.type == "cpu" else len(single)
+    together = max(1, AT_ONCE // (longest * prod(heads_of(v_NBKC)))) if q_THC.device.type == "cpu" else len(single)
     for i in range(0, len(single), together or 1):
         rows = single[i : i + together]
         go(rows, torch.tensor([start[r] for r in rows], device=q_THC.device), 1)
@@ -139,6 +141,8 @@ PAGED_ATTENTION = Contract(
     the dtype of q. start[r] == start[r+1] is legal: the row has no queries.
 
     A score is q.k * scale, and with soft_cap > 0 then soft_cap * tanh(score / soft_cap) (Gemma 2, arXiv 2408.00118).
+    Pools may be rounded to 8 bits (`layout.Rounded`); a backend may then round queries and weights to 16.
+
     A sink is a logit of a query head that takes part in the softmax's sum, but has no value (GPT-OSS): with it weights
     add up to less than 1.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fnengine.kernels.layout import KVLayout, Tokens
+from fnengine.kernels.layout import KVLayout, Rounded, Tokens
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Backend:
     absolute index."""
     note: Callable[[torch.dtype], str] = lambda _dtype: ""
     """More to say about it once it is chosen, e.g. how it was built."""
-    kv: Callable[[torch.dtype], KVLayout] = lambda _dtype: Tokens()
-    """How KV lies in the pools it is given, where it is given any; contracts have it token by token."""
+    kv: Callable[[torch.dtype, str], KVLayout] = lambda _dtype, kind: Rounded() if kind == "int8" else Tokens()
+    """(dtype, `auto` or `int8`) -> how KV lies in the pools it is given, where it is given any; contracts have it token
+    by token."""
 
 
 @dataclass(frozen=True)

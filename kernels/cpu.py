@@ -17,7 +17,7 @@ from torch import Tensor
 from fnengine.kernels import native
 from fnengine.kernels.attention import PAGED_ATTENTION
 from fnengine.kernels.contract import Backend, Contract
-from fnengine.kernels.layout import Lanes
+from fnengine.kernels.layout import KVLayout, Lanes, Rounded, heads_of
 from fnengine.kernels.library import register
 from fnengine.kernels.linear import LINEAR, PANEL, atom_of
 from fnengine.kernels.memory import zeros
@@ -31,12 +31,16 @@ ELEMENT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: 
 """dtype -> the library that serves it."""
 BLOCK = 16
 """Tokens of a block of the pool; the library is built for it."""
+WIDEST = 512
+"""Channels of a head whose products of 16 and 8 bits a sum of 32 bits holds."""
 
 
-def parts(dtype: torch.dtype, quantized: bool = False) -> tuple[str, ...]:
-    """The native libraries that a process with this dtype loads."""
+def parts(dtype: torch.dtype, quantized: bool = False, kv: str = "auto") -> tuple[str, ...]:
+    """The native libraries that a process with this dtype loads; `quantized` weights and `kv` of 8 bits (`auto` or
+    `int8`) have their own."""
     element = ELEMENT[dtype]
-    return (element, native.COMMON, *([native.QUANTIZED[element]] if quantized else []))
+    more = [native.QUANTIZED[element]] * quantized + [native.KV8[element]] * (kv == "int8")
+    return (element, native.COMMON, *more)
 
 
 def _library(dtype: torch.dtype | None = None) -> ctypes.CDLL:
@@ -55,12 +59,17 @@ def _packed(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and (x.stride(1) == C or x.shape[1] == 1) else x.contiguous()
 
 
-def _pools(k_pool: Tensor, v_pool: Tensor) -> tuple[int, int, int]:
-    """(N, K, C) of pools in the layout that the library was built for."""
-    N, K, _, C, atom = v_pool.shape
-    assert (k_pool.shape, v_pool.shape) == Lanes(atom).shapes(N, BLOCK, K, C), (k_pool.shape, v_pool.shape)
-    assert atom == _library(v_pool.dtype).fn_atom() and k_pool.is_contiguous() and v_pool.is_contiguous()
-    return N, K, C
+def _pools(k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[ctypes.CDLL, int, int, int]:
+    """(library, N, K, C) of pools in the layout that the library is built for."""
+    rounded = k.dtype == torch.int8
+    library = native.load(native.KV8[ELEMENT[dtype]] if rounded else ELEMENT[dtype]).library
+    assert library is not None, "the cpu backend was called without having been chosen"
+    K, C = heads_of(v)
+    layout = Rounded() if rounded else Lanes(library.fn_atom())
+    assert (k.shape, v.shape) == layout.shapes(len(v), BLOCK, K, C), (k.shape, v.shape, layout)
+    assert k.dtype == v.dtype == layout.element(dtype) and k.is_contiguous() and v.is_contiguous()
+    assert not rounded or C <= WIDEST, f"{C} channels would overflow 32 bits"
+    return library, len(v), K, C
 
 
 def _int32(x: Tensor) -> Tensor:
@@ -81,13 +90,12 @@ def _paged_attention(
     soft_cap: float,
     sink: Tensor | None,
 ) -> Tensor:
-    assert q.dtype == k_pool.dtype == v_pool.dtype, (q.dtype, k_pool.dtype, v_pool.dtype)
-    N, K, C = _pools(k_pool, v_pool)
+    library, N, K, C = _pools(k_pool, v_pool, q.dtype)
     assert sink is None or (sink.dtype == q.dtype and sink.is_contiguous())
     q, table, row, start, length = _packed(q), _int32(table), _int32(row), _int32(start), _int32(length)
     out = empty(q.shape, q.dtype)
     bad = invoke(
-        _library(q.dtype).fn_paged_attention,
+        library.fn_paged_attention,
         q.data_ptr(),
         k_pool.data_ptr(),
         v_pool.data_ptr(),
@@ -126,15 +134,15 @@ def _rope_write(
     slot: Tensor,
     eps: float,
 ) -> Tensor:
-    assert qkv.dtype == k_pool.dtype == v_pool.dtype and cos.dtype == sin.dtype == torch.float32
-    N, K, C = _pools(k_pool, v_pool)
+    assert cos.dtype == sin.dtype == torch.float32
+    library, N, K, C = _pools(k_pool, v_pool, qkv.dtype)
     assert all(norm is None or (norm.dtype == qkv.dtype and norm.is_contiguous()) for norm in (q_norm, k_norm))
     T, W = cos.shape
     qkv, slot = (qkv if qkv.stride(1) == 1 else qkv.contiguous()), _int32(slot)
     cos, sin = cos.contiguous(), sin.contiguous()
     q = empty((T, qkv.shape[1] // C - 2 * K, C), qkv.dtype)
     bad = invoke(
-        _library(qkv.dtype).fn_rope_write,
+        library.fn_rope_write,
         qkv.data_ptr(),
         None if q_norm is None else q_norm.data_ptr(),
         None if k_norm is None else k_norm.data_ptr(),
@@ -307,16 +315,18 @@ def _missing(part: str) -> str | None:
     return None if found.library is not None else found.reason
 
 
-def _layout(dtype: torch.dtype) -> Lanes:
-    return Lanes(atom_of(dtype))
+def _layout(dtype: torch.dtype, kind: str) -> KVLayout:
+    return Rounded() if kind == "int8" else Lanes(atom_of(dtype))
 
 
-def expected_layout(dtype: torch.dtype) -> Lanes:
+def expected_layout(dtype: torch.dtype, kind: str) -> KVLayout:
     """How KV will lie in the pool once the library is built, without building it.
 
     Raises:
         BuildFailed: there is no compiler.
     """
+    if kind == "int8":
+        return Rounded()
     return Lanes(native.expected_atom(native.find_compiler(), native.host_isa(), ELEMENT[dtype]))
 
 

@@ -8,8 +8,10 @@ Dimension letters: N blocks, B tokens a block, K KV heads, C head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,6 +24,10 @@ class KVLayout(Protocol):
     @property
     def name(self) -> str:
         """What it is called in reports and keys."""
+        ...
+
+    def element(self, dtype: torch.dtype) -> torch.dtype:
+        """The tensors' dtype, of KV computed in `dtype`."""
         ...
 
     def shapes(self, N: int, B: int, K: int, C: int) -> tuple[Shape, Shape]:
@@ -42,6 +48,9 @@ class Tokens:
     """Token by token, [N, B, K, C]: how contracts and references have it."""
 
     name: str = "tokens"
+
+    def element(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
 
     def shapes(self, N: int, B: int, K: int, C: int) -> tuple[Shape, Shape]:
         return (N, B, K, C), (N, B, K, C)
@@ -67,6 +76,9 @@ class Lanes:
     def name(self) -> str:
         return f"lanes of {self.atom}"
 
+    def element(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
     def shapes(self, N: int, B: int, K: int, C: int) -> tuple[Shape, Shape]:
         return (N, K, -(-C // self.atom), B, self.atom), (N, K, B // self.atom, C, self.atom)
 
@@ -80,6 +92,92 @@ class Lanes:
         return tokens[0].contiguous(), tokens[1].contiguous()
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """Of 8 bits, int8 [N, K, bytes]: a head of a block is the float32 scales of its 16 tokens, then their codes.
+
+    Codes lie as `Lanes` of 2 have them, whatever the processor. A vector of C channels is codes x scale, with the scale
+    its largest / 127. The scales are among the codes and not tensors of their own, so that a block stays one piece for
+    whoever copies, swaps or prefetches it, and an op takes two tensors as ever.
+    """
+
+    name: str = "int8"
+
+    def element(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.int8
+
+    def shapes(self, N: int, B: int, K: int, C: int) -> tuple[Shape, Shape]:
+        assert B == ROUNDED_BLOCK, B
+        return (N, K, 4 * B + 2 * B * -(-C // 2)), (N, K, 4 * B + B * C)
+
+    def pack(self, k_NBKC: Tensor, v_NBKC: Tensor) -> tuple[Tensor, Tensor]:
+        (k, k_scale), (v, v_scale) = round_codes(k_NBKC), round_codes(v_NBKC)
+        codes = Lanes(2).pack(k, v)
+        return tuple(  # pyright: ignore[reportReturnType]
+            torch.cat([s.transpose(1, 2).contiguous().view(torch.int8), c.flatten(2)], 2)
+            for s, c in zip((k_scale, v_scale), codes, strict=True)
+        )
+
+    def unpack(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        codes = Lanes(2).unpack(*self.codes(k, v))
+        scales = (self.scales(x).transpose(1, 2)[..., None] for x in (k, v))
+        k32, v32 = (c.float() * s for c, s in zip(codes, scales, strict=True))
+        return k32, v32
+
+    def codes(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the codes as `Lanes` of 2."""
+        B = ROUNDED_BLOCK
+        _, C = heads_of(v)
+        return k[..., 4 * B :].unflatten(2, (-1, B, 2)), v[..., 4 * B :].unflatten(2, (B // 2, C, 2))
+
+    def scales(self, x: Tensor) -> Tensor:
+        """A view of the scales, [N, K, B] float32."""
+        return x[..., : 4 * ROUNDED_BLOCK].view(torch.float32)
+
+
+ROUNDED_BLOCK = 16
+"""Tokens of a block that is rounded."""
+
+
+def round_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, scales) of vectors [..., C], the same to the last bit as the native library makes them."""
+    most = x.float().abs().amax(-1)
+    some = most >= 1e-30
+    inverse = torch.where(some, torch.full_like(most, 127) / most, 0.0)  # 127 / most would round twice
+    codes = (x.float() * inverse[..., None]).round().to(torch.int8)
+    return codes, torch.where(some, most / 127, 0.0)
+
+
 def heads_of(v: Tensor) -> tuple[int, int]:
-    """(K, C) of a layer, from its tensor of V in either layout."""
+    """(K, C) of a layer, from its tensor of V in any layout."""
+    if v.dim() == 3:
+        return v.shape[1], v.shape[2] // ROUNDED_BLOCK - 4
     return (v.shape[1], v.shape[3]) if v.dim() == 5 else (v.shape[2], v.shape[3])
+
+
+def block_bytes(layout: KVLayout, B: int, K: int, C: int, dtype: torch.dtype) -> int:
+    """Bytes of a block of one layer."""
+    return sum(map(prod, layout.shapes(1, B, K, C))) * layout.element(dtype).itemsize
+
+
+def gather(k: Tensor, v: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    """(k, v) [..., B, K, C] of blocks [...], as the plain-torch reference reads them: token by token, or rounded."""
+    if k.dim() == 4:
+        return k[block], v[block]
+    parts = Rounded().unpack(k[block.flatten()], v[block.flatten()])
+    return parts[0].unflatten(0, block.shape), parts[1].unflatten(0, block.shape)
+
+
+def put(k: Tensor, v: Tensor, slot_T: Tensor, k_TKC: Tensor, v_TKC: Tensor) -> None:
+    """Writes tokens to their slots (block x B + offset), as the plain-torch reference does."""
+    if k.dim() == 4:
+        k.flatten(0, 1).index_copy_(0, slot_T, k_TKC.to(k.dtype))
+        v.flatten(0, 1).index_copy_(0, slot_T, v_TKC.to(v.dtype))
+        return
+    (k_code, k_scale), (v_code, v_scale) = round_codes(k_TKC), round_codes(v_TKC)
+    block, at = slot_T // ROUNDED_BLOCK, slot_T % ROUNDED_BLOCK
+    k_codes, v_codes = Rounded().codes(k, v)
+    k_codes[block, :, :, at] = F.pad(k_code, (0, k_code.shape[2] % 2)).unflatten(2, (-1, 2))
+    v_codes[block, :, at // 2, :, at % 2] = v_code
+    Rounded().scales(k)[block, :, at] = k_scale
+    Rounded().scales(v)[block, :, at] = v_scale

@@ -34,10 +34,13 @@ ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2}
 """Type of element -> its number in the sources."""
 QUANTIZED = {element: f"quantized-{element}" for element in ELEMENTS}
 """Type of element -> the library of its products with rounded weights, which few processes need."""
+KV8 = {element: f"kv8-{element}" for element in ELEMENTS}
+"""Type of element -> the library for KV rounded to 8 bits."""
 SOURCES = {
     COMMON: ("noise.cpp", "pool.cpp", "program.cpp"),
     **dict.fromkeys(ELEMENTS, ("attention.cpp", "linear.cpp", "rope.cpp")),
     **dict.fromkeys(QUANTIZED.values(), ("quantized.cpp",)),
+    **dict.fromkeys(KV8.values(), ("attention.cpp", "rope.cpp")),
 }
 """Library -> what it is made of, besides `threads.cpp`."""
 REMEDY = "install g++ or clang++ (Debian, Ubuntu: apt install g++)"
@@ -145,7 +148,10 @@ def build(compiler: str, folder: Path, isa: tuple[str, ...], part: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             objects, jobs = [], []
-            element = [f"-DFN_ELEMENT={n}" for name, n in ELEMENTS.items() if part in (name, QUANTIZED[name])]
+            element = []
+            for name, number in ELEMENTS.items():
+                if part in (name, QUANTIZED[name], KV8[name]):
+                    element = [f"-DFN_ELEMENT={number}", f"-DFN_KV8={int(part == KV8[name])}"]
             for file in (SOURCE / name for name in (*SOURCES[part], "threads.cpp")):  # one process a file
                 objects.append(str(Path(work) / f"{file.stem}.o"))
                 command = [
@@ -206,10 +212,12 @@ _COMMON = {
     "fn_copy_blocks": (I, [P, P, N, P, N, N, I]),
     "fn_gumbel_argmax": (None, [P] * 5 + [N] * 4 + [I]),
 }
+_KV = {name: _ELEMENT[name] for name in ("fn_paged_attention", "fn_rope_write")}
 SIGNATURES = {
     COMMON: {**_ANY, **_COMMON},
     **{part: {**_ANY, **_ELEMENT} for part in ELEMENTS},
     **{part: {**_ANY, **_QUANTIZED} for part in QUANTIZED.values()},
+    **{part: {**_ANY, **_KV} for part in KV8.values()},
 }
 """Library -> C function -> (result, arguments); see `csrc/`."""
 

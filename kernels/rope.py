@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fnengine.kernels.contract import Contract
+from fnengine.kernels.layout import heads_of, put
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,16 +46,14 @@ def rope_write(
     eps: float,
 ) -> Tensor:
     """See `ROPE_WRITE.doc`."""
-    K, C = k_pool.shape[2:]
+    K, C = heads_of(v_pool)
     heads = qkv_TE.unflatten(1, (qkv_TE.shape[1] // C, C))
     q, k, v = heads[:, : -2 * K], heads[:, -2 * K : -K], heads[:, -K:]
     if q_norm_C is not None:
         q = rms_norm(q, q_norm_C, eps)
     if k_norm_C is not None:
         k = rms_norm(k, k_norm_C, eps)
-    slot = slot_T.long()
-    k_pool.view(-1, K, C).index_copy_(0, slot, apply_rope(k, cos_TW, sin_TW).to(k_pool.dtype))
-    v_pool.view(-1, K, C).index_copy_(0, slot, v.to(v_pool.dtype))
+    put(k_pool, v_pool, slot_T.long(), apply_rope(k, cos_TW, sin_TW), v)
     return apply_rope(q, cos_TW, sin_TW)
 
 
@@ -91,8 +90,9 @@ ROPE_WRITE = Contract(
 
     qkv holds H + 2 K heads of C channels a token: those of q, k and v. Each head of q and k is RMS-normed (where there
     is a weight) and rotated by the token's angles: channel i < W with channel W + i, the rest as they are. Both are
-    done in float32 and rounded after each. Token t's k and v go to block slot[t] // B at offset slot[t] % B. Padding
-    slots (of the null block) may repeat; any of their values may stay.""",
+    done in float32 and rounded after each. Token t's k and v go to block slot[t] // B at offset slot[t] % B; pools of 8
+    bits (`layout.Rounded`) take what is rounded to them. Padding slots (of the null block) may repeat; any of their
+    values may stay.""",
     reference=rope_write,
     mutates=("k_pool", "v_pool"),
     examples=_examples,

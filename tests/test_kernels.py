@@ -38,7 +38,7 @@ from fnengine.kernels import (
 )
 from fnengine.kernels.layout import Lanes
 from fnengine.kernels.rope import ROPE_WRITE
-from tests import test_quantized
+from tests import test_kv8, test_quantized
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,20 +71,21 @@ def needs(b: Backend, dtype: torch.dtype = torch.float32) -> None:
 KV = ("k_NBKC", "v_NBKC", "k_pool", "v_pool")
 
 
-def canonical(b: Backend) -> Callable[..., Any]:
-    """The backend with the pools of its op, if it has any, token by token as in the contract."""
+def canonical(b: Backend, kind: str = "auto") -> Callable[..., Any]:
+    """The backend with the pools of its op, if it has any, token by token as in the contract. What it writes comes back
+    unless it is rounded."""
     at = [i for i, name in enumerate(inspect.signature(b.op.reference).parameters) if name in KV]
     if not at:
         return b.fn
 
     def fn(*given):
         k, v = (given[i] for i in at)
-        layout, arguments = b.kv(k.dtype), list(given)
+        layout, arguments = b.kv(k.dtype, kind), list(given)
         pools = layout.pack(k, v)
         arguments[at[0]], arguments[at[1]] = pools
         out = b.fn(*arguments)
         for pool, new in zip((k, v), layout.unpack(*pools), strict=True):
-            pool.copy_(new)
+            pool.copy_(new if kind == "auto" else pool)
         return out
 
     return fn
@@ -133,7 +134,7 @@ def test_registered_schema_tells_the_truth(backend: Backend):
     for example in backend.op.examples(torch.float32, 3):
         if pools := [name for name in example if name in KV]:
             k, v = (example[name] for name in pools)
-            example |= dict(zip(pools, backend.kv(torch.float32).pack(k, v), strict=True))
+            example |= dict(zip(pools, backend.kv(torch.float32, "auto").pack(k, v), strict=True))
         torch.library.opcheck(backend.fn, tuple(example.values()), test_utils=("test_schema", "test_faketensor"))
 
 
@@ -721,6 +722,9 @@ def test_builds_for_lesser_processors_are_right_too(compiler, isa, monkeypatch):
     for dtype in DTYPES:
         assert first_variation(lambda **e: canonical(cpu.paged_attention)(*e.values()), dtype) is None
         assert reads_rubbish(canonical(cpu.paged_attention), dtype) is None
+        test_kv8.attention_is_right(dtype)
+        test_kv8.laws_of_attention(dtype)
+        test_kv8.writes_what_the_layout_says(dtype)
         test_backend_equals_reference_in_float32(cpu.rope_write, dtype)
         test_a_token_is_rotated_and_written_the_same_in_any_company(dtype)
         test_backend_equals_reference_in_float32(cpu.paged_attention, dtype)

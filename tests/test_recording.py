@@ -157,7 +157,7 @@ def test_a_view_keeps_its_buffer():
 
 def test_a_bad_index_is_found_when_a_program_runs():
     """The error of a native function is not lost because nobody looks at each call."""
-    pool, other = (torch.zeros(shape) for shape in cpu.rope_write.kv(torch.float32).shapes(2, 16, 1, 8))
+    pool, other = (torch.zeros(shape) for shape in cpu.rope_write.kv(torch.float32, "auto").shapes(2, 16, 1, 8))
     angle = torch.ones(1, 4)
 
     def fn(qkv, slot):

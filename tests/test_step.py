@@ -48,7 +48,7 @@ def prompt(n, seed=0):
     return np.random.default_rng(seed).integers(3, 120, n).astype(np.int32)
 
 
-@pytest.fixture(scope="module", params=["eager", "compiled"])
+@pytest.fixture(scope="module", params=["eager", "compiled", "compiled int8"])
 def make(request):
     """A function giving a fresh device of one execution kind and dtype; models are shared."""
     built = {}
@@ -57,10 +57,14 @@ def make(request):
         if dtype not in built:
             model = tiny("qwen3", dtype)
             settings = Settings(
-                max_num_seqs=6, max_model_len=256, kv_cache_memory_bytes=1 << 22, enforce_eager=request.param == "eager"
+                max_num_seqs=16 if "int8" in request.param else 6,
+                max_model_len=256,
+                kv_cache_memory_bytes=1 << 22,
+                kv_cache_dtype="int8" if "int8" in request.param else "auto",
+                enforce_eager=request.param == "eager",
             )
             built[dtype] = build(model, settings)
-            if request.param == "compiled":
+            if "compiled" in request.param:
                 assert built[dtype].execution.startswith("compiled"), built[dtype].execution
         device = built[dtype].device
         for p in device.state.pool:

@@ -96,5 +96,6 @@ def asked(options: Options) -> dict[str, Any]:
         "dtype": options.model.dtype,
         "device": options.model.device,
         "quantization": options.model.quantization,
+        "kv_cache_dtype": options.engine.kv_cache_dtype,
         "enforce_eager": options.engine.enforce_eager,
     }

@@ -14,7 +14,6 @@ REFUSED: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "leave it out",
         ("priority",),
     ),
-    "--kv-cache-dtype": ("KV has the dtype of the model", _LATER, ("auto",)),
     "--async-scheduling": (
         "host and device overlap by themselves where the device is not the host's cores",
         "leave it out",

@@ -14,6 +14,9 @@
 // them together, which leaves (m, l, o) of each as it would have been after those tiles, and every row goes on alone.
 //
 // K and V are multiplied where they lie (`pool.h`): nothing is transposed or packed.
+//
+// Where KV is rounded to 8 bits, queries and a tile's weights (times the scales of V) are rounded to 16 against the largest
+// of their row, and the sums over channels and over a tile's tokens are exact ones of integers.
 #include <algorithm>
 #include <cstdlib>
 #include <vector>
@@ -29,7 +32,9 @@ constexpr int QUERY_ROWS = 96;  // (query, head) pairs that go over a KV tile to
 // ---- one piece of work ----------------------------------------------------------------------------------------------
 
 struct Call {
-    const Element *q, *k, *v, *sink;  // sink: one a query head, or null
+    const Element* q;
+    const Code *k, *v;
+    const Element* sink;  // one a query head, or null
     Element* out;
     const int32_t *table, *row, *start, *length;
     int64_t q_stride, R, P, N;
@@ -76,14 +81,14 @@ FN_INLINE Tile place(const Call& a, int r, int head, int64_t t, int64_t end) {
 
 FN_INLINE Ahead coming(const Tile& tile, int C) {
     Ahead ahead;
-    for (int p = 0; p < tile.blocks(); p++) ahead.add(tile.k[p], BLOCK * C * sizeof(Element));
-    for (int p = 0; p < tile.blocks(); p++) ahead.add(tile.v[p], BLOCK * C * sizeof(Element));
+    for (int p = 0; p < tile.blocks(); p++) ahead.add(tile.k[p], HEAD + BLOCK * C * sizeof(Code));
+    for (int p = 0; p < tile.blocks(); p++) ahead.add(tile.v[p], HEAD + BLOCK * C * sizeof(Code));
     return ahead;
 }
 
 struct Scratch {  // of `rows` (query, head) pairs
     uint32_t *query, *weight, *odd;
-    float *score, *out, *factor;
+    float *score, *out, *factor, *query_unit, *weight_unit;  // units: of integers, where KV is rounded
     Running* run;
 };
 
@@ -109,15 +114,17 @@ FN_INLINE int atoms_of(int channels) { return (channels + PER - 1) / PER; }
 Scratch lay_out(int rows, int C) {
     static thread_local Arena arena;
     const size_t n = rows, sizes[] = {n * atoms_of(C) * 4, n * TILE * 4, size_t(C) * 4,      n * TILE * 4,
-                                      n * whole(C) * 4,    n * 4,        sizeof(Running) * n};
-    char* at[7];
+                                      n * whole(C) * 4,    n * 4,        n * 4,               n * 4,
+                                      sizeof(Running) * n};
+    char* at[9];
     size_t sum = 0;
     for (size_t size : sizes) sum += line(size) + 64;
     char* p = arena.reserve(sum);
     if (!p) abort();
-    for (int i = 0; i < 7; i++) at[i] = p, p += line(sizes[i]) + 64;  // + 64 staggers the buffers over cache sets
+    for (int i = 0; i < 9; i++) at[i] = p, p += line(sizes[i]) + 64;  // + 64 staggers the buffers over cache sets
     return {(uint32_t*)at[0], (uint32_t*)at[1], (uint32_t*)at[2], (float*)at[3],
-            (float*)at[4],    (float*)at[5],    (Running*)at[6]};
+            (float*)at[4],    (float*)at[5],    (float*)at[6],    (float*)at[7],
+            (Running*)at[8]};
 }
 
 // The queries of tokens [from, to) with one KV head, as rows m and up of scratch: (query, head of the group).
@@ -127,7 +134,21 @@ void load_queries(const Call& a, int from, int to, int head, const Scratch& s, i
         for (int g = 0; g < G; g++, m++) {
             const Element* q = a.q + t * a.q_stride + (head * G + g) * C;
             uint32_t* to = s.query + m * atoms;
-            if constexpr (PAIRS) {
+            if constexpr (ROUNDED) {
+                vf largest{};
+                for (int c = 0; c < C; c += W) {
+                    const vf x = C - c < W ? load_float_part(q + c, C - c) : load_float(q + c);
+                    largest = max(largest, max(x, -x));
+                }
+                const float most = max_lane(largest), inverse = most < LEAST ? 0 : 32767.f / most;
+                s.query_unit[m] = most < LEAST ? 0 : most / 32767.f;
+                to[atoms - 1] = 0;
+                for (int c = 0; c < C; c += W) {
+                    const vf x = C - c < W ? load_float_part(q + c, C - c) : load_float(q + c);
+                    const vh code = narrow((vu)nearest(x * splat(inverse)));
+                    memcpy((uint16_t*)to + c, &code, sizeof(uint16_t) * (C - c < W ? C - c : W));
+                }
+            } else if constexpr (PAIRS) {
                 to[atoms - 1] = 0;
                 memcpy(to, q, sizeof(Element) * C);
             } else {
@@ -149,14 +170,16 @@ struct Span {  // [first, last): the tokens of a tile that a query sees
 template <class Seen>
 FN_INLINE void read_tile(const Call& a, const Tile& tile, const Scratch& s, int m, int rows, const Seen& seen, Ahead ahead) {
     const int C = a.C, atoms = atoms_of(C), vectors = (tile.count + W - 1) / W;
-    float *score = s.score + m * TILE, *factor = s.factor + m;
+    float *score = s.score + m * TILE, *factor = s.factor + m, *unit = s.weight_unit + m;
     uint32_t* weight = s.weight + m * (TILE / PER);
-    multiply(s.query + m * atoms, atoms, Keys{tile, atoms}, score, TILE, rows, vectors * W, nullptr, ahead);
+    multiply(s.query + m * atoms, atoms, Keys{tile, atoms}, score, TILE, rows, vectors * W,
+             Scales{nullptr, s.query_unit + m}, ahead);
     for (int i = 0; i < rows; i++) {
         const Span span = seen(i);
-        factor[i] = weigh(score + i * TILE, weight + i * (TILE / PER), vectors, span.first, span.last, a.scale, a.cap, s.run[m + i]);
+        factor[i] = weigh(score + i * TILE, weight + i * (TILE / PER), tile, span.first, span.last, a.scale, a.cap,
+                          s.run[m + i], unit[i]);
     }
-    multiply(weight, TILE / PER, Values(tile, C, s.odd), s.out + m * whole(C), whole(C), rows, C, factor, ahead);
+    multiply(weight, TILE / PER, Values(tile, C, s.odd), s.out + m * whole(C), whole(C), rows, C, Scales{factor, unit}, ahead);
 }
 
 // The tiles that the rows of a group share, for all their queries and one KV head; where each then stands goes to its
@@ -355,7 +378,7 @@ extern "C" int fn_paged_attention(const void* q, const void* k, const void* v, c
             if (block < 0 || block >= N) return 1;
         }
     }
-    const Call a{static_cast<const Element*>(q), static_cast<const Element*>(k), static_cast<const Element*>(v),
+    const Call a{static_cast<const Element*>(q), static_cast<const Code*>(k), static_cast<const Code*>(v),
                  static_cast<const Element*>(sink), static_cast<Element*>(out), table, row, start, length, q_stride, R, P, N, int(H), int(K), int(C),
                  int(window), float(scale), float(cap)};
     attend_all(a, threads);

@@ -45,24 +45,8 @@ constexpr int ORDER<8, 16>[8] = {0, 2, 1, 3, 4, 6, 5, 7};
 template <>
 constexpr int ORDER<4, 8>[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
-using vs = int16_t __attribute__((vector_size(W * 4)));  // 2 W lanes
 using vw = uint16_t __attribute__((vector_size(W * 4)));
 using vb = uint8_t __attribute__((vector_size(W * 4)));
-
-// sum + the dot product of two channels, for W columns.
-FN_INLINE vi madd16(vi sum, int32_t x, vs w) {
-#if FN_AVX512 && defined(__AVX512VNNI__)
-    return (vi)_mm512_dpwssd_epi32((__m512i)sum, _mm512_set1_epi32(x), (__m512i)w);
-#elif FN_AVX512
-    return sum + (vi)_mm512_madd_epi16(_mm512_set1_epi32(x), (__m512i)w);
-#elif FN_AVX2
-    return sum + (vi)_mm256_madd_epi16(_mm256_set1_epi32(x), (__m256i)w);
-#elif defined(__SSE2__)
-    return sum + (vi)_mm_madd_epi16(_mm_set1_epi32(x), (__m128i)w);
-#else
-    return sum + ((vi)w << 16 >> 16) * int32_t(int16_t(x)) + ((vi)w >> 16) * (x >> 16);
-#endif
-}
 
 // The same of four channels, and the codes of 4 bits as bytes: where one instruction does it.
 vi madd8(vi sum, int32_t x, vb w);

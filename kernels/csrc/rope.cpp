@@ -63,32 +63,51 @@ void head(const Element* x, const Element* weight, const Turn& t, Element* out) 
     for (int c = 2 * t.half; c < t.C; c += W) write(out + c, read(a + c, t.C - c), t.C - c);
 }
 
+using v8 = int8_t __attribute__((vector_size(W)));
+
+// x / scale as bytes in `codes`, whole vectors of them; returns the scale: the largest |x| / 127, or 0.
+float round_codes(const Element* x, int C, int8_t* codes) {
+    vf largest{};
+    for (int c = 0; c < C; c += W) {
+        const vf v = read(x + c, C - c);
+        largest = max(largest, max(v, -v));
+    }
+    const float most = max_lane(largest), inverse = most < LEAST ? 0 : 127.f / most;
+    for (int c = 0; c < C; c += W) {
+        const vf magic = splat(12582912.f);  // ties to even
+        const vi code = (vi)(read(x + c, C - c) * splat(inverse) + magic) - (vi)magic;
+        store(codes + c, __builtin_convertvector(code, v8));
+    }
+    return most < LEAST ? 0 : most / 127.f;
+}
+
 // A token goes to one line of every atom of K and to its own half of pairs of V. Other threads may be writing the
 // neighbours, so nothing but the token's own bytes is stored.
 
-void put_k(const Element* x, int C, Element* to) {
+void put_k(const Code* x, int C, Code* to) {
     int c = 0;
-    for (; c + PER <= C; c += PER) memcpy(to + c * BLOCK, x + c, sizeof(Element) * PER);
+    for (; c + PER <= C; c += PER) memcpy(to + c * BLOCK, x + c, sizeof(Code) * PER);
     if (c < C) to[c * BLOCK] = x[c];  // what pads the last atom stays zero
 }
 
-void put_v(const Element* x, int C, Element* to, int half) {
+void put_v(const Code* x, int C, Code* to, int half) {
     if constexpr (PER == 1) {
-        memcpy(to, x, sizeof(Element) * C);
+        memcpy(to, x, sizeof(Code) * C);
     } else {
         int c = 0;
 #if FN_AVX512
-        for (; c + W <= C; c += W)
-            _mm512_mask_storeu_epi16(to + c * PER, 0x55555555u << half, (__m512i)(widen(load<vh>(x + c)) << (16 * half)));
+        if constexpr (!ROUNDED)
+            for (; c + W <= C; c += W)
+                _mm512_mask_storeu_epi16(to + c * PER, 0x55555555u << half, (__m512i)(widen(load<vh>(x + c)) << (16 * half)));
 #endif
         for (; c < C; c++) to[c * PER + half] = x[c];
     }
 }
 
 // Asks for the lines of a head's K and V that a token is going to be written to.
-FN_INLINE void prefetch(const Element* k, const Element* v, int C) {
+FN_INLINE void prefetch(const Code* k, const Code* v, int C) {
     for (int c = 0; c < C; c += PER) __builtin_prefetch(k + c * BLOCK, 1, 2);
-    for (int c = 0; c < C; c += 64 / PER / int(sizeof(Element))) __builtin_prefetch(v + c * PER, 1, 2);
+    for (int c = 0; c < C; c += 64 / PER / int(sizeof(Code))) __builtin_prefetch(v + c * PER, 1, 2);
 }
 
 }  // namespace
@@ -111,12 +130,11 @@ extern "C" int fn_rope_write(const void* qkv, const void* q_norm, const void* k_
     const Layout pool{K, C};
     const auto* in = static_cast<const Element*>(qkv);
     const auto turn = [&](int64_t t) { return Turn{cos + t * half, sin + t * half, int(C), int(half), float(eps)}; };
-    const auto k_at = [&](int64_t t, int64_t h) {
-        return static_cast<Element*>(k_pool) + pool.k(slot[t] / BLOCK, h) + slot[t] % BLOCK * PER;
-    };
-    const auto v_at = [&](int64_t t, int64_t h) {
-        return static_cast<Element*>(v_pool) + pool.v(slot[t] / BLOCK, h) + slot[t] % BLOCK / PER * PER * C;
-    };
+    // Where a head of a token's block begins, and its first atoms from there.
+    const auto k_head = [&](int64_t t, int64_t h) { return static_cast<Code*>(k_pool) + pool.k(slot[t] / BLOCK, h); };
+    const auto v_head = [&](int64_t t, int64_t h) { return static_cast<Code*>(v_pool) + pool.v(slot[t] / BLOCK, h); };
+    const auto k_at = [&](int64_t t) { return HEAD + slot[t] % BLOCK * PER; };
+    const auto v_at = [&](int64_t t) { return HEAD + slot[t] % BLOCK / PER * PER * C; };
     each((T + CHUNK - 1) / CHUNK, T * (H + 2 * K) * C > 1 << 16 ? threads : 1, [&](int64_t i) {
         const int64_t first = i * CHUNK, end = first + CHUNK < T ? first + CHUNK : T, G = H / K;
         // Heads outside, tokens inside: tokens that follow each other are written to the same lines.
@@ -126,7 +144,7 @@ extern "C" int fn_rope_write(const void* qkv, const void* q_norm, const void* k_
                     bad = 1;
                     continue;
                 }
-                prefetch(k_at(t, h), v_at(t, h), int(C));
+                prefetch(k_head(t, h) + k_at(t), v_head(t, h) + v_at(t), int(C));
                 for (int64_t g = h * G; g < (h + 1) * G; g++)
                     head(in + t * stride + g * C, static_cast<const Element*>(q_norm), turn(t),
                          static_cast<Element*>(q) + (t * H + g) * C);
@@ -135,8 +153,18 @@ extern "C" int fn_rope_write(const void* qkv, const void* q_norm, const void* k_
                 if (slot[t] < 0 || slot[t] >= slots) continue;
                 Element turned[MOST + W];
                 head(in + t * stride + (H + h) * C, static_cast<const Element*>(k_norm), turn(t), turned);
-                put_k(turned, int(C), k_at(t, h));
-                put_v(in + t * stride + (H + K + h) * C, int(C), v_at(t, h), slot[t] % PER);
+                const Element* v = in + t * stride + (H + K + h) * C;
+                Code *k_to = k_head(t, h), *v_to = v_head(t, h);
+                if constexpr (ROUNDED) {
+                    int8_t codes[MOST + W];
+                    ((float*)k_to)[slot[t] % BLOCK] = round_codes(turned, int(C), codes);
+                    put_k((const Code*)codes, int(C), k_to + k_at(t));
+                    ((float*)v_to)[slot[t] % BLOCK] = round_codes(v, int(C), codes);
+                    put_v((const Code*)codes, int(C), v_to + v_at(t), slot[t] % PER);
+                } else {
+                    put_k((const Code*)turned, int(C), k_to + k_at(t));
+                    put_v((const Code*)v, int(C), v_to + v_at(t), slot[t] % PER);
+                }
             }
         }
     });

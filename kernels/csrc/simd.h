@@ -214,6 +214,36 @@ FN_INLINE vf load_float_part(const T* p, int n) {
     return load_float(a);
 }
 
+// ---- integers of 16 bits, whose products sum exactly --------------------------------------------------------------------
+
+using vs = int16_t __attribute__((vector_size(W * 4)));  // 2 W lanes
+using vb = int8_t __attribute__((vector_size(W * 2)));
+
+// sum + the dot product of two channels, for W columns.
+FN_INLINE vi madd16(vi sum, int32_t x, vs w) {
+#if FN_AVX512 && defined(__AVX512VNNI__)
+    return (vi)_mm512_dpwssd_epi32((__m512i)sum, _mm512_set1_epi32(x), (__m512i)w);
+#elif FN_AVX512
+    return sum + (vi)_mm512_madd_epi16(_mm512_set1_epi32(x), (__m512i)w);
+#elif FN_AVX2
+    return sum + (vi)_mm256_madd_epi16(_mm256_set1_epi32(x), (__m256i)w);
+#elif defined(__SSE2__)
+    return sum + (vi)_mm_madd_epi16(_mm_set1_epi32(x), (__m128i)w);
+#else
+    return sum + ((vi)w << 16 >> 16) * int32_t(int16_t(x)) + ((vi)w >> 16) * (x >> 16);
+#endif
+}
+
+FN_INLINE vs widen8(const int8_t* p) {
+#if FN_AVX512
+    return (vs)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+#elif FN_AVX2
+    return (vs)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+#else
+    return __builtin_convertvector(load<vb>(p), vs);
+#endif
+}
+
 // Rows become columns, in place: log2(W) rounds of pairwise interleaving.
 FN_INLINE void transpose(vu (&a)[W]) {
 #pragma GCC unroll 8

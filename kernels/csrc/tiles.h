@@ -2,6 +2,7 @@
 // attention.cpp for why, and for what is done with it.
 #pragma once
 #include <cmath>
+#include <type_traits>
 
 #include "pool.h"
 #include "simd.h"
@@ -41,7 +42,7 @@ class Ahead {
 // ---- a tile where it lies --------------------------------------------------------------------------------------------
 
 struct Tile {  // one KV head of `count` tokens of a row, from a multiple of TILE on
-    const Element *k[BLOCKS], *v[BLOCKS];
+    const Code *k[BLOCKS], *v[BLOCKS];
     int count;
 
     FN_INLINE int blocks() const { return (count + BLOCK - 1) / BLOCK; }
@@ -54,7 +55,7 @@ struct Keys {  // a row is an atom, a lane a token; one part
     static constexpr int parts = 1, step = BLOCK * PER;
 
     FN_INLINE int rows(int) const { return atoms; }
-    FN_INLINE const Element* at(int, int n) const { return tile.k[n * W / BLOCK] + n * W % BLOCK * PER; }
+    FN_INLINE const Code* at(int, int n) const { return tile.k[n * W / BLOCK] + HEAD + n * W % BLOCK * PER; }
 };
 
 struct Values {  // a row is PER tokens, a lane a channel; a part is a block, and an odd last token, in `odd`
@@ -63,10 +64,10 @@ struct Values {  // a row is PER tokens, a lane a channel; a part is a block, an
     int step, parts;
 
     // `odd` has room for C atoms. Beside an odd last token lies one that nobody sees: its former owner may have left NaN
-    // there, which a weight of 0 would not silence.
+    // there, which a weight of 0 would not silence. Integers it silences.
     Values(const Tile& t, int C, uint32_t* odd) : tile(t), odd(odd), step(C * PER), parts(t.blocks()) {
-        if (t.count % PER == 0) return;
-        const Element* pair = t.v[parts - 1] + t.count % BLOCK / PER * step;
+        if (ROUNDED || t.count % PER == 0) return;
+        const Code* pair = t.v[parts - 1] + t.count % BLOCK / PER * step;
         for (int c = 0; c < C; c++) {
             uint32_t atom;
             memcpy(&atom, pair + c * PER, sizeof atom);
@@ -78,12 +79,14 @@ struct Values {  // a row is PER tokens, a lane a channel; a part is a block, an
     FN_INLINE bool is_odd(int p) const { return p == tile.blocks(); }
     FN_INLINE int rows(int p) const {
         const int rest = tile.count - p * BLOCK;
-        return is_odd(p) ? 1 : (rest < BLOCK ? rest : BLOCK) / PER;
+        return is_odd(p) ? 1 : ((rest < BLOCK ? rest : BLOCK) + (ROUNDED ? 1 : 0)) / PER;
     }
-    FN_INLINE const Element* at(int p, int n) const { return (is_odd(p) ? (const Element*)odd : tile.v[p]) + n * W * PER; }
+    FN_INLINE const Code* at(int p, int n) const { return (is_odd(p) ? (const Code*)odd : tile.v[p] + HEAD) + n * W * PER; }
 };
 
 // ---- products -------------------------------------------------------------------------------------------------------
+
+FN_INLINE vi madd(vi sum, uint32_t a, vu b) { return madd16(sum, int32_t(a), (vs)b); }
 
 FN_INLINE vf madd(vf sum, uint32_t a, vu b) {
 #if FN_AVX512_BF16
@@ -94,32 +97,47 @@ FN_INLINE vf madd(vf sum, uint32_t a, vu b) {
         return fma((vf)splat(a), (vf)b, sum);
 }
 
-FN_INLINE vu load_atoms(const Element* p) {
-    if constexpr (PAIRS)
+FN_INLINE vu load_atoms(const Code* p) {
+    if constexpr (ROUNDED)
+        return (vu)widen8((const int8_t*)p);
+    else if constexpr (PAIRS)
         return load<vu>(p);
     else
-        return (vu)load_float(p);
+        return (vu)load_float((const Element*)p);
 }
 
-FN_INLINE vu load_atoms_part(const Element* p, int atoms) {  // zero beyond the first `atoms`
-    Element a[W * PER] = {};
-    memcpy(a, p, sizeof(Element) * PER * atoms);
+FN_INLINE vu load_atoms_part(const Code* p, int atoms) {  // zero beyond the first `atoms`
+    Code a[W * PER] = {};
+    memcpy(a, p, sizeof(Code) * PER * atoms);
     return load_atoms(a);
 }
 
+using Sum = std::conditional_t<ROUNDED, vi, vf>;
+
+struct Scales {  // of rows of a product
+    const float* factor;  // of what c holds already; null: c starts at zero
+    const float* unit;    // of the sum, where it is one of integers
+
+    FN_INLINE Scales from(int i) const { return {factor ? factor + i : nullptr, unit + i}; }
+};
+
 // c[i][n] = c[i][n] * factor[i] + sum over k of a[i][k] * b[k][n] for MR rows i and NV vectors n from vector `first` on,
-// k from 0 up. Without `factor` c starts at zero. Of b only `lanes` atoms of a vector are read unless WHOLE.
+// k from 0 up. Of b only `lanes` atoms of a vector are read unless WHOLE.
 template <int MR, int NV, bool WHOLE, class B>
-void multiply_block(const uint32_t* a, int lda, const B& b, int first, int lanes, float* c, int ldc, const float* factor,
+void multiply_block(const uint32_t* a, int lda, const B& b, int first, int lanes, float* c, int ldc, const Scales& scale,
                     Ahead& ahead) {
-    vf sum[MR][NV];
+    Sum sum[MR][NV];
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
         for (int n = 0; n < NV; n++)
-            sum[i][n] = factor ? load<vf>(c + i * ldc + n * W) * splat(factor[i]) : vf{};
+            {
+            sum[i][n] = Sum{};
+            if constexpr (!ROUNDED)
+                if (scale.factor) sum[i][n] = load<vf>(c + i * ldc + n * W) * splat(scale.factor[i]);
+        }
     for (int p = 0; p < b.parts; p++) {
-        const Element* at[NV];
+        const Code* at[NV];
 #pragma GCC unroll 4
         for (int n = 0; n < NV; n++) at[n] = b.at(p, first + n);
         const int rows = b.rows(p);
@@ -128,7 +146,7 @@ void multiply_block(const uint32_t* a, int lda, const B& b, int first, int lanes
             ahead.fetch();
 #pragma GCC unroll 4
             for (int n = 0; n < NV; n++) {
-                const Element* from = at[n] + k * b.step;
+                const Code* from = at[n] + k * b.step;
                 bk[n] = WHOLE ? load_atoms(from) : load_atoms_part(from, lanes);
             }
 #pragma GCC unroll 8
@@ -140,37 +158,45 @@ void multiply_block(const uint32_t* a, int lda, const B& b, int first, int lanes
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
-        for (int n = 0; n < NV; n++) store(c + i * ldc + n * W, sum[i][n]);
+        for (int n = 0; n < NV; n++) {
+            float* to = c + i * ldc + n * W;
+            if constexpr (ROUNDED) {
+                const vf x = __builtin_convertvector(sum[i][n], vf) * splat(scale.unit[i]);
+                store(to, scale.factor ? load<vf>(to) * splat(scale.factor[i]) + x : x);
+            } else {
+                store(to, sum[i][n]);
+            }
+        }
 }
 
 constexpr int MOST_ROWS = W == 16 ? 6 : 2;  // with four vectors the sums fill the registers
 
 template <int MR, int NV, bool WHOLE, class B>
 void multiply_rows(const uint32_t* a, int lda, const B& b, int first, int lanes, float* c, int ldc, int rows,
-                   const float* factor, Ahead& ahead) {
+                   const Scales& scale, Ahead& ahead) {
     int i = 0;
     for (; i + MR <= rows; i += MR)
-        multiply_block<MR, NV, WHOLE>(a + i * lda, lda, b, first, lanes, c + i * ldc, ldc, factor ? factor + i : nullptr,
+        multiply_block<MR, NV, WHOLE>(a + i * lda, lda, b, first, lanes, c + i * ldc, ldc, scale.from(i),
                                       ahead);
     if constexpr (MR > 1)
         if (i < rows)
             multiply_rows<(MR > 2 ? MR - 2 : 1), NV, WHOLE>(a + i * lda, lda, b, first, lanes, c + i * ldc, ldc, rows - i,
-                                                            factor ? factor + i : nullptr, ahead);
+                                                            scale.from(i), ahead);
 }
 
 // The same for any number of rows and `columns` lanes; c has whole vectors.
 template <class B>
-void multiply(const uint32_t* a, int lda, const B& b, float* c, int ldc, int rows, int columns, const float* factor,
+void multiply(const uint32_t* a, int lda, const B& b, float* c, int ldc, int rows, int columns, const Scales& scale,
               Ahead& ahead) {
     int n = 0;
     for (; (n + 4) * W <= columns; n += 4)
-        multiply_rows<MOST_ROWS, 4, true>(a, lda, b, n, W, c + n * W, ldc, rows, factor, ahead);
+        multiply_rows<MOST_ROWS, 4, true>(a, lda, b, n, W, c + n * W, ldc, rows, scale, ahead);
     for (; (n + 2) * W <= columns; n += 2)
-        multiply_rows<MOST_ROWS, 2, true>(a, lda, b, n, W, c + n * W, ldc, rows, factor, ahead);
+        multiply_rows<MOST_ROWS, 2, true>(a, lda, b, n, W, c + n * W, ldc, rows, scale, ahead);
     for (; (n + 1) * W <= columns; n++)
-        multiply_rows<MOST_ROWS, 1, true>(a, lda, b, n, W, c + n * W, ldc, rows, factor, ahead);
+        multiply_rows<MOST_ROWS, 1, true>(a, lda, b, n, W, c + n * W, ldc, rows, scale, ahead);
     if (n * W < columns)
-        multiply_rows<MOST_ROWS, 1, false>(a, lda, b, n, columns - n * W, c + n * W, ldc, rows, factor, ahead);
+        multiply_rows<MOST_ROWS, 1, false>(a, lda, b, n, columns - n * W, c + n * W, ldc, rows, scale, ahead);
 }
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
@@ -190,14 +216,23 @@ FN_INLINE vf tanh(vf x) {
     return a < splat(0.2f) ? p : x < vf{} ? -far : far;
 }
 
+FN_INLINE vi nearest(vf x) {  // |x| < 2^22; ties to even
+    const vf magic = splat(12582912.f);
+    return (vi)(x + magic) - (vi)magic;
+}
+
 // Turns scores [first, last) of a tile into weights and the rest into 0; returns the factor of what was summed before.
-FN_INLINE float weigh(float* score, uint32_t* weight, int vectors, int first, int last, float scale, float cap,
-                      Running& run) {
+// Rounded weights are times the scales of V, and `unit` is what their integers are multiples of.
+FN_INLINE float weigh(float* score, uint32_t* weight, const Tile& tile, int first, int last, float scale, float cap,
+                      Running& run, float& unit) {
+    const int vectors = (tile.count + W - 1) / W;
     vf s[TILE / W];
-    vf top = splat(NONE);
+    vf top = splat(NONE), largest{};
     for (int n = 0; n < vectors; n++) {
         vi j = lanes() + n * W;
-        vf x = load<vf>(score + n * W) * splat(scale);
+        vf x = load<vf>(score + n * W);
+        if constexpr (ROUNDED) x = x * load<vf>((const float*)tile.k[n * W / BLOCK] + n * W % BLOCK);
+        x = x * splat(scale);
         if (cap > 0) x = tanh(x / splat(cap)) * splat(cap);
         s[n] = ((j >= first) & (j < last)) ? x : splat(NONE);
         top = max(top, s[n]);
@@ -210,10 +245,21 @@ FN_INLINE float weigh(float* score, uint32_t* weight, int vectors, int first, in
     for (int n = 0; n < vectors; n++) {
         vf w = exp_negative(s[n] - splat(peak));
         run.total = run.total + w;
-        if constexpr (PAIRS)
+        if constexpr (ROUNDED) {
+            vi j = lanes() + n * W;
+            vf x = w * load<vf>((const float*)tile.v[n * W / BLOCK] + n * W % BLOCK);
+            s[n] = ((j >= first) & (j < last)) ? x : vf{};
+            largest = max(largest, s[n]);
+        } else if constexpr (PAIRS) {
             store((uint16_t*)weight + n * W, round_bf16(w));
-        else
+        } else {
             store(weight + n * W, w);
+        }
+    }
+    if constexpr (ROUNDED) {
+        const float most = max_lane(largest), inverse = most < LEAST ? 0 : 32767.f / most;
+        unit = most < LEAST ? 0 : most / 32767.f;
+        for (int n = 0; n < vectors; n++) store((uint16_t*)weight + n * W, narrow((vu)nearest(s[n] * splat(inverse))));
     }
     return factor;
 }
