@@ -224,12 +224,12 @@ def main() -> int:
         args.model = args.model[0]
         print(json.dumps(child(args)))
         return 0
-    cases = []
+    cases, size = [], f"--pool {args.pool}" if args.pool else f"--memory {args.memory}"
     for model in args.model:
         for quantization in args.quantization:
             case = run_child(model, quantization, args)
             cases.append(case)
-            print(f"\n{model}, {quantization}, --memory {args.memory}: {case['execution']}")
+            print(f"\n{model}, {quantization}, {size}: {case['execution']}")
             rows = [
                 (name, f"{x['predicted'] / 2**20:,.1f}", f"{x['measured'] / 2**20:,.1f}", f"{100 * x['share']:+.1f} %")
                 for name, x in case["compared"].items()

@@ -182,7 +182,7 @@ def account(s: Shapes) -> Account:
     return Account(
         rest,
         passing,
-        Line("answers", 2 * s.answer_bytes, "and prompts of open requests, held by the server (--answer-memory)"),
+        Line("answers", 3 * s.answer_bytes, "and prompts held by the server, and what clients left unread"),
         Line("loading", max(plan.peak, plan.weights + V * TOKEN_READ), "weights, and one array in both of its forms"),
     )
 

@@ -54,7 +54,7 @@ def test_every_line_by_hand():
     loading = a.line("weights").bytes + 900_000  # dense weights are read into their place, then the tokenizer
     assert a.line("loading").bytes == loading
     assert a.at_rest == sum(x.bytes for x in a.rest)
-    assert a.at_worst == a.at_rest + 2 * SHAPES.answer_bytes + SHAPES.answer_bytes
+    assert a.at_worst == a.at_rest + 3 * SHAPES.answer_bytes + SHAPES.answer_bytes
     assert a.peak == a.at_worst > a.while_loading
 
 
@@ -271,13 +271,13 @@ def test_plan_needs_no_weights(tmp_path, capsys):
 def test_a_process_holds_what_was_predicted():
     """Oracle: the system. The demo model, filled; within 10 %, whatever state the caches are in."""
     command = [sys.executable, "-m", "benchmarks.memory", "--model", "demo", "--quantization", "none"]
-    command += ["--memory", "700MiB", "--threads", "1", "--json", "/dev/stdout"]
+    command += ["--memory", "950MiB", "--threads", "1", "--json", "/dev/stdout"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     case = json.loads(done.stdout[done.stdout.index("\n{") :])["cases"][0]
     for name in ("at rest", "worst step", "while loading"):
         assert abs(case["compared"][name]["share"]) < 0.1, case["compared"]
-    assert case["compared"]["worst step"]["measured"] < 700 * MIB
+    assert case["compared"]["worst step"]["measured"] < 950 * MIB
 
 
 def test_the_team_is_openmps_own():
