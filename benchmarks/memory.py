@@ -7,7 +7,7 @@ requests can ask of an engine, after which the pool is full:
 
 - every block of the pool written, by prompts that share nothing;
 - a step of as many prompt tokens as fit one;
-- all log-probabilities that may be asked for, of a prompt of the longest length;
+- all log-probabilities that may be asked for, of a prompt of the longest length, while all other rows generate;
 - as many choices as there are rows, with every logits processor, over flat distributions, and log-probabilities.
 
 Resident bytes are read from /proc/self/status after each (`VmRSS`), with the highest since the one before (`VmHWM`,
@@ -22,8 +22,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks import machine, report, shape
 
@@ -47,10 +50,21 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def resident(tensors: Iterable[Any]) -> int:
+    """Bytes of these tensors' pages that are resident, each page once, by /proc/self/pagemap; pages in whole."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    pages: set[int] = set()
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        for t in tensors:
+            first, last = t.data_ptr() // page, -(-(t.data_ptr() + t.nbytes) // page)
+            words = np.frombuffer(os.pread(file.fileno(), 8 * (last - first), 8 * first), np.uint64)
+            pages.update((first + np.flatnonzero(words >> np.uint64(63))).tolist())
+    return page * len(pages)
+
+
 def child(args: argparse.Namespace) -> dict[str, Any]:
     """One case, in this process."""
-    import numpy as np
-
+    from fnengine import environment, leaves, tree
     from fnengine.cli import plan
     from fnengine.cli.flags import read_size
     from fnengine.host.request import Request, Sampling, Stop
@@ -62,23 +76,33 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     from fnengine.settings import Settings
 
     phases: dict[str, dict[str, int]] = {"before the model": base}
+    tensors: dict[str, list[Any]] = {}
 
     def note(name: str) -> None:
-        phases[name] = status()
+        phases[name] = {**status(), "tensors": resident(t for kind in tensors.values() for t in kind)}
         forget_peak()
 
     forget_peak()
     model = load(Path(args.model), dtype=args.dtype, load_format=args.load_format, quantization=args.quantization[0])
+    if not any(isinstance(x, leaves.Packed) for _, x in tree.items(model.params, stop=leaves.KINDS)):
+        tensors["weights"] = list(tree.leaves(model.params))  # packed ones are opaque: they have no address
     note("loaded")
     tokenizer = model.tokenizer
+    environment.trim()
+    for i in range(tokenizer.vocab_size):
+        tokenizer.token_bytes(i)
     note("tokenizer")
     settings = Settings(
-        memory=read_size(args.memory),
+        memory=None if args.pool else read_size(args.memory),
+        kv_cache_memory_bytes=read_size(args.pool) if args.pool else None,
         max_model_len=args.max_model_len,
         performance_mode=args.performance_mode,
         max_logprobs=args.max_logprobs,
     )
     engine = Engine.build(model, settings, tokenizer=tokenizer)
+    state = engine.device.state  # pyright: ignore[reportAttributeAccessIssue]
+    tensors["rows"] = list(tree.leaves(state.rows))
+    tensors["KV pool"] = [t for p in state.pool for t in (p.k, p.v)]
     note("built")
     built = engine.built
     assert built is not None and built.account is not None
@@ -106,6 +130,9 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     run("pool filled")
     ask(min(budget, longest), stop=Stop(max_tokens=1))
     run("a full step")
+    ask(8, stop=Stop(max_tokens=8, ignore_eos=True), n=rows - 1)
+    for _ in range(4):
+        engine.turn()
     ask(longest, stop=Stop(max_tokens=1), prompt_logprobs=engine.max_logprobs)
     run("scored")
     flat = Sampling(
@@ -121,22 +148,39 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
             pass
     run("sizes of steps")
     assert not failed, failed
-    return {"phases": phases, "account": plan.as_json(built.pool, built.account), "execution": built.execution}
+    held = {name: resident(kind) for name, kind in tensors.items()}
+    account = plan.as_json(built.pool, built.account)
+    return {"phases": phases, "held": held, "account": account, "execution": built.execution}
 
 
 def judge(case: dict[str, Any]) -> dict[str, Any]:
-    """Predicted and measured bytes by line, where a line can be seen from outside."""
-    p, lines = case["phases"], case["account"]["lines"]
+    """Predicted and measured bytes by line, and of what cannot be told apart from outside, together.
+
+    Tensors are counted by their resident pages, the tokenizer by what reading it added, code by what else is there
+    after the first steps, and recorded steps, workspace and allocator by what is added to that. What comes and goes is
+    the highest of its phase above the one before, with what the allocator kept of it.
+    """
+    p, lines, held = case["phases"], case["account"]["lines"], case["held"]
     account = case["account"]
     after = [name for name in p if name not in ("before the model", "loaded", "tokenizer", "built")]
-    resident = {name: p[name]["VmRSS"] for name in p}
+    rss = {name: p[name]["VmRSS"] for name in p}
+    tensors = {name: (lines[name], held[name]) for name in held}
+    code = ("code",) if "weights" in held else ("code", "weights")
+    rest = ("recorded steps", "workspace", "allocator")
+    tokenizer = rss["tokenizer"] - rss["loaded"]
+    base = rss["before the model"]
+    filled = rss["a full step"]
+    other = {name: rss[name] - p[name]["tensors"] for name in after}
     pairs = {
-        "base": (lines["base"], resident["before the model"]),
-        "weights, code": (lines["weights"] + lines["code"], resident["loaded"] - resident["before the model"]),
-        "tokenizer": (lines["tokenizer"], resident["tokenizer"] - resident["loaded"]),
-        "KV pool, rows": (lines["KV pool"] + lines["rows"], resident["pool filled"] - resident["built"]),
-        "while loading": (account["while_loading"], p["loaded"]["VmHWM"]),
-        "at rest": (account["at_rest"], resident[after[-1]]),
+        "base": (lines["base"], base),
+        **tensors,
+        "tokenizer": (lines["tokenizer"], tokenizer),
+        " + ".join(code): (sum(lines[x] for x in code), other["first steps"] - base - tokenizer),
+        " + ".join(rest): (sum(lines[x] for x in rest), other[after[-1]] - other["first steps"]),
+        "allocator + scoring": (lines["allocator"] + lines["scoring"], p["scored"]["VmHWM"] - filled),
+        "allocator + sampling": (lines["allocator"] + lines["sampling"], p["every processor"]["VmHWM"] - filled),
+        "while loading": (account["while_loading"], max(p[x]["VmHWM"] for x in ("loaded", "tokenizer"))),
+        "at rest": (account["at_rest"], rss[after[-1]]),
         "worst step": (account["worst_step"], max(p[name]["VmHWM"] for name in after)),
     }
     return {name: {"predicted": a, "measured": b, "share": a / b - 1 if b else 0.0} for name, (a, b) in pairs.items()}
@@ -147,6 +191,7 @@ def run_child(model: str, quantization: str, args: argparse.Namespace) -> dict[s
     folder, load_format = shape.prepare(model)
     command = [sys.executable, "-m", "benchmarks.memory", "--child", "--model", str(folder)]
     command += ["--quantization", quantization, "--load-format", load_format, "--memory", args.memory]
+    command += ["--pool", args.pool] if args.pool else []
     command += ["--dtype", args.dtype, "--max-model-len", str(args.max_model_len)]
     command += ["--performance-mode", args.performance_mode, "--max-logprobs", str(args.max_logprobs)]
     env = {**os.environ, "FNENGINE_THREADS": str(args.threads), "OMP_NUM_THREADS": str(args.threads)}
@@ -165,6 +210,7 @@ def main() -> int:
     p.add_argument("--model", nargs="+", default=["demo", "benchmarks/shapes/qwen3-0.6b"])
     p.add_argument("--quantization", nargs="+", default=["none", "int4"])
     p.add_argument("--memory", default="3GiB")
+    p.add_argument("--pool", help="bytes of KV instead, for a model that fills it slowly")
     p.add_argument("--dtype", default="bfloat16")
     p.add_argument("--max-model-len", type=int, default=1024)
     p.add_argument("--performance-mode", default="balanced")
@@ -178,12 +224,12 @@ def main() -> int:
         args.model = args.model[0]
         print(json.dumps(child(args)))
         return 0
-    cases = []
+    cases, size = [], f"--pool {args.pool}" if args.pool else f"--memory {args.memory}"
     for model in args.model:
         for quantization in args.quantization:
             case = run_child(model, quantization, args)
             cases.append(case)
-            print(f"\n{model}, {quantization}, --memory {args.memory}: {case['execution']}")
+            print(f"\n{model}, {quantization}, {size}: {case['execution']}")
             rows = [
                 (name, f"{x['predicted'] / 2**20:,.1f}", f"{x['measured'] / 2**20:,.1f}", f"{100 * x['share']:+.1f} %")
                 for name, x in case["compared"].items()

@@ -18,7 +18,7 @@ from fnengine import checkpoint, kernels, keys, leaves
 from fnengine.errors import ConfigError
 from fnengine.graphs import compile
 from fnengine.graphs.compile import Traces
-from fnengine.kernels import native
+from fnengine.kernels import KVLayout, native
 from fnengine.program import Kind, wanted_layers
 from fnengine.spec import ModelSpec
 
@@ -46,6 +46,8 @@ class Needs:
     device: torch.device
     quantization: str
     kv_cache_dtype: str
+    kv: KVLayout
+    """How KV will lie in the pool."""
     libraries: tuple[Library, ...]
     layers: tuple[Kind, ...]
     eager: str | None
@@ -111,7 +113,7 @@ def needs(
         how = leaves.packing(on, kind, quantization, tiles)
         layers = wanted_layers(spec, checkpoint.outline(spec, kind, how), ops, kind, on)
     unable = compile.missing_compiler() if on.type == "cpu" else None
-    return Needs(spec, kind, on, quantization, kv_cache_dtype, libraries, tuple(layers), eager, unable)
+    return Needs(spec, kind, on, quantization, kv_cache_dtype, ops.kv, libraries, tuple(layers), eager, unable)
 
 
 def _libraries(parts: tuple[str, ...], compiler: str | None) -> tuple[Library, ...]:

@@ -91,6 +91,7 @@ def build(model: Model, settings: Settings) -> Built:
             compiled=bool(kinds),
             compiling=any(kind.wanted.kept(folder()) is None for kind in kinds),
             base=model.before or max(accounting.base_now() - weights, 0),
+            kv=ops.kv,
         )
         pool, account = accounting.size(shapes, settings, *memory(device), now=accounting.base_now())
     else:

@@ -20,12 +20,12 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fnengine import __version__
+from fnengine import __version__, environment
 from fnengine.build import Built, build
 from fnengine.errors import DeviceFault, FnError, RequestError
 from fnengine.host import commit as committing
 from fnengine.host import plan as planning
-from fnengine.host.answers import fits
+from fnengine.host.answers import fits, most_unread
 from fnengine.host.blocks import Ledger
 from fnengine.host.commit import Event
 from fnengine.host.garbage import Collector
@@ -50,18 +50,31 @@ _tuple = tuple.__new__
 
 
 class Stream:
-    """The deltas of one request, as an async iterator; ends when every choice has finished. `close()` aborts."""
+    """The deltas of one request, as an async iterator; ends when every choice has finished. `close()` aborts.
 
-    def __init__(self, engine: Engine, request: Request):
-        self._engine, self._id, self._open = engine, request.id, request.n
+    A reader that stays away is not waited for, and not kept for either: when more than `most` deltas wait, the request
+    is aborted, and they give way to one that says so.
+    """
+
+    def __init__(self, engine: Engine, request: Request, most: int):
+        self._engine, self._id, self._open, self._most = engine, request.id, request.n, most
         self._items: deque[Delta] = deque()
         self._wake: asyncio.Future[None] | None = None
 
     def put(self, delta: Delta) -> None:
         """The sink the engine writes to."""
         self._items.append(delta)
+        if len(self._items) > self._most and delta.finish is None:
+            self._give_up()
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
+
+    def _give_up(self) -> None:
+        why = f"the client left {len(self._items)} deltas unread; at most {self._most} are kept (--answer-memory)"
+        log.warning("request %s was aborted: %s", self._id, why)
+        self._engine.abort(self._id)
+        self._items = deque([Delta(0, finish="abort", error=why)])
+        self._open = 1
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         return self
@@ -163,6 +176,7 @@ class Engine:
         built = build(model, settings)
         device = built.device
         tokenizer = tokenizer or model.tokenizer
+        environment.trim()  # what reading it took
         policy = Policy(
             budget=built.mode.budget,
             rows=built.mode.rows,
@@ -204,7 +218,8 @@ class Engine:
             RequestError, ContextLengthError: the request cannot be served as it is.
             QueueFull: too many wait already.
         """
-        stream = Stream(self, request)
+        most = most_unread(request, rows=self.policy.rows, answer_bytes=self.answer_bytes)
+        stream = Stream(self, request, most)
         self.submit_to(request, stream.put)
         return stream
 

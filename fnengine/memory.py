@@ -24,25 +24,34 @@ from fnengine.errors import ConfigError
 from fnengine.graphs.bucket import fit
 from fnengine.host.answers import most_logprobs
 from fnengine.host.step import BLOCK
-from fnengine.kernels.layout import Tokens
+from fnengine.kernels.layout import KVLayout, Tokens, block_bytes
+from fnengine.kernels.quantized import GROUP
 from fnengine.leaves import QUANTIZED, Packing
 from fnengine.params import memory_plan
 from fnengine.program import PROGRAMS, RECORDED_TOKENS
 from fnengine.sampling import AT_ONCE, rows_at_once
 from fnengine.settings import Mode, PoolSize, Settings, size_pool, wanted_len
-from fnengine.spec import Layer, ModelSpec, kv_bytes_per_token
+from fnengine.spec import Layer, ModelSpec
 from fnengine.step import SCORED_AT_ONCE
 
 MIB = 1 << 20
 
-CODE = 24 * MIB
-"""Native libraries, replayed artifacts and what torch sets up in its first steps, beyond `base` (measured: 22 MiB)."""
+CODE = 20 * MIB
+"""Native libraries, replayed artifacts and what torch sets up in its first steps, beyond `base` (measured: 18 MiB)."""
+ONEDNN = 8 * MIB
+"""oneDNN, which is asked for its layout wherever weights are not quantized (measured: 9 MiB)."""
 COMPILING = 130 * MIB
 """Inductor and Dynamo in a process that had to compile its layers (measured: 126 to 132 MiB); they stay."""
-TOKEN_TEXT = 216
-"""Bytes of the tokenizer a token of the vocabulary (measured: 210 for 151,936 words)."""
+TOKEN_TEXT = 620
+"""Bytes of the tokenizer a token of the vocabulary (measured on a BPE of 151,936 tokens and 151,680 merges: 341 once
+read and trimmed, and 270 to 276 more when the text of every token was seen once, which is kept)."""
+TOKEN_READ = 900
+"""The same while the tokenizer is read (measured: 690 to 900), before `environment.trim`."""
 HUGE = 2 * MIB
 """Arrays of NumPy from 4 MiB up (pool, recordings) become resident in pages of this size."""
+PIECES = 4 * MIB
+"""What stays between small buffers, and of the host's objects, once every kind of request was served (measured: 3 to
+4 MiB)."""
 KEPT = 64 * MIB
 """Most that the allocator keeps of freed small buffers (`environment.SERVING`)."""
 THREAD = 1 * MIB
@@ -78,6 +87,14 @@ class Shapes:
     """Layers are not in the cache, so this process compiles them."""
     base: int = 0
     """Bytes of a process that can serve and has no model yet (`base_now`)."""
+    kv: KVLayout = Tokens()
+    """How KV lies in the pool."""
+
+    @property
+    def per_block(self) -> int:
+        """Bytes of a block of KV, all layers."""
+        mixers = [layer.mixer for layer in self.spec.layers]
+        return sum(block_bytes(self.kv, BLOCK, a.kv_heads, a.width, self.dtype) for a in mixers)
 
 
 @dataclass(frozen=True)
@@ -139,24 +156,26 @@ def account(s: Shapes) -> Account:
     b = fit(s.mode.budget, s.mode.rows)
     plan = memory_plan(spec, s.dtype, s.how)
     state = make_state(
-        spec, Tokens(), blocks=1, rows=s.mode.rows, max_len=s.max_len, dtype=s.dtype, device=torch.device("meta")
+        spec, s.kv, blocks=1, rows=s.mode.rows, max_len=s.max_len, dtype=s.dtype, device=torch.device("meta")
     )
     rows = sum(t.nbytes for t in tree.leaves(state.rows))
-    per_block = BLOCK * kv_bytes_per_token(spec, item)
+    per_block = s.per_block
     k = V if s.max_logprobs < 0 else min(s.max_logprobs, V)
     layers = len(spec.layers)
+    code = CODE + (0 if s.how.kind in QUANTIZED else ONEDNN) + (COMPILING if s.compiling else 0)
     workspace = max(layer_bytes(kind, spec.width, b.tokens, s) for kind in spec.layers) + s.threads * THREAD
-    sampled = _sampling(b.rows, V, item, min(k, most_logprobs(b.rows)))
-    scored = b.rows * V * 4 + _scoring(b.tokens, V, item, min(k, most_logprobs(b.tokens)))
+    narrow = item if item != 4 and s.how.kind in ("packed", "dense") else 0
+    sampled = _sampling(b.rows, V, narrow, min(k, most_logprobs(b.rows)))
+    scored = b.rows * V * 4 + _scoring(b.tokens, V, narrow, min(k, most_logprobs(b.tokens)))
     programs = 0
     if s.compiled:
         most = min(b.tokens, RECORDED_TOKENS)
         arena = max(layer_bytes(kind, spec.width, most, s) for kind in spec.layers)
         programs = -(-arena // HUGE) * HUGE + PROGRAMS * layers * CALLS * CALL_BYTES
-    small = min(KEPT, _small(min(b.rows, AT_ONCE), V) + _small(SCORED_AT_ONCE, V, item))
+    small = PIECES + min(KEPT, _small(min(b.rows, AT_ONCE), V) + _small(SCORED_AT_ONCE, V, narrow))
     rest = (
         Line("base", s.base, "interpreter, torch and what serving imports: measured, not computed"),
-        Line("code", CODE + (COMPILING if s.compiling else 0), "native libraries, layers" + ", compiler" * s.compiling),
+        Line("code", code, "native libraries, layers" + ", compiler" * s.compiling),
         Line("tokenizer", V * TOKEN_TEXT, f"{V:,} tokens"),
         Line("weights", plan.weights, f"{s.how.kind}, {'the embedding is the head' if spec.tied else 'own head'}"),
         Line("rows", rows, f"{s.mode.rows} + 1 rows of {s.max_len:,} tokens"),
@@ -174,8 +193,8 @@ def account(s: Shapes) -> Account:
     return Account(
         rest,
         passing,
-        Line("answers", 2 * s.answer_bytes, "and prompts of open requests, held by the server (--answer-memory)"),
-        Line("loading", plan.peak, "weights, and one array in both of its forms"),
+        Line("answers", 3 * s.answer_bytes, "and prompts held by the server, and what clients left unread"),
+        Line("loading", max(plan.peak, plan.weights + V * TOKEN_READ), "weights, and one array in both of its forms"),
     )
 
 
@@ -191,7 +210,8 @@ def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
     deepest = max(D, q, F)
     scratch = T * deepest * 4  # widened to float32
     if s.how.kind in QUANTIZED:
-        scratch = T * (deepest * 2 + -(-deepest // 32) * 4)  # rounded to 16 bits, a factor for each group
+        size, group = 1 if s.how.kind.endswith("dynamic") else 2, GROUP[QUANTIZED[s.how.kind]]
+        scratch = T * (-(-deepest // 32) * 32 * size + -(-deepest // group) * 8)  # integers, a factor and a sum a group
     elif s.how.kind in ("packed", "dense") or s.how.atom == 2:
         scratch = 0
     angles = T * a.rope.width * 4
@@ -201,16 +221,17 @@ def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
     return live + scratch + angles
 
 
-def _sampling(R: int, V: int, item: int, k: int) -> int:
-    """Logits in both dtypes; or in float32 beside what processors or log-probabilities make of some of them."""
-    head = R * V * (4 + (item if item != 4 else 0))
+def _sampling(R: int, V: int, narrow: int, k: int) -> int:
+    """Logits in float32 beside what they were widened from (`narrow` bytes each; 0: the head gives float32), or beside
+    what processors or log-probabilities make of some of them."""
+    head = R * V * (4 + narrow)
     sorting = R * V * 4 + min(R, AT_ONCE) * V * SORTED
     return max(head, sorting, R * V * 4 + _logprobs(min(R, rows_at_once(k)), V, k) + R * k * 16)
 
 
-def _scoring(T: int, V: int, item: int, k: int) -> int:
+def _scoring(T: int, V: int, narrow: int, k: int) -> int:
     n = min(T, SCORED_AT_ONCE)
-    head = n * V * (4 + (item if item != 4 else 0))
+    head = n * V * (4 + narrow)
     return max(head, n * V * 4 + _logprobs(min(n, rows_at_once(k)), V, k)) + T * k * 16
 
 
@@ -239,7 +260,7 @@ def fitted(s: Shapes, memory: int, length: int | None) -> Shapes:
     Raises:
         ConfigError: it does not fit; says by how much, and which flags would make it fit.
     """
-    per_block = BLOCK * kv_bytes_per_token(s.spec, s.dtype.itemsize)
+    per_block = s.per_block
     need = BLOCK * (-(-(length or BLOCK) // BLOCK))
     least = account(dataclasses.replace(s, blocks=1 + need // BLOCK, max_len=length or BLOCK))
     if least.peak > memory:
@@ -294,19 +315,26 @@ def _changes(s: Shapes, length: int | None) -> Iterator[tuple[str, Shapes, int |
     small = (16 * MIB, "--answer-memory 16MiB")
     if s.answer_bytes > small[0]:
         singles.append((small[1], dataclasses.replace(s, answer_bytes=small[0])))
-    if s.how.kind not in QUANTIZED:
-        singles += [(f"--quantization {q}", dataclasses.replace(s, how=Packing(q, ""))) for q in QUANTIZED]
+    singles += [(f"--quantization {q}", dataclasses.replace(s, how=Packing(q, ""))) for q in _fewer_bits(s.how.kind)]
     for words, x in singles:
         yield words, x, length
     # Everything that can be small is, and then weights of fewer bits.
     least = dataclasses.replace(s, mode=Mode(budget=128, rows=4), answer_bytes=min(s.answer_bytes, small[0]))
     words = f"--max-num-seqs 4 --max-num-batched-tokens 128 {small[1]}"
-    for q in ("", *([] if s.how.kind in QUANTIZED else QUANTIZED)):
+    for q in ("", *_fewer_bits(s.how.kind)):
         x = dataclasses.replace(least, how=Packing(q, "")) if q else least
         more = f"{words} --quantization {q}" if q else words
         yield more, x, length
         if length is not None and length > 256:
             yield f"{more} --max-model-len 256", x, 256
+
+
+def _fewer_bits(kind: str) -> tuple[str, ...]:
+    """Quantizations that make weights smaller than `kind` does; a dynamic one is as small as its plain one, and
+    proposed only in place of another."""
+    if kind not in QUANTIZED:
+        return "int8", "int4"
+    return (kind.replace("int8", "int4"),) if QUANTIZED[kind] == 8 else ()
 
 
 def said(n: int) -> str:
@@ -325,7 +353,7 @@ def size(s: Shapes, settings: Settings, available: int, total: int, now: int = 0
     Raises:
         ConfigError: it does not fit, or flags exclude each other.
     """
-    per_token = kv_bytes_per_token(s.spec, s.dtype.itemsize)
+    per_token = s.per_block // BLOCK
     length = wanted_len(settings, s.max_len)
     if s.answer_bytes < MIB:
         raise ConfigError(f"must be at least 1 MiB, got {s.answer_bytes} bytes", where="--answer-memory")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -242,6 +243,77 @@ def test_streams_and_disconnects_on_an_event_loop(alone):
         await e.stop(0)
         last = [d async for d in open_stream][-1]
         assert last.finish == "error"
+        e.check()
+
+    asyncio.run(main())
+
+
+def test_a_stream_that_nobody_reads_is_given_up(caplog):
+    """Of 60 deltas with 21 log-probabilities 1 MiB in six shares keeps the fewest, 32; who comes back reads why."""
+
+    async def main():
+        e = engine(answer_bytes=1 << 20)
+        await e.start()
+        unread = e.submit(request(PROMPT[:9], max_tokens=60, logprobs=20))
+        read = e.submit(request(PROMPT[:9], max_tokens=60, logprobs=20))
+        assert sum([len(d.tokens) async for d in read]) == 60, "who reads gets everything"
+        assert e.gauges().blocks_held == 0
+        (last,) = [d async for d in unread]
+        assert last.finish == "abort" and "33 deltas unread; at most 32" in (last.error or "")
+        quick = e.submit(request(PROMPT[:9], max_tokens=60))  # without log-probabilities 341 may wait
+        while e.gauges().running or e.gauges().waiting:
+            await asyncio.sleep(0)
+        assert sum([len(d.tokens) async for d in quick]) == 60
+        await e.stop(0)
+        e.check()
+
+    asyncio.run(main())
+    assert "was aborted: the client left 33 deltas unread" in caplog.text
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_a_client_that_never_reads_holds_neither_blocks_nor_deltas(prompts, monkeypatch):
+    """The application over a real engine; the client takes one event and then nothing, until its request is over."""
+    from fnengine.host import answers
+    from fnengine.serve import flight
+    from fnengine.serve.app import make_app
+
+    monkeypatch.setattr(flight, "AT_ONCE", 4)
+    body = {"prompt": [PROMPT[:9]] * prompts, "max_tokens": 60, "logprobs": 5, "stream": True, "ignore_eos": True}
+
+    async def main():
+        e = engine(answer_bytes=1 << 20)
+        monkeypatch.setattr(answers, "LEAST_UNREAD", 8)
+        monkeypatch.setattr(e, "answer_bytes", 1 << 18)  # 12 deltas of 3,584 bytes in each of six shares
+        await e.start()
+        app, sent, reads = make_app(e), [], asyncio.Event()
+        asked = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+
+        async def receive():
+            found = next(asked, None)
+            return found if found is not None else await asyncio.Event().wait()
+
+        async def send(message):
+            sent.append(message.get("body", b""))
+            if len(sent) > 1:
+                await reads.wait()
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"", "query_string": b""}
+        scope |= {"headers": [], "root_path": "", "scheme": "http", "server": ("a", 1), "client": ("b", 2)}
+        task = asyncio.ensure_future(app(scope, receive, send))
+        async with asyncio.timeout(60):
+            while not e.gauges().running:
+                assert not task.done(), sent
+                await asyncio.sleep(0)
+            while e.gauges().running or e.gauges().waiting or e.gauges().blocks_held:
+                await asyncio.sleep(0)
+            assert len(sent) == 2
+            reads.set()
+            await task
+        text = b"".join(sent).decode()
+        assert "deltas unread" in text and text.endswith("data: [DONE]\n\n")
+        assert not app.state.flights
+        await e.stop(0)
         e.check()
 
     asyncio.run(main())

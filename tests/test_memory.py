@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fnengine import environment, kernels, leaves, memory, model, params, tree
+from fnengine import environment, kernels, leaves, model, params, tree
 from fnengine.cli import main
 from fnengine.device import make_state
 from fnengine.engine import Engine
@@ -46,14 +46,15 @@ def test_every_line_by_hand():
     assert a.line("KV pool").bytes == 5 * block and a.line("swap space").bytes == 3 * block
     # 9 rows of 12 one-word fields but for the seed's two, 32 blocks, 513 tokens, 3 x 512 words of bias
     assert a.line("rows").bytes == 9 * (4 * 9 + 8 + 4 * 32 + 4 * 513 + 3 * 4 * 512)
-    assert a.line("base").bytes == 100 * MIB and a.line("code").bytes == memory.CODE
-    assert a.line("tokenizer").bytes == 216_000 and a.line("recorded steps").bytes == 0
+    assert a.line("base").bytes == 100 * MIB and a.line("code").bytes == 28 * MIB
+    assert a.line("tokenizer").bytes == 620_000 and a.line("recorded steps").bytes == 0
     widths = max(64 + 128 + 128, 128 + 128, 128 + 192, 64 + 288)
     eager = 32 * (2 * 96 * 4 + 2 * 4 * 512 * 4) + 2 * 512 * 32 * 4
     assert a.line("workspace").bytes == 32 * widths * 4 + 32 * 16 * 4 + eager + 2 * MIB
-    assert a.line("loading").bytes == a.line("weights").bytes, "dense weights are read into their place"
+    loading = a.line("weights").bytes + 900_000  # dense weights are read into their place, then the tokenizer
+    assert a.line("loading").bytes == loading
     assert a.at_rest == sum(x.bytes for x in a.rest)
-    assert a.at_worst == a.at_rest + 2 * SHAPES.answer_bytes + SHAPES.answer_bytes
+    assert a.at_worst == a.at_rest + 3 * SHAPES.answer_bytes + SHAPES.answer_bytes
     assert a.peak == a.at_worst > a.while_loading
 
 
@@ -252,7 +253,10 @@ def test_plan_prints_what_the_ledger_says(capsys):
 
 
 def test_plan_says_what_would_fit(capsys):
-    assert main(["plan", "--memory", "500MiB"]) == 2
+    assert main(["plan", "--memory", "2GiB", "--max-model-len", "256", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    least = found["at_worst"] - found["lines"]["KV pool"]
+    assert main(["plan", "--memory", f"{(least >> 20) - 100}MiB"]) == 2
     error = capsys.readouterr().err
     assert "too few" in error and "--answer-memory 16MiB" in error
 
@@ -269,13 +273,13 @@ def test_plan_needs_no_weights(tmp_path, capsys):
 def test_a_process_holds_what_was_predicted():
     """Oracle: the system. The demo model, filled; within 10 %, whatever state the caches are in."""
     command = [sys.executable, "-m", "benchmarks.memory", "--model", "demo", "--quantization", "none"]
-    command += ["--memory", "700MiB", "--threads", "1", "--json", "/dev/stdout"]
+    command += ["--memory", "950MiB", "--threads", "1", "--json", "/dev/stdout"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     case = json.loads(done.stdout[done.stdout.index("\n{") :])["cases"][0]
     for name in ("at rest", "worst step", "while loading"):
         assert abs(case["compared"][name]["share"]) < 0.1, case["compared"]
-    assert case["compared"]["worst step"]["measured"] < 700 * MIB
+    assert case["compared"]["worst step"]["measured"] < 950 * MIB
 
 
 def test_the_team_is_openmps_own():

@@ -739,6 +739,35 @@ def test_a12_a_full_queue_is_429_with_retry_after():
         problem(server.post("/v1/completions", {**TEXT, "prompt": ["a", "b", "c"]}), 429)
 
 
+def test_a12_an_answer_beyond_answer_memory_is_400_alone_and_503_in_company():
+    """By hand: 512 bytes a token and 48 a token of the prompt; 100,000 for one answer, 200,000 for all."""
+
+    def asked(tokens):
+        return {"model": "tiny", "prompt": "endless", "max_tokens": tokens}
+
+    with serving(ScriptedEngine(SCRIPTS, pace=0.005), answer_bytes=100_000) as server:
+        error = problem(server.post("/v1/completions", asked(300)), 400, word="--answer-memory")
+        assert "stream it" in error["message"]
+        assert len(server.events("/v1/completions", asked(300))) == 300, "what is streamed is not held"
+        codes, bodies = [], []
+
+        def ask():
+            r = httpx.post(f"{server.url}/v1/completions", json=asked(180), timeout=20)
+            codes.append(r.status_code)
+            bodies.append(r.text)
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert sorted(codes) == [200, 200, 503], bodies  # 3 x 92,160 do not fit, 2 do
+        assert "--answer-memory" in bodies[codes.index(503)]
+        server.quiet()
+        for _ in range(3):  # what they held came back
+            assert server.post("/v1/completions", asked(180)).status_code == 200
+
+
 def test_a12_a_fault_in_the_server_shows_no_stack_and_is_not_retried(server, monkeypatch):
     def broken(request):
         raise ZeroDivisionError("secret")

@@ -43,9 +43,7 @@ def made(options: Options, folder: Path) -> tuple[PoolSize, Account, int]:
 
     from fnengine import artifacts, build, leaves, memory
     from fnengine.graphs import compile
-    from fnengine.host.step import BLOCK
     from fnengine.kernels import native
-    from fnengine.spec import kv_bytes_per_token
 
     needs = artifacts.needs(folder, **asked(options))
     if needs.device.type != "cpu":
@@ -61,7 +59,6 @@ def made(options: Options, folder: Path) -> tuple[PoolSize, Account, int]:
         tiles = leaves.expected_tiles
     except native.BuildFailed:
         tiles = leaves.tiles
-    block = BLOCK * kv_bytes_per_token(needs.spec, needs.dtype.itemsize)
     shapes = memory.Shapes(
         needs.spec,
         needs.dtype,
@@ -69,14 +66,15 @@ def made(options: Options, folder: Path) -> tuple[PoolSize, Account, int]:
         settings.mode("cpu"),
         max_len=needs.spec.max_len,
         blocks=1,
-        host_slots=int(settings.swap_space * 2**30) // block,
         max_logprobs=settings.max_logprobs,
         answer_bytes=settings.answer_bytes,
         threads=options.threads,
         compiled=bool(needs.layers),
         compiling=any(kind.wanted.kept(compile.folder()) is None for kind in needs.layers),
         base=base,
+        kv=needs.kv,
     )
+    shapes = dataclasses.replace(shapes, host_slots=int(settings.swap_space * 2**30) // shapes.per_block)
     available, total = build.memory(torch.device("cpu"))
     if settings.memory is None:  # as after loading: the weights are no longer available then
         weights = memory.account(shapes).line("weights").bytes

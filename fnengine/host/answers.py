@@ -7,12 +7,17 @@ from fnengine.host.output import Delta
 from fnengine.host.request import Request
 
 ENTRY = 512
-"""Bytes of one log-probability, from the device until it is sent: as a pair of objects, as a part of the answer with
-its token's text, and as JSON (measured: 320 to 480)."""
+"""Most bytes of one log-probability as a part of an answer, with its token's text. Measured: in chats 515 for the only
+one of a token, 456 for each of two, 380 of 21; as `prompt_logprobs` 506, 410 and 336; in completions 465 and 123 of two
+and 21, and 855 for the only one of a token, which has TOKEN bytes as well. Before that, as a pair of objects, 135 to
+476; as JSON afterwards 37 to 101, twice while it is written."""
 TOKEN = 512
-"""Bytes of one token of an answer without its log-probabilities: its delta, its text, its place in lists."""
+"""Most bytes of one token of an answer beside its log-probabilities: its delta (measured: 280 bytes), then the answer's
+part with its text."""
 STEP_BYTES = 256 << 20
 """Most bytes of log-probabilities that one step gives, as parts and as a whole (16 bytes each)."""
+LEAST_UNREAD = 32
+"""Deltas that any stream may leave unread."""
 
 
 def most_logprobs(n: int) -> int:
@@ -50,6 +55,13 @@ def fits(request: Request, *, rows: int, budget: int, answer_bytes: int) -> None
             param=name,
             remedy="ask for fewer of them, or of fewer tokens; the limit is set by --answer-memory",
         )
+
+
+def most_unread(request: Request, *, rows: int, answer_bytes: int) -> int:
+    """Deltas of a request's stream that may wait to be read: each of `rows` running choices has an equal share of what
+    an answer may take, so that all clients together that do not read hold no more than that."""
+    each = TOKEN + (0 if request.logprobs is None else ENTRY * (request.logprobs + 1))
+    return max(LEAST_UNREAD, request.n * answer_bytes // (rows * each))
 
 
 def weigh(delta: Delta) -> int:

@@ -14,6 +14,8 @@ from fnengine.serve.engine_port import EnginePort, Stream
 
 Batch = list[tuple[int, Delta]]
 """(prompt, delta) pairs that were there at the same time."""
+AT_ONCE = 1024
+"""Deltas of several prompts that are taken out of their streams before they are sent."""
 
 
 class Flight:
@@ -55,12 +57,15 @@ class Flight:
                 yield batch
             return
         arrived: deque[tuple[int, Delta]] = deque()
-        wake = asyncio.Event()
+        wake, taken = asyncio.Event(), asyncio.Event()
 
         async def pump(prompt: int, stream: Stream):
             async for delta in stream:
                 arrived.append((prompt, delta))
                 wake.set()
+                while len(arrived) >= AT_ONCE:  # the rest waits in its stream, which knows how much is too much
+                    taken.clear()
+                    await taken.wait()
 
         pumps = [asyncio.ensure_future(pump(p, s)) for p, s in enumerate(self.streams)]
         for p in pumps:
@@ -71,6 +76,7 @@ class Flight:
                 if arrived:
                     batch = list(arrived)
                     arrived.clear()
+                    taken.set()
                     yield batch
                 elif over:
                     for p in pumps:

@@ -57,12 +57,11 @@ FN_INLINE void tile(const uint32_t* const (&x)[R], const T* w, int64_t atoms, vf
 
 // `count` <= R rows from row m on; a row beyond them is the last one once more, computed and left.
 template <class T, bool PAIR, int R>
-void rows(int count, const uint32_t* x, int64_t lda, const T* w, int64_t atoms, const Result& out, int64_t m, int64_t n,
-          int ahead) {
+void rows(int count, const uint32_t* x, int64_t lda, const T* w, int64_t atoms, const Result& out, int64_t m, int64_t n) {
     const uint32_t* at[R];
     for (int i = 0; i < R; i++) at[i] = x + (m + (i < count ? i : count - 1)) * lda;
     vf sum[R][NV];
-    tile<T, PAIR, R>(at, w, atoms, sum, ahead);
+    tile<T, PAIR, R>(at, w, atoms, sum, m == 0 ? AHEAD<R, 1> : 0);
     leave<T>(sum, count, out, m, n);
 }
 
@@ -70,15 +69,15 @@ template <class T, bool PAIR>
 void multiply_all(const Product& p, const uint32_t* x, int64_t lda, int threads) {
     constexpr int PER = PAIR ? 2 : 1;
     const int64_t atoms = p.K / PER;
-    walk<MR>(p.M, p.out.N, p.K, threads, [&](int64_t panel, int v, int64_t m, int count, int ahead) {
+    walk<MR>(p.M, p.out.N, p.K, threads, [&](int64_t panel, int v, int64_t m, int count) {
         const T* at = static_cast<const T*>(p.weight) + panel * PANEL * p.K + v * W * PER;
         const int64_t n = panel * PANEL + v * W;
         if (count > MR * 2 / 3)
-            rows<T, PAIR, MR>(count, x, lda, at, atoms, p.out, m, n, ahead);
+            rows<T, PAIR, MR>(count, x, lda, at, atoms, p.out, m, n);
         else if (count > MR / 3)
-            rows<T, PAIR, MR * 2 / 3>(count, x, lda, at, atoms, p.out, m, n, ahead);
+            rows<T, PAIR, MR * 2 / 3>(count, x, lda, at, atoms, p.out, m, n);
         else
-            rows<T, PAIR, MR / 3>(count, x, lda, at, atoms, p.out, m, n, ahead);
+            rows<T, PAIR, MR / 3>(count, x, lda, at, atoms, p.out, m, n);
     });
 }
 

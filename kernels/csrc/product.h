@@ -13,7 +13,11 @@ namespace {
 
 constexpr int PANEL = 32;
 constexpr int NV = 2;
-constexpr int AHEAD = 1024;  // bytes of the weight asked for before they are needed
+
+// Bytes of the weight asked for before they are needed, by rows and multiplications of a row to a cache line: near where
+// memory is the limit, so that the hardware's own prefetch is not led astray, and far where multiplying is.
+template <int R, int MULTIPLIES>
+constexpr int AHEAD = R * MULTIPLIES <= 4 ? 1024 : 4096;
 
 struct Result {
     const void* bias;  // [N] elements, or null
@@ -54,15 +58,15 @@ FN_INLINE void leave(const vf (&sum)[R][NV], int count, const Result& out, int64
     }
 }
 
-// Calls body(panel, first vector, first row, rows, bytes ahead) for every panel, NV vectors and at most MR of M rows.
-// Only the first rows find a panel in memory; the later ones find it in the cache and ask for what they have just read,
-// which costs nothing.
+// Calls body(panel, first vector, first row, rows) for every panel, NV vectors and at most MR of M rows. Only the first
+// rows find a panel in memory; the later ones find it in the cache and ask for what they have just read, which costs
+// nothing.
 template <int MR, class Body>
 void walk(int64_t M, int64_t N, int64_t K, int threads, const Body& body) {
     if (M * N * K < 1 << 18) threads = 1;
     each_near((N + PANEL - 1) / PANEL, threads, [&](int64_t panel) {
         for (int64_t m = 0; m < M; m += MR)
-            for (int v = 0; v < PANEL / W; v += NV) body(panel, v, m, int(M - m < MR ? M - m : MR), m == 0 ? AHEAD : 0);
+            for (int v = 0; v < PANEL / W; v += NV) body(panel, v, m, int(M - m < MR ? M - m : MR));
     });
 }
 

@@ -184,10 +184,10 @@ FN_INLINE vf to_float(vi v) {
 
 // Columns [n, n + NV * W) for `count` <= R rows from row m on; a row beyond them is the last one once more, and left.
 template <class T, int BITS, int S, int R>
-void rows(int count, const Rows& x, const uint8_t* codes, const bf16* scales, const Product& p, int64_t m, int64_t n,
-          int ahead) {
+void rows(int count, const Rows& x, const uint8_t* codes, const bf16* scales, const Product& p, int64_t m, int64_t n) {
     constexpr int G = GROUP<BITS>;
     constexpr int STEP = PANEL * BITS;  // bytes from eight channels to the next
+    const int ahead = m == 0 ? AHEAD<R, (8 / BITS) * (S / 8)> : 0;
     const int32_t* at[R];
     int64_t group[R];
     for (int i = 0; i < R; i++) {
@@ -274,21 +274,21 @@ void multiply_all(const Product& p, float most, int threads) {
     });
     const Rows x{memory, stride, scale, start, groups};
     const int64_t bytes = (p.K + DEEP - 1) / DEEP * PANEL * BITS;
-    walk<MR>(p.M, p.out.N, p.K, threads, [&](int64_t panel, int v, int64_t m, int count, int ahead) {
+    walk<MR>(p.M, p.out.N, p.K, threads, [&](int64_t panel, int v, int64_t m, int count) {
         const uint8_t* codes = p.codes + panel * bytes + v * W * 4;
         const bf16* scales = p.scales + panel * groups * PANEL + v * W;
         const int64_t n = panel * PANEL + v * W;
         constexpr int FEW = MR / 3 < 2 ? 2 : MR / 3;
         if (count > MR * 2 / 3)
-            rows<T, BITS, S, MR>(count, x, codes, scales, p, m, n, ahead);
+            rows<T, BITS, S, MR>(count, x, codes, scales, p, m, n);
         else if (count > FEW)
-            rows<T, BITS, S, MR * 2 / 3>(count, x, codes, scales, p, m, n, ahead);
+            rows<T, BITS, S, MR * 2 / 3>(count, x, codes, scales, p, m, n);
         else if (count > 2)
-            rows<T, BITS, S, FEW>(count, x, codes, scales, p, m, n, ahead);
+            rows<T, BITS, S, FEW>(count, x, codes, scales, p, m, n);
         else if (count == 2)
-            rows<T, BITS, S, 2>(count, x, codes, scales, p, m, n, ahead);
+            rows<T, BITS, S, 2>(count, x, codes, scales, p, m, n);
         else
-            rows<T, BITS, S, 1>(count, x, codes, scales, p, m, n, ahead);
+            rows<T, BITS, S, 1>(count, x, codes, scales, p, m, n);
     });
 }
 
