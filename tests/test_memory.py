@@ -240,14 +240,15 @@ def _stand_in():
 
 
 def test_plan_prints_what_the_ledger_says(capsys):
-    assert main(["plan", "--memory", "1GiB", "--json"]) == 0
+    # The base is measured in this process, which has run other tests.
+    assert main(["plan", "--memory", "4GiB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     lines = found["lines"]
-    assert found["at_worst"] <= 1 << 30 and found["pool"]["bytes"] == lines["KV pool"]
+    assert found["at_worst"] <= 4 << 30 and found["pool"]["bytes"] == lines["KV pool"]
     assert found["at_rest"] == sum(
         lines[x] for x in lines if x not in ("sampling", "scoring", "writing an answer", "answers", "loading")
     )
-    assert main(["plan", "--memory", "1GiB"]) == 0
+    assert main(["plan", "--memory", "4GiB"]) == 0
     out = capsys.readouterr().out
     assert "at worst" in out and f"{lines['weights'] / 2**20:,.1f}" in out
 

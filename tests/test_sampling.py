@@ -516,8 +516,9 @@ def test_logprobs_equal_float64_log_softmax(V: int):
     np.testing.assert_allclose(top.values, np.take_along_axis(want, top.ids.numpy().astype(np.int64), 1), atol=1e-5)
     assert top.chosen[8] == top.values[8, 0]  # the same float, not a close one
     assert (top.ids.dtype, top.values.dtype, top.chosen.dtype) == (torch.int32, torch.float32, torch.float32)
-    alone = logprobs(x, chosen, 4, rows_at_once=1)
-    assert torch.equal(alone.chosen, top.chosen) and torch.equal(alone.values, top.values)
+    for i in range(9):
+        alone = logprobs(x[i : i + 1], chosen[i : i + 1], 4)
+        assert torch.equal(alone.chosen, top.chosen[i : i + 1]) and torch.equal(alone.values, top.values[i : i + 1])
 
 
 def test_logprobs_of_no_and_of_all_tokens():
