@@ -7,7 +7,6 @@ step: swap out, swap in, row edits, then the step itself (block copies, KV write
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor
 from fnengine.graphs.bucket import fit
 from fnengine.host.request import MAX_BIAS
 from fnengine.host.step import BLOCK, Admission, Scores, StepInput, StepOutput, Ticket
-from fnengine.kernels import KVLayout, Ops
+from fnengine.kernels import KVLayout, Ops, memory
 from fnengine.spec import ModelSpec
 from fnengine.state import Batch, Out, Pool, Rows, State, Top
 from fnengine.step import Step
@@ -60,14 +59,9 @@ def make_state(
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros. On CPU from calloc, whose pages cost neither time nor memory before they are written: a pool of 3.7 GB
-    would take seconds to fill."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size, line = math.prod(shape) * dtype.itemsize, 64
-    memory = np.zeros(size + line, np.uint8)
-    start = -memory.ctypes.data % line  # cache lines must not be split by vector loads
-    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
+    """Zeros, which cost neither time nor memory before they are written on CPU: a pool of 3.7 GB would take seconds to
+    fill."""
+    return memory.zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ struct State {  // of the queries of a row that has read the tiles it shares: (K
     float* out;
 };
 
-struct Item {  // queries [from, to) of batch row r with one KV head, tiles from token `begin` on
-    int r, from, to, head;
+struct Item {  // queries [from, to) of batch row r, KV heads [head, head_end), tiles from token `begin` on
+    int r, from, to, head, head_end;
     int64_t begin;
     const State* state;  // where they stand at `begin`, or null: nothing was read
 };
@@ -214,44 +214,50 @@ void attend_shared(const Call& a, const Group& group, int head, const State* sta
     }
 }
 
-// Queries are in order, so those that see a tile are a contiguous range of the rows of scratch.
+// Queries are in order, so those that see a tile are a contiguous range of each KV head's rows of scratch, which are
+// numbered (KV head, query, head of the group).
 void attend(const Call& a, const Item& it, const Item* next_item) {
-    const int G = a.H / a.K, C = a.C, width = whole(C), n = it.to - it.from, rows = n * G;
+    const int G = a.H / a.K, C = a.C, width = whole(C), n = it.to - it.from, rows = n * G, heads = it.head_end - it.head;
     const int64_t position = a.length[it.r] - (a.start[it.r + 1] - it.from);  // of the first query
     const int64_t end = position + n;                                        // of KV that some query sees
-    Scratch s = lay_out(rows, C);
-    load_queries(a, it.from, it.to, it.head, s, 0);
+    Scratch s = lay_out(heads * rows, C);
+    for (int h = 0; h < heads; h++) load_queries(a, it.from, it.to, it.head + h, s, h * rows);
     if (it.state) {
-        memcpy(s.run, it.state->run + it.head * rows, sizeof(Running) * rows);
-        memcpy(s.out, it.state->out + it.head * rows * width, sizeof(float) * rows * width);
+        memcpy(s.run, it.state->run + it.head * rows, sizeof(Running) * heads * rows);
+        memcpy(s.out, it.state->out + it.head * rows * width, sizeof(float) * heads * rows * width);
     } else {
-        memset(s.out, 0, sizeof(float) * rows * width);
+        memset(s.out, 0, sizeof(float) * heads * rows * width);
     }
 
-    Tile tile = place(a, it.r, it.head, it.begin, end), next = tile;
-    for (int64_t t = it.begin; t < end; t += TILE, tile = next) {
+    for (int64_t t = it.begin; t < end; t += TILE) {
         // queries [lo, hi) see some of the tile
         const int lo = t > position ? int(t - position) : 0;
         int hi = n;
         if (a.window > 0 && t + TILE - 1 + a.window - position < n) hi = int(t + TILE - 1 + a.window - position);
-        next.count = 0;  // what is to be read next: this item's next tile, or the next item's first
-        if (t + TILE < end)
-            next = place(a, it.r, it.head, t + TILE, end);
-        else if (next_item)
-            next = place(a, next_item->r, next_item->head, next_item->begin, a.length[next_item->r]);
-        const auto seen = [&](int i) {
-            const int64_t at = position + lo + i / G;
-            return Span{a.window > 0 && at - a.window + 1 > t ? int(at - a.window + 1 - t) : 0,
-                        at + 1 - t < tile.count ? int(at + 1 - t) : tile.count};
-        };
-        read_tile(a, tile, s, lo * G, (hi - lo) * G, seen, coming(next, C));
+        for (int h = 0; h < heads; h++) {
+            const Tile tile = place(a, it.r, it.head + h, t, end);
+            Tile next = tile;
+            next.count = 0;  // what is to be read next: another head, this item's next tile, or the next item's first
+            if (h + 1 < heads)
+                next = place(a, it.r, it.head + h + 1, t, end);
+            else if (t + TILE < end)
+                next = place(a, it.r, it.head, t + TILE, end);
+            else if (next_item)
+                next = place(a, next_item->r, next_item->head, next_item->begin, a.length[next_item->r]);
+            const auto seen = [&](int i) {
+                const int64_t at = position + lo + i / G;
+                return Span{a.window > 0 && at - a.window + 1 > t ? int(at - a.window + 1 - t) : 0,
+                            at + 1 - t < tile.count ? int(at + 1 - t) : tile.count};
+            };
+            read_tile(a, tile, s, h * rows + lo * G, (hi - lo) * G, seen, coming(next, C));
+        }
     }
 
-    for (int i = 0; i < n; i++)
-        for (int g = 0; g < G; g++) {
-            const float* sum = s.out + (i * G + g) * width;
-            Element* to = a.out + (int64_t(it.from + i) * a.H + it.head * G + g) * C;
-            const vf inverse = splat(1.f / sum_lanes(s.run[i * G + g].total));
+    for (int h = 0; h < heads; h++)
+        for (int i = 0; i < rows; i++) {
+            const float* sum = s.out + (h * rows + i) * width;
+            Element* to = a.out + (int64_t(it.from + i / G) * a.H + (it.head + h) * G + i % G) * C;
+            const vf inverse = splat(1.f / sum_lanes(s.run[h * rows + i].total));
             for (int c = 0; c < C; c += W) {
                 const vf o = load<vf>(sum + c) * inverse;
                 if (C - c >= W) {
@@ -304,15 +310,21 @@ int find_groups(const Call& a, int few, int* members, Group* groups) {
     return found;
 }
 
-// A row with few queries is an item for each KV head; a row with many is split into tiles of queries, too.
+// A row with few queries is one item (a tile of all KV heads lies together in the pool), split by heads where there are
+// fewer rows than threads can share; a row with many is split by KV head and into tiles of queries.
 void attend_all(const Call& a, int threads) {
     const int G = a.H / a.K, few = 4, tile = std::max(QUERY_ROWS / G, few), width = whole(a.C);
     int64_t work = 0;  // KV tokens read, weighted by the queries that read them
     for (int64_t r = 0; r < a.R; r++) work += int64_t(a.start[r + 1] - a.start[r]) * a.length[r];
     if (work * a.H * a.C < 1 << 18) threads = 1;
-    int64_t queries = 0;  // of short rows
-    for (int64_t r = 0; r < a.R; r++)
-        if (a.start[r + 1] - a.start[r] <= few) queries += a.start[r + 1] - a.start[r];
+    int64_t queries = 0, short_rows = 0;
+    for (int64_t r = 0; r < a.R; r++) {
+        const int n = a.start[r + 1] - a.start[r];
+        if (n <= few) queries += n, short_rows++;
+    }
+    int parts = 1;  // that the KV heads of a short row fall into
+    while (threads > 1 && short_rows * parts < 4 * threads && parts < a.K) parts++;
+    const auto heads = [&](int n) { return n <= few ? (a.K + parts - 1) / parts : 1; };
 
     std::vector<int> members(a.R);
     std::vector<Group> groups(a.R);
@@ -343,8 +355,8 @@ void attend_all(const Call& a, int threads) {
             const int from = a.start[r], to = a.start[r + 1], n = to - from;
             if (n == 0 || (n > few) != (pass == 0)) continue;
             for (int i = (n - 1) / tile * tile; i >= 0; i -= tile)  // later queries see more
-                for (int h = 0; h < a.K; h++)
-                    items.push_back({r, from + i, from + (i + tile < n ? i + tile : n), h,
+                for (int h = 0; h < a.K; h += heads(n))
+                    items.push_back({r, from + i, from + (i + tile < n ? i + tile : n), h, std::min(h + heads(n), a.K),
                                      states[r].run ? shared[r] : first_tile(a, r, from + i),
                                      states[r].run ? &states[r] : nullptr});
         }
