@@ -173,7 +173,7 @@ def _flags() -> tuple[Flag, ...]:
         Flag(
             ("--answer-memory",),
             "engine.answer_bytes",
-            "most that one answer may take before it is sent; twice this for all of them",
+            "most that one answer may take before it is sent; twice this for all, once more for unread streams",
             memory,
             read_size,
             metavar="BYTES",

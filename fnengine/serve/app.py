@@ -125,7 +125,8 @@ def make_app(
         metrics_open: /metrics needs no key.
         allowed_origins: for browsers (CORS).
         max_body: bytes.
-        answer_bytes: most that an answer may take before it is sent whole; twice this for all together.
+        answer_bytes: most that an answer may take before it is sent whole; twice this for all together, and once more
+            for what clients of streams have not read.
         constants: name -> (value, help) of gauges that do not change.
         shutdown_timeout: seconds the engine may take to finish what runs.
         stream_interval: tokens a chunk holds at least, the first and last of a choice excepted.
