@@ -25,6 +25,7 @@ from fnengine.graphs.bucket import fit
 from fnengine.host.answers import most_logprobs
 from fnengine.host.step import BLOCK
 from fnengine.kernels.layout import KVLayout, Tokens, block_bytes
+from fnengine.kernels.memory import HUGE
 from fnengine.kernels.quantized import GROUP
 from fnengine.leaves import QUANTIZED, Packing
 from fnengine.params import memory_plan
@@ -47,8 +48,6 @@ TOKEN_TEXT = 620
 read and trimmed, and 270 to 276 more when the text of every token was seen once, which is kept)."""
 TOKEN_READ = 900
 """The same while the tokenizer is read (measured: 690 to 900), before `environment.trim`."""
-HUGE = 2 * MIB
-"""Arrays of NumPy from 4 MiB up (pool, recordings) become resident in pages of this size."""
 PIECES = 4 * MIB
 """What stays between small buffers, and of the host's objects, once every kind of request was served (measured: 3 to
 4 MiB)."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from fnengine import keys, tree
 from fnengine.environment import cache_dir
 from fnengine.kernels import linear, memory, native, quantized
-from fnengine.leaves import Packing
+from fnengine.leaves import QUANTIZED, Packing
 from fnengine.params import abstract, arrays
 from fnengine.spec import ModelSpec
 
@@ -29,7 +29,7 @@ Key = keys.Key
 ALIGN = 64
 """Bytes of a cache line, which no vector load should straddle."""
 
-KINDS = ("tiled", "int8", "int4", "int8-dynamic", "int4-dynamic")
+KINDS = ("tiled", *QUANTIZED)
 """Layouts that are plain tensors and differ from what a checkpoint holds."""
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}

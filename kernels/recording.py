@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fnengine.kernels import native
 from fnengine.kernels.library import IMPLEMENTATIONS
+from fnengine.kernels.memory import zeros
 
 ARGUMENTS = 32
 """Most arguments of a call, as in `csrc/program.cpp`."""
@@ -43,9 +44,9 @@ class Arena:
     """Memory for buffers whose addresses recordings hold. All recordings may share it, because one runs at a time."""
 
     def __init__(self, size: int):
-        self._memory = np.zeros(size + LINE, np.uint8)  # pages are not touched before they are used
+        self._memory = zeros((size,), torch.uint8)  # pages are not touched before they are used
         self._free: list[tuple[int, int]] = []
-        self._begin = -(-self._memory.ctypes.data // LINE) * LINE
+        self._begin = self._memory.data_ptr()
         self._size = size
         self.reset()
 

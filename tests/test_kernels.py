@@ -793,8 +793,7 @@ def test_weights_lie_in_huge_pages_where_there_are_some():
     held = memory.zeros((64 << 20,), torch.uint8).fill_(1)
     if huge_pages() == before:
         pytest.skip("none is free at the moment")
-    tiles = held.nbytes  # what a process holds now
-    assert huge_pages() - before <= tiles
+    assert huge_pages() - before <= held.nbytes
     if cpu.linear.supports(torch.device("cpu"), torch.bfloat16) is None:
         before = huge_pages()
         weight = cpu.tile(torch.zeros(16384, 1024, dtype=torch.bfloat16))

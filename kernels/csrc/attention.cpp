@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "scratch.h"
 #include "tiles.h"
 
 namespace fn {
@@ -86,41 +87,24 @@ FN_INLINE Ahead coming(const Tile& tile, int C) {
     return ahead;
 }
 
-struct Scratch {  // of `rows` (query, head) pairs
+struct Rows {  // of `rows` (query, head) pairs
     uint32_t *query, *weight, *odd;
     float *score, *out, *factor, *query_unit, *weight_unit;  // units: of integers, where KV is rounded
     Running* run;
 };
 
-FN_INLINE size_t line(size_t n) { return (n + 63) & ~size_t(63); }
-
-struct Arena {  // a thread's scratch memory, kept between calls
-    char* memory = nullptr;
-    size_t size = 0;
-    ~Arena() { free(memory); }
-    char* reserve(size_t n) {
-        if (n > size) {
-            free(memory);
-            memory = static_cast<char*>(aligned_alloc(64, line(n)));
-            size = n;
-        }
-        return memory;
-    }
-};
-
 FN_INLINE int whole(int channels) { return (channels + W - 1) / W * W; }
 FN_INLINE int atoms_of(int channels) { return (channels + PER - 1) / PER; }
 
-Scratch lay_out(int rows, int C) {
-    static thread_local Arena arena;
+Rows lay_out(int rows, int C) {
+    static thread_local Scratch scratch;
     const size_t n = rows, sizes[] = {n * atoms_of(C) * 4, n * TILE * 4, size_t(C) * 4,      n * TILE * 4,
                                       n * whole(C) * 4,    n * 4,        n * 4,               n * 4,
                                       sizeof(Running) * n};
     char* at[9];
     size_t sum = 0;
     for (size_t size : sizes) sum += line(size) + 64;
-    char* p = arena.reserve(sum);
-    if (!p) abort();
+    char* p = scratch.reserve(sum);
     for (int i = 0; i < 9; i++) at[i] = p, p += line(sizes[i]) + 64;  // + 64 staggers the buffers over cache sets
     return {(uint32_t*)at[0], (uint32_t*)at[1], (uint32_t*)at[2], (float*)at[3],
             (float*)at[4],    (float*)at[5],    (float*)at[6],    (float*)at[7],
@@ -128,7 +112,7 @@ Scratch lay_out(int rows, int C) {
 }
 
 // The queries of tokens [from, to) with one KV head, as rows m and up of scratch: (query, head of the group).
-void load_queries(const Call& a, int from, int to, int head, const Scratch& s, int m) {
+void load_queries(const Call& a, int from, int to, int head, const Rows& s, int m) {
     const int G = a.H / a.K, C = a.C, atoms = atoms_of(C);
     for (int t = from; t < to; t++)
         for (int g = 0; g < G; g++, m++) {
@@ -168,7 +152,7 @@ struct Span {  // [first, last): the tokens of a tile that a query sees
 
 // Rows [m, m + rows) of scratch go over a tile; row i sees the tokens seen(i) of it.
 template <class Seen>
-FN_INLINE void read_tile(const Call& a, const Tile& tile, const Scratch& s, int m, int rows, const Seen& seen, Ahead ahead) {
+FN_INLINE void read_tile(const Call& a, const Tile& tile, const Rows& s, int m, int rows, const Seen& seen, Ahead ahead) {
     const int C = a.C, atoms = atoms_of(C), vectors = (tile.count + W - 1) / W;
     float *score = s.score + m * TILE, *factor = s.factor + m, *unit = s.weight_unit + m;
     uint32_t* weight = s.weight + m * (TILE / PER);
@@ -188,7 +172,7 @@ void attend_shared(const Call& a, const Group& group, int head, const State* sta
     const int G = a.H / a.K, width = whole(a.C);
     int rows = 0;
     for (int i = 0; i < group.count; i++) rows += (a.start[group.members[i] + 1] - a.start[group.members[i]]) * G;
-    Scratch s = lay_out(rows, a.C);
+    Rows s = lay_out(rows, a.C);
     int m = 0;
     for (int i = 0; i < group.count; i++) {
         const int from = a.start[group.members[i]], to = a.start[group.members[i] + 1];
@@ -220,7 +204,7 @@ void attend(const Call& a, const Item& it, const Item* next_item) {
     const int G = a.H / a.K, C = a.C, width = whole(C), n = it.to - it.from, rows = n * G, heads = it.head_end - it.head;
     const int64_t position = a.length[it.r] - (a.start[it.r + 1] - it.from);  // of the first query
     const int64_t end = position + n;                                        // of KV that some query sees
-    Scratch s = lay_out(heads * rows, C);
+    Rows s = lay_out(heads * rows, C);
     for (int h = 0; h < heads; h++) load_queries(a, it.from, it.to, it.head + h, s, h * rows);
     if (it.state) {
         memcpy(s.run, it.state->run + it.head * rows, sizeof(Running) * heads * rows);
@@ -332,10 +316,9 @@ void attend_all(const Call& a, int threads) {
     std::vector<int64_t> shared(a.R, 0);
     const int found = a.window > 0 ? 0 : find_groups(a, few, members.data(), groups.data());
     if (found) {
-        static thread_local Arena arena;
+        static thread_local Scratch scratch;
         const size_t each_run = line(sizeof(Running) * queries * a.H);
-        char* memory = arena.reserve(each_run + line(sizeof(float) * queries * a.H * width));
-        if (!memory) abort();
+        char* memory = scratch.reserve(each_run + line(sizeof(float) * queries * a.H * width));
         int64_t at = 0;
         for (int i = 0; i < found; i++)
             for (int j = 0; j < groups[i].count; j++) {

@@ -85,8 +85,8 @@ void multiply_all(const Product& p, const uint32_t* x, int64_t lda, int threads)
 template <class T>
 void multiply_widened(const Product& p, int threads) {
     const int64_t lda = (p.K + W - 1) / W * W;
-    struct Widened;
-    float* to = (float*)scratch<Widened>(sizeof(float) * p.M * lda);
+    static thread_local Scratch scratch;
+    float* to = (float*)scratch.reserve(sizeof(float) * p.M * lda);
     each(p.M, p.M * p.K < 1 << 18 ? 1 : threads, [&](int64_t m) {
         const T* from = static_cast<const T*>(p.x) + m * p.x_stride;
         for (int64_t k = 0; k < p.K; k += W)

@@ -3,9 +3,8 @@
 // A panel is PANEL rows of the weight (columns of y), read front to back once for as many rows of x as registers hold
 // sums for, NV vectors of columns at a time.
 #pragma once
-#include <cstdlib>
-
 #include "parallel.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace fn {
@@ -68,20 +67,6 @@ void walk(int64_t M, int64_t N, int64_t K, int threads, const Body& body) {
         for (int64_t m = 0; m < M; m += MR)
             for (int v = 0; v < PANEL / W; v += NV) body(panel, v, m, int(M - m < MR ? M - m : MR));
     });
-}
-
-// Memory of this thread's own, kept from call to call; there is one for each use of the template.
-template <class Use>
-char* scratch(int64_t bytes) {
-    static thread_local char* memory = nullptr;
-    static thread_local int64_t size = 0;
-    if (bytes > size) {
-        free(memory);
-        memory = static_cast<char*>(aligned_alloc(64, (bytes + 63) / 64 * 64));
-        if (!memory) abort();
-        size = bytes;
-    }
-    return memory;
 }
 
 }  // namespace

@@ -264,8 +264,8 @@ template <class T, int BITS, int S>
 void multiply_all(const Product& p, float most, int threads) {
     constexpr int G = GROUP<BITS>;
     const int64_t stride = (p.K + 31) / 32 * 32 * (S / 8), groups = (p.K + G - 1) / G;
-    struct Integers;
-    char* memory = scratch<Integers>(p.M * (stride + groups * 8));
+    static thread_local Scratch scratch;
+    char* memory = scratch.reserve(p.M * (stride + groups * 8));
     float* scale = (float*)(memory + p.M * stride);
     int32_t* start = (int32_t*)(scale + p.M * groups);
     each(p.M, p.M * p.K < 1 << 16 ? 1 : threads, [&](int64_t m) {
