@@ -33,6 +33,7 @@ SHOWN = (
     "TORCHINDUCTOR_CACHE_DIR",
     "TORCHINDUCTOR_COMPILE_THREADS",
     "TRITON_CACHE_DIR",
+    "TRITON_INTERPRET",
     "TOKENIZERS_PARALLELISM",
     "HF_HOME",
     "HF_HUB_OFFLINE",
@@ -40,6 +41,11 @@ SHOWN = (
     "LD_PRELOAD",
 )
 """Variables that change what an engine does; `doctor` prints those that are set."""
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on tensors of the CPU (TRITON_INTERPRET)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def cache_dir() -> Path:

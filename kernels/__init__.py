@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fnengine.kernels import cpu, native, reference
+from fnengine.kernels import cpu, native, reference, triton
 from fnengine.kernels.contract import Backend, Chosen, Contract, choose
 from fnengine.kernels.layout import KVLayout
 
@@ -36,7 +36,7 @@ __all__ = [
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "paged_attention": (cpu.paged_attention, reference.paged_attention),
     "rope_write": (cpu.rope_write, reference.rope_write),
-    "copy_blocks": (cpu.copy_blocks, reference.copy_blocks),
+    "copy_blocks": (cpu.copy_blocks, triton.copy_blocks, reference.copy_blocks),
     "gumbel_argmax": (cpu.gumbel_argmax, reference.gumbel_argmax),
     "linear": (cpu.linear, reference.linear),
     "quantized_linear": (cpu.quantized_linear, reference.quantized_linear),

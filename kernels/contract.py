@@ -50,6 +50,9 @@ class Backend:
     kv: Callable[[torch.dtype, str], KVLayout] = lambda _dtype, kind: Rounded() if kind == "int8" else Tokens()
     """(dtype, `auto` or `int8`) -> how KV lies in the pools it is given, where it is given any; contracts have it token
     by token."""
+    interpreted: Callable[[torch.device, torch.dtype], str | None] | None = None
+    """None when an interpreter can stand in for the device that `supports` asks for, else why not. Slow and meant for
+    tests: only a choice by name comes here."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def choose(backends: tuple[Backend, ...], device: torch.device, dtype: torch.dty
         if only is not None and b.name != only:
             continue
         why_not = b.supports(device, dtype)
+        if why_not is not None and only is not None and b.interpreted is not None:
+            why_not = b.interpreted(device, dtype)
         if why_not is None:
             return Chosen(b, "; ".join([*passed, b.note(dtype) or f"{b.name} is the best that fits"]))
         passed.append(f"{b.name}: {why_not}")

@@ -17,6 +17,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Servers that tests start use one thread as well: threads that spin at barriers on a busy machine lose far more than
 # they gain.
 os.environ.setdefault("FNENGINE_THREADS", "1")
+# Triton's kernels run in its interpreter where there is no GPU; Triton looks at this once, when it is imported.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

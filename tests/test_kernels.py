@@ -64,7 +64,8 @@ def every_backend_and_dtype() -> list:
 
 
 def needs(b: Backend, dtype: torch.dtype = torch.float32) -> None:
-    if why := b.supports(CPU, dtype):
+    """Skips where the backend can run neither on this machine's CPU nor in an interpreter."""
+    if b.supports(CPU, dtype) and (why := b.interpreted(CPU, dtype) if b.interpreted else b.supports(CPU, dtype)):
         pytest.skip(why)
 
 
