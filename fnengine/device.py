@@ -1,24 +1,29 @@
 """A device that runs steps: rows, pool and the compiled step behind `host.step.Device`.
 
 It owns the one mutable thing, the `State`, and turns a host-side `StepInput` into a staged `Batch`. Order within a
-step: swap out, swap in, row edits, then the step itself (block copies, KV writes, attention, sampling).
+step: swap out, swap in, row edits, copies of blocks, then the step itself (KV writes, attention, sampling), directly or
+through a captured graph. The edits come seldom and in any number, so they stay outside of graphs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fnengine.graphs.bucket import fit
+from fnengine import tree
+from fnengine.graphs.bucket import Bucket, fit
+from fnengine.graphs.dispatch import Capturing, Choice, Graphs
 from fnengine.host.request import MAX_BIAS
-from fnengine.host.step import BLOCK, Admission, Scores, StepInput, StepOutput, Ticket
+from fnengine.host.step import BLOCK, Admission, Ask, Scores, StepInput, StepOutput, Ticket
 from fnengine.kernels import KVLayout, Ops, memory
 from fnengine.spec import ModelSpec
-from fnengine.state import Batch, Out, Pool, Rows, State, Top
+from fnengine.state import Out, Packed, Pool, Rows, State, Top, packed_sizes
 from fnengine.step import Step
 
 
@@ -97,6 +102,27 @@ def _scores(top: Top | None, n: int) -> Scores | None:
     return Scores(top.chosen[:n].numpy(), top.ids[:n].numpy(), top.values[:n].numpy())
 
 
+class Steps(Protocol):
+    """How steps are padded and run."""
+
+    def choose(self, tokens: int, rows: int, ask: Ask) -> Choice[Ask]: ...
+
+    def run(self, choice: Choice[Ask], inputs: Packed) -> Out: ...
+
+
+@dataclass(frozen=True)
+class Direct:
+    """Steps run as they are, of nearly exact sizes: on CPU, where there is nothing to capture."""
+
+    fn: Callable[[Packed], Out]
+
+    def choose(self, tokens: int, rows: int, ask: Ask) -> Choice[Ask]:
+        return Choice(tokens, rows, fit(tokens, rows), ask)
+
+    def run(self, choice: Choice[Ask], inputs: Packed) -> Out:
+        return self.fn(inputs)
+
+
 class TorchDevice:
     """Runs steps of one model on one torch device.
 
@@ -105,6 +131,9 @@ class TorchDevice:
         rows: M, without the null row.
         max_len: longest sequence in tokens.
         host_slots: blocks of host memory for swapping.
+        capturing: what of the steps is captured, and how; None runs them as they are.
+        depth: steps the host may have in flight beside the one it reads; by default 1 where steps are captured or run
+            on a GPU.
     """
 
     def __init__(
@@ -120,17 +149,45 @@ class TorchDevice:
         dtype: torch.dtype,
         device: torch.device,
         host_slots: int = 0,
+        capturing: Capturing[Ask] | None = None,
+        depth: int | None = None,
     ):
         self.spec, self.params, self.step, self.ops = spec, params, step, ops
         self.blocks, self.rows, self.max_len, self.host_slots = blocks, rows, max_len, host_slots
         self.device = device
-        self.depth = 0 if device.type == "cpu" else 1
+        self.depth = int(capturing is not None or device.type != "cpu") if depth is None else depth
         self.state = make_state(spec, ops.kv, blocks=blocks, rows=rows, max_len=max_len, dtype=dtype, device=device)
-        pinned = device.type == "cuda"
+        self._pinned = device.type == "cuda"
         self._host = tuple(
-            Pool(*(torch.zeros(host_slots, *t.shape[1:], dtype=t.dtype, pin_memory=pinned) for t in (p.k, p.v)))
+            Pool(*(torch.zeros(host_slots, *t.shape[1:], dtype=t.dtype, pin_memory=self._pinned) for t in (p.k, p.v)))
             for p in (self.state.pool if host_slots else ())
         )
+        self.graphs = None
+        self.steps: Steps = Direct(lambda packed: self._forward(self.params, self.state, packed))
+        if capturing is not None:
+            self.steps = self.graphs = Graphs(self._forward, (params, self.state), capturing, self._idle)
+
+    @torch.inference_mode()
+    def capture(self, progress: Callable[[int, int], None] = lambda _done, _all: None) -> None:
+        """Captures what is captured at the start. `progress` is told how many graphs there are, and will be."""
+        if self.graphs is None:
+            return
+        keys = self.graphs.keys()
+        for i, key in enumerate(keys):
+            self.graphs.capture(key)
+            progress(i + 1, len(keys))
+
+    def _forward(self, params: object, state: State, packed: Packed) -> Out:
+        here = dataclasses.replace(packed, ints=packed.ints.to(self.device, non_blocking=True))
+        same, out = self.step(params, state, here.batch())
+        assert same is state, "a step must return the state it was given"
+        return out
+
+    def _idle(self, bucket: Bucket, ask: Ask) -> Packed:
+        """A step of padding alone, which changes nothing."""
+        none = np.zeros(0, np.int32)
+        step = StepInput(none, np.zeros(1, np.int32), none, none, none.reshape(0, 2), none.reshape(0, 3), ask=ask)
+        return self._packed(step, bucket, ask)
 
     @torch.inference_mode()
     def launch(self, step: StepInput) -> Ticket:
@@ -145,45 +202,43 @@ class TorchDevice:
         if len(step.grow):
             grow = self._stage(step.grow).long()
             self.state.rows.table[grow[:, 0], grow[:, 1]] = grow[:, 2].int()
-        state, out = self.step(self.params, self.state, self._batch(step))
-        assert state is self.state, "a step must return the state it was given"
+        if len(step.copy):
+            self.ops.copy_blocks([t for p in pool for t in (p.k, p.v)], self._stage(step.copy))
+        choice = self.steps.choose(len(step.token), len(step.row), step.ask)
+        out = self.steps.run(choice, self._packed(step, choice.bucket, choice.ask))
         all_logits = step.ask.logits == "all"
-        if self.device.type == "cpu":
-            return Launched(out, len(step.token), len(step.row), None, all_logits)
-        on_host = [_to_host(x) for x in (out.token, out.count, out.logprobs, out.score)]
-        done = torch.cuda.Event()
-        done.record()
-        return Launched(Out(*on_host, out.logits), len(step.token), len(step.row), done, all_logits)  # pyright: ignore[reportCallIssue]
+        done = None
+        if self.depth:  # the next step may write where this one's results lie
+            logits = out.logits if out.logits is None or choice.key is None else out.logits.clone()
+            out = dataclasses.replace(
+                tree.map_with_path(_on_host, dataclasses.replace(out, logits=None)), logits=logits
+            )
+            if self.device.type == "cuda":
+                done = torch.cuda.Event()
+                done.record()
+        return Launched(out, len(step.token), len(step.row), done, all_logits)
 
     def _stage(self, array: np.ndarray) -> Tensor:
+        """The array on the device, some time after this."""
         t = torch.from_numpy(np.ascontiguousarray(array))
-        return t if self.device.type == "cpu" else t.pin_memory().to(self.device, non_blocking=True)
+        return t.pin_memory().to(self.device, non_blocking=True) if self._pinned else t
 
-    def _batch(self, step: StepInput) -> Batch:
-        """The staged batch, padded: the last padding row owns the padding tokens. One host-to-device copy."""
+    def _packed(self, step: StepInput, bucket: Bucket, ask: Ask) -> Packed:
+        """The batch, padded, still on the host: the last padding row owns the padding tokens."""
         T, R = len(step.token), len(step.row)
-        b = fit(T, R)
-        C = len(step.copy)
-        sizes = (b.rows, b.rows + 1, b.tokens, b.rows, 2 * C, 0 if step.target is None else b.tokens)
-        packed = np.zeros(sum(sizes), np.int32)
-        row, start, token, emit, copy, target = np.split(packed, np.cumsum(sizes[:-1]))
+        sizes = packed_sizes(bucket, ask)
+        ints = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self._pinned)
+        row, start, token, emit, target = np.split(ints.numpy(), np.cumsum(sizes[:-1]))
         row[:R], row[R:] = step.row, self.rows
         start[: R + 1], start[R + 1 :] = step.start, T
-        start[-1] = b.tokens
-        token[:T], emit[:R] = step.token, step.emit
-        copy[:] = step.copy.reshape(-1)
-        if step.target is not None:
-            target[:T], target[T:] = step.target, -1
-        parts = self._stage(packed).split(sizes)
-        return Batch(
-            row=parts[0],
-            start=parts[1],
-            token=parts[2],
-            emit=parts[3],
-            copy=parts[4].view(C, 2),
-            target=None if step.target is None else parts[5],
-            ask=step.ask,
-        )
+        start[-1] = bucket.tokens
+        token[:T], token[T:] = step.token, 0
+        emit[:R], emit[R:] = step.emit, 0
+        if ask.score is not None:
+            target[:] = -1
+            if step.target is not None:
+                target[:T] = step.target
+        return Packed(ints, bucket, ask)
 
     def _admit(self, admissions: tuple[Admission, ...]) -> None:
         """Writes whole rows. Rare (once a request and after preemption), so plain indexing does."""
@@ -241,11 +296,6 @@ def _move(source: tuple[Pool, ...], at: np.ndarray, target: tuple[Pool, ...], to
             b[j.to(b.device)] = a[i.to(a.device)].to(b.device)
 
 
-def _to_host(x: Tensor | Top | None) -> Tensor | Top | None:
-    if x is None:
-        return None
-    if isinstance(x, Tensor):
-        return x.to("cpu", non_blocking=True)
-    return dataclasses.replace(
-        x, **{f.name: getattr(x, f.name).to("cpu", non_blocking=True) for f in dataclasses.fields(x)}
-    )
+def _on_host(_path: str, x: Tensor) -> Tensor:
+    """A copy in memory of the host's own, which is there once the device has come to it."""
+    return x.clone() if x.device.type == "cpu" else x.to("cpu", non_blocking=True)

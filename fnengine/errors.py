@@ -75,6 +75,10 @@ class QueueFull(FnError):
         self.retry_after = retry_after
 
 
+class GraphError(FnError):
+    """A function cannot be captured, or a captured one was called with something else than it was captured with."""
+
+
 class OutOfBlocks(FnError):
     """The pool has too few free blocks for what was asked; nothing was changed.
 

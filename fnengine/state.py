@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fnengine.graphs.bucket import Bucket
 from fnengine.host.step import Ask
 from fnengine.tree import static
 
@@ -74,7 +75,7 @@ class State:
 
 @dataclass(frozen=True)
 class Batch:
-    """A staged `StepInput`, padded to its bucket; row edits and swaps have been applied by then.
+    """A staged `StepInput`, padded to its bucket; row edits, swaps and copies of blocks have been done by then.
 
     Padding rows have row = M, and the last of them owns all padding tokens.
     """
@@ -87,11 +88,30 @@ class Batch:
     """[T] int32, or -1 for the row's newest token."""
     emit: Tensor
     """[R] int32"""
-    copy: Tensor
-    """[C, 2] int32 (source, target), padded with (0, 0)."""
     target: Tensor | None
     """[T] int32 or None, see `StepInput.target`."""
     ask: Ask = static(default=Ask())
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A `Batch` in one piece: one copy brings it to a device, and one buffer holds it for a captured step."""
+
+    ints: Tensor
+    """[n] int32: row, start, token, emit, and target where the ask has one, one behind the other"""
+    bucket: Bucket = static()
+    ask: Ask = static(default=Ask())
+
+    def batch(self) -> Batch:
+        """Views of the parts."""
+        row, start, token, emit, target = self.ints.split(packed_sizes(self.bucket, self.ask))
+        return Batch(row, start, token, emit, None if self.ask.score is None else target, self.ask)
+
+
+def packed_sizes(bucket: Bucket, ask: Ask) -> list[int]:
+    """Lengths of the parts of `Packed.ints`."""
+    T, R = bucket.tokens, bucket.rows
+    return [R, R + 1, T, R, 0 if ask.score is None else T]
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,6 @@ def make_step(spec: ModelSpec, ops: Ops, run_layers: RunLayers) -> Step:
 
     def step(params: Any, state: State, batch: Batch) -> tuple[State, Out]:
         rows, ask = state.rows, batch.ask
-        if batch.copy.shape[0]:
-            ops.copy_blocks([t for p in state.pool for t in (p.k, p.v)], batch.copy)
         where = locate(rows, batch, BLOCK)
 
         at = where.position.long().clamp_(max=rows.history.shape[1] - 1)

@@ -50,6 +50,15 @@ def map_with_path(
     return type(tree)(go(str(i), v) for i, v in enumerate(tree))
 
 
+def structure(tree: Any) -> Any:
+    """Everything of a tree but its leaves, hashable: types, names, `static()` fields, and where `None` stands."""
+    fixed = ()
+    if dataclasses.is_dataclass(tree):
+        fixed = tuple((f.name, getattr(tree, f.name)) for f in dataclasses.fields(tree) if f.metadata.get("static"))
+    children = tuple((k, structure(c) if _is_node(c) else None if c is None else "leaf") for k, c in _children(tree))
+    return type(tree).__qualname__, fixed, children
+
+
 def _is_node(x: Any) -> bool:
     return isinstance(x, (dict, tuple, list)) or (dataclasses.is_dataclass(x) and not isinstance(x, type))
 

@@ -206,7 +206,7 @@ class Paged:
             start.append(start[-1] + n)
         i32 = functools.partial(torch.tensor, dtype=torch.int32)
         token, row = i32(flat), i32(row_ids)
-        batch = Batch(row, i32(start), token, torch.zeros_like(row), torch.zeros(0, 2, dtype=torch.int32), None)
+        batch = Batch(row, i32(start), token, torch.zeros_like(row), None)
         where = locate(self.rows, batch, BLOCK)
         hidden = fn_model.body(
             spec,
