@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from fnengine import environment, kernels, leaves
+from fnengine import captures, environment, kernels, leaves
 from fnengine import memory as accounting
 from fnengine.device import TorchDevice
 from fnengine.errors import ConfigError
@@ -35,6 +35,8 @@ class Built:
     mode: Mode
     execution: str
     """How steps run: compiled or eager, and why."""
+    capture: str
+    """What is captured, and why so."""
     traces: Traces
     account: Account | None = None
     """The byte ledger; None on CUDA, where there is none yet."""
@@ -44,8 +46,11 @@ class Built:
     """(thread, processor) of those that are pinned"""
 
 
-def build(model: Model, settings: Settings) -> Built:
-    """Sizes the pool, chooses kernels, compiles the layers and allocates the state.
+def build(model: Model, settings: Settings, lazy: bool = True) -> Built:
+    """Sizes the pool, chooses kernels, compiles the layers, allocates the state and captures the steps.
+
+    Args:
+        lazy: whether steps are captured when they are met, where `settings.graph_capture` does not say.
 
     Raises:
         ConfigError: a setting is impossible, or the pool too small for `max_model_len`.
@@ -130,22 +135,27 @@ def build(model: Model, settings: Settings) -> Built:
                 execution = f"eager: {e}"
     if execution.startswith("eager"):
         log.warning("steps run %s", execution)
+    captured = captures.plan(settings, mode, ops, device, lazy)
+    runner = TorchDevice(
+        spec,
+        model.params,
+        make_step(spec, ops, run_layers),
+        ops,
+        blocks=pool.blocks,
+        rows=mode.rows,
+        max_len=pool.max_len,
+        dtype=model.dtype,
+        device=device,
+        host_slots=slots,
+        capturing=captured.capturing,
+    )
+    runner.capture()
     return Built(
-        device=TorchDevice(
-            spec,
-            model.params,
-            make_step(spec, ops, run_layers),
-            ops,
-            blocks=pool.blocks,
-            rows=mode.rows,
-            max_len=pool.max_len,
-            dtype=model.dtype,
-            device=device,
-            host_slots=slots,
-        ),
+        device=runner,
         ops=ops,
         pool=pool,
         mode=mode,
+        capture=captured.reason,
         execution=execution,
         traces=traces,
         account=account,

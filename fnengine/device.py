@@ -172,7 +172,7 @@ class TorchDevice:
         """Captures what is captured at the start. `progress` is told how many graphs there are, and will be."""
         if self.graphs is None:
             return
-        keys = self.graphs.keys()
+        keys = self.graphs.wanted()
         for i, key in enumerate(keys):
             self.graphs.capture(key)
             progress(i + 1, len(keys))

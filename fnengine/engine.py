@@ -173,7 +173,7 @@ class Engine:
     ) -> Engine:
         """An engine for a loaded model. `generation_config="vllm"` ignores the model's own sampling defaults."""
         settings = settings or Settings(**options)
-        built = build(model, settings)
+        built = build(model, settings, lazy=False)
         device = built.device
         tokenizer = tokenizer or model.tokenizer
         environment.trim()  # what reading it took

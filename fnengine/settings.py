@@ -53,6 +53,16 @@ class Settings:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     enforce_eager: bool = False
+    graph_mode: str = "FULL"
+    """Which steps are captured in CUDA graphs, and whether attention is in them; see `graphs.dispatch.MODES`."""
+    graphs: str | None = None
+    """File of the shapes that are captured, as `fnengine tune` writes it; None takes the default ladder."""
+    graph_capture: str | None = None
+    """eager: all at the start; lazy: each when it is met for the second time; None: eager for `Engine`, lazy for
+    `Runtime`."""
+    graph_twin: bool = False
+    """On CPU, run steps as CUDA graphs would: padded to buckets, one step ahead, by the eager twin. Slower; for tests
+    and for trying ladders."""
     pin_threads: bool = False
     """Keep each helper of a step on one core. Off, because a pinned thread waits for whoever else uses its core."""
     seed: int = 0

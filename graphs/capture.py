@@ -358,7 +358,7 @@ def rubbish(x: Tensor) -> None:
         x.fill_(torch.iinfo(x.dtype).max - 3)
 
 
-_SYNCHRONIZING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "item")
+_SYNCHRONIZING = ("local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "item")
 """Operators whose result Python, or the shape of a tensor, depends on: a graph cannot hold them."""
 
 
@@ -370,7 +370,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         masks = name == "index" and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
-        if self.open and (masks or name.rstrip("_2").startswith(_SYNCHRONIZING)):
+        if self.open and (masks or name.lstrip("_").startswith(_SYNCHRONIZING)):
             raise GraphError(
                 f"{func} waits for its result on the host, which a graph cannot",
                 remedy="compute with tensors whose shapes do not depend on values",

@@ -111,7 +111,7 @@ class Graphs(Generic[Asked]):
         self._for_decode = Ladder(tuple(b for b in buckets if same or b.tokens == b.rows))
         self._for_mixed = Ladder(tuple(b for b in buckets if same or b.tokens != b.rows))
 
-    def keys(self) -> list[Key[Asked]]:
+    def wanted(self) -> list[Key[Asked]]:
         """Everything that is captured at the start, in that order: the largest first, because what a large graph has
         freed serves the smaller ones."""
         kinds = {self._decode: self._for_decode, self._mixed: self._for_mixed}

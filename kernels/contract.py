@@ -50,6 +50,8 @@ class Backend:
     kv: Callable[[torch.dtype, str], KVLayout] = lambda _dtype, kind: Rounded() if kind == "int8" else Tokens()
     """(dtype, `auto` or `int8`) -> how KV lies in the pools it is given, where it is given any; contracts have it token
     by token."""
+    capturable: bool = True
+    """Whether a CUDA graph can hold it: its launches follow from shapes alone, and it waits for nothing."""
     interpreted: Callable[[torch.device, torch.dtype], str | None] | None = None
     """None when an interpreter can stand in for the device that `supports` asks for, else why not. Slow and meant for
     tests: only a choice by name comes here."""

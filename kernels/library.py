@@ -6,7 +6,8 @@ microseconds a call, and attention alone is called once a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,17 +81,41 @@ IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
+OUTSIDE = ("paged_attention",)
+"""Ops that may stay out of a graph which holds everything around them: some of their backends cannot be captured."""
+
+Around = Callable[[Callable[..., Tensor], tuple[Any, ...]], Tensor]
+_AROUND: list[Around] = []
+"""Innermost last."""
+
+
+@contextmanager
+def outside(around: Around) -> Iterator[None]:
+    """While it is open, calls of `OUTSIDE` ops go to `around(fn, args)`, wherever they are made, compiled code too."""
+    _AROUND.append(around)
+    try:
+        yield
+    finally:
+        _AROUND.remove(around)
+
 
 def register(
     op: str, backend: str, fn: Callable[..., Any], key: str = "CompositeExplicitAutograd"
 ) -> Callable[..., Any]:
     """The callable `torch.ops.fnengine.<op>_<backend>`, which runs `fn`; `key` is the dispatch key it serves."""
     name = f"{op}_{backend}"
+    run = fn
+
+    def through(*args: Any) -> Any:
+        return _AROUND[-1](run, args) if _AROUND else run(*args)
+
+    if op in OUTSIDE:
+        fn = through
     _LIBRARY.define(name + SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _LIBRARY.impl(name, fn, key)
     if key != "CompositeExplicitAutograd":
         _LIBRARY.impl(name, SHAPES[op], "Meta")
     torch.library.register_fake(f"{NAMESPACE}::{name}", SHAPES[op], lib=_LIBRARY)
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default
-    IMPLEMENTATIONS[registered] = fn
+    IMPLEMENTATIONS[registered] = run
     return registered

@@ -18,12 +18,14 @@ def _supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _backend(op: Contract, invariant: bool) -> Backend:
-    return Backend("reference", op, register(op.name, "reference", op.reference), _supports, invariant)
+def _backend(op: Contract, invariant: bool, capturable: bool = True) -> Backend:
+    fn = register(op.name, "reference", op.reference)
+    return Backend("reference", op, fn, _supports, invariant, capturable=capturable)
 
 
-paged_attention = _backend(PAGED_ATTENTION, invariant=False)
-"""Not invariant: torch's matmul picks its order of summation by shape, hence by chunk and by neighbours."""
+paged_attention = _backend(PAGED_ATTENTION, invariant=False, capturable=False)
+"""It reads where rows start and end on the host, so a graph cannot hold it. Not invariant: torch's matmul picks its
+order of summation by shape, hence by chunk and by neighbours."""
 rope_write = _backend(ROPE_WRITE, invariant=False)
 copy_blocks = _backend(COPY_BLOCKS, invariant=True)
 linear = _backend(LINEAR, invariant=False)

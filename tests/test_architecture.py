@@ -41,6 +41,7 @@ FLOORS = {
     "fnengine.program": 4,
     "fnengine.transforms": 5,
     "fnengine.device": 6,
+    "fnengine.captures": 6,
     "fnengine.memory": 6,
     "fnengine.build": 6,
     "fnengine.artifacts": 6,

@@ -229,6 +229,32 @@ def _flags() -> tuple[Flag, ...]:
         Flag(("--max-queue",), "engine.max_queue", "most waiting sequences; more are a 429", steps, read_size, (), "N"),
         Flag(("--enforce-eager",), "engine.enforce_eager", "do not compile", steps),
         Flag(
+            ("--graph-mode",),
+            "engine.graph_mode",
+            "steps that are captured in CUDA graphs: FULL all of them whole, PIECEWISE without attention, "
+            "FULL_DECODE_ONLY and FULL_AND_PIECEWISE treat decode and mixed steps apart",
+            steps,
+            str.upper,
+            ("NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"),
+        ),
+        Flag(
+            ("--graphs",),
+            "engine.graphs",
+            "shapes to capture, as `fnengine tune` saves them",
+            steps,
+            str,
+            (),
+            "FILE",
+        ),
+        Flag(
+            ("--graph-capture",),
+            "engine.graph_capture",
+            "eager captures all at the start, lazy each when it is met for the second time",
+            steps,
+            str,
+            ("eager", "lazy"),
+        ),
+        Flag(
             ("--threads",),
             "threads",
             "threads of a step on CPU (default: physical cores this process may run on, within its CPU quota)",

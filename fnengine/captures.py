@@ -1,0 +1,90 @@
+"""What of an engine's steps is captured: the ladder, what graphs are asked, and what one may stand for.
+
+`graphs/` knows shapes and opaque questions; this module knows `Ask`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fnengine.graphs import ladder as ladders
+from fnengine.graphs.capture import CudaGraphs, Twin
+from fnengine.graphs.dispatch import FULL, PIECEWISE, Capturing, mode_of
+from fnengine.host.step import PIPELINE, Ask
+from fnengine.kernels import Ops, library
+from fnengine.settings import Mode, Settings
+
+GREEDY = Ask()
+ANYTHING = Ask(pipeline=PIPELINE, noise=True)
+"""Serves rows of any sampling parameters: a processor leaves a row alone that does not ask for it, and a row at
+temperature 0 gets no noise."""
+AT_START = (GREEDY, ANYTHING)
+"""What graphs captured at the start compute; other questions are captured when asked twice, or run eagerly."""
+
+
+def covers(more: Ask, ask: Ask) -> bool:
+    """Whether the tokens and log-probabilities of `ask` are among those of `more`, whoever reads them looks no further.
+
+    Prompts alone (`sample=False`) are served by any: a row that does not emit keeps its tokens.
+    """
+    return (
+        set(more.pipeline) >= set(ask.pipeline)
+        and more.noise >= ask.noise
+        and more.sample >= ask.sample
+        and more.score == ask.score
+        and more.logits == ask.logits
+        and (ask.logprobs is None or (more.logprobs is not None and more.logprobs >= ask.logprobs))
+    )
+
+
+def relaxed(ask: Ask) -> tuple[Ask, ...]:
+    """What graphs captured at the start compute that covers `ask`, the least first."""
+    return tuple(more for more in AT_START if more != ask and covers(more, ask))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be captured, and why so."""
+
+    capturing: Capturing[Ask] | None
+    reason: str
+
+
+def plan(settings: Settings, mode: Mode, ops: Ops, device: torch.device, lazy: bool) -> Plan:
+    """What of the steps is captured with these settings.
+
+    Args:
+        lazy: what `graph_capture` means where it is not set.
+
+    Raises:
+        ConfigError: there is no such mode, or the file of the ladder cannot be read.
+    """
+    name = settings.graph_mode.upper()
+    decode, mixed = mode_of(name)
+    twin = device.type == "cpu" and settings.graph_twin
+    ladder, whence = ladders.default(mode.budget, mode.rows), "the default ladder"
+    if settings.graphs is not None:
+        ladder, whence = ladders.load(Path(settings.graphs))[0], settings.graphs
+    if device.type == "cpu" and not twin:
+        return Plan(None, "nothing is captured on CPU, where small steps are recorded")
+    if decode is None and mixed is None:
+        return Plan(None, "nothing is captured: --graph-mode NONE")
+    if settings.enforce_eager and not twin:
+        return Plan(None, "nothing is captured: --enforce-eager")
+    reason = f"{name}, {len(ladder.buckets)} buckets from {whence}"
+    attention = ops.paged_attention.backend
+    if FULL in (decode, mixed) and not attention.capturable:
+        name = "PIECEWISE"
+        reason = f"{name}, because a graph cannot hold {attention.name} attention; " + reason
+    kinds = {
+        FULL: Twin() if twin else CudaGraphs(device),
+        PIECEWISE: Twin(library.outside) if twin else CudaGraphs(device, library.outside),
+    }
+    wanted = {kind: recorder for kind, recorder in kinds.items() if kind in mode_of(name)}
+    lazy = settings.graph_capture == "lazy" or (settings.graph_capture is None and lazy)
+    if lazy:
+        reason += ", each captured when it is met for the second time"
+    return Plan(Capturing(ladder, name, wanted, () if lazy else AT_START, relaxed, lazy), reason)
