@@ -68,15 +68,15 @@ def build(model: Model, settings: Settings, lazy: bool = True) -> Built:
             remedy="leave it out, or use --device cpu",
         )
     kernels.start(device, model.dtype, model.quantization != "none", settings.kv_cache_dtype)
-    compiling = device.type == "cpu" and not settings.enforce_eager
-    why_not = missing_compiler() if compiling else None
+    compiling = not settings.enforce_eager
+    why_not = missing_compiler() if compiling and device.type == "cpu" else None
     if compiling and why_not is None and not kept(folder()):
         start_compiler()  # while the native kernels are built
     ops = kernels.ops(device, model.dtype, kv=settings.kv_cache_dtype)
     per_block = sum(block_bytes(ops.kv, BLOCK, x.mixer.kv_heads, x.mixer.width, model.dtype) for x in spec.layers)
     slots = int(settings.swap_space * 2**30) // per_block
     kinds = []
-    if compiling and ops.paged_attention.backend.name != "reference":
+    if compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu"):
         kinds = wanted_layers(spec, model.params, ops, model.dtype, device)
     account = None
     if device.type == "cpu":
@@ -120,19 +120,21 @@ def build(model: Model, settings: Settings, lazy: bool = True) -> Built:
     pinned = team.pin(threads, environment.processors()) if settings.pin_threads else {}
     traces = Traces()
     run_layers, execution = one_by_one(), "eager: --enforce-eager"
-    if device.type != "cpu":
-        execution = "eager: CUDA steps run uncaptured on the reference kernels for now"
+    if compiling and not kinds:
+        execution = f"eager: {why_not or ops.paged_attention.reason}"
     elif compiling:
-        if ops.paged_attention.backend.name == "reference":
-            execution = f"eager: {why_not or ops.paged_attention.reason}"
-        else:
-            try:
-                run_layers = compiled_layers(kinds, model.params, folder(), traces)
-                sources = ", ".join(f"{name} {source} in {s:.1f} s" for name, source, s in traces.log)
-                recorded = f", up to {RECORDED_TOKENS} tokens recorded" if isinstance(run_layers, Recorded) else ""
-                execution = f"compiled: {sources}{recorded}"
-            except CannotCompile as e:
-                execution = f"eager: {e}"
+        try:
+            run_layers = compiled_layers(kinds, model.params, folder(), traces)
+            sources = ", ".join(f"{name} {source} in {s:.1f} s" for name, source, s in traces.log)
+            recorded = f", up to {RECORDED_TOKENS} tokens recorded" if isinstance(run_layers, Recorded) else ""
+            execution = f"compiled: {sources}{recorded}"
+        except CannotCompile as e:
+            execution = f"eager: {e}"
+        except Exception as e:
+            if device.type == "cpu":
+                raise
+            log.warning("layers could not be compiled for %s", device, exc_info=True)
+            execution = f"eager: {type(e).__name__} while layers were compiled for {device}"
     if execution.startswith("eager"):
         log.warning("steps run %s", execution)
     captured = captures.plan(settings, mode, ops, device, lazy)

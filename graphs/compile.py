@@ -177,13 +177,14 @@ def make(wanted: Wanted, folder: Path | None, traces: Traces, hooks: replay.Hook
     """
     t0 = time.perf_counter()
     path = None if folder is None else folder / f"{wanted.stem}.bin"
-    call, source = None if path is None else _replay(path, hooks), "loaded"
+    replayed = path is not None and wanted.device.type == "cpu"  # elsewhere Inductor's own loader knows the kernels
+    call, source = _replay(path, hooks) if path is not None and replayed else None, "loaded"
     hooked = call is not None and hooks is not None
     if call is None:
         if wanted.device.type == "cpu" and (why_not := missing_compiler()) is not None:
             raise CannotCompile(why_not)
         call, source = _through_inductor(wanted, path)
-        if hooks is not None and path is not None and (again := _replay(path, hooks)) is not None:
+        if hooks is not None and path is not None and replayed and (again := _replay(path, hooks)) is not None:
             call, hooked = again, True  # as every later process will run it
     seconds = time.perf_counter() - t0
     if source == "compiled":
@@ -242,7 +243,7 @@ def _through_inductor(wanted: Wanted, path: Path | None) -> tuple[Callable[..., 
         if call is None:
             source = "compiled"
             call = _compile(wanted, path)
-        if path is not None:
+        if path is not None and wanted.device.type == "cpu":
             _keep(PyCodeCache.modules[before:], path)
     return call, source
 

@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         "steps",
         [
             ("execution", built.execution),
+            ("graphs", built.capture),
             ("threads", threads(built)),
             ("seed promise", f"{'holds' if holds else 'does not hold'}: {why}"),
         ],
