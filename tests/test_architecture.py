@@ -24,6 +24,7 @@ FLOORS = {
     "fnengine.graphs": 1,
     "fnengine.host": 1,
     "fnengine.settings": 2,
+    "fnengine.arrivals": 2,
     "fnengine.spec": 2,
     "fnengine.families": 2,
     "fnengine.params": 2,
@@ -46,6 +47,7 @@ FLOORS = {
     "fnengine.artifacts": 6,
     "fnengine.runtime": 6,
     "fnengine.decoding": 6,
+    "fnengine.simulate": 6,
     "fnengine.engine": 6,
     "fnengine.llm": 6,
     "fnengine.serve": 7,
@@ -62,6 +64,8 @@ TORCH_FREE = (
     "fnengine.keys",
     "fnengine.host",
     "fnengine.settings",
+    "fnengine.arrivals",
+    "fnengine.simulate",
 )
 ENVIRONMENT = ("fnengine.environment", "fnengine.config", "fnengine.cli", "fnengine.__main__")
 """The only readers of os.environ and sys.argv."""
