@@ -14,12 +14,12 @@ Proved, not proved:
 - **Chains.** A set of buckets is a chain when each holds all the steps that the one before it holds. The best chain is
   the best path through a graph whose edges are pairs of nested buckets, with the budgets as its resources; it is found
   exactly by labels, cut by a Lagrangian bound on what a path can still gain (Dumitrescu and Boland 2003). All sets of
-  decode buckets (n, n) are chains, so for steps of a token a row the result is the optimum. Should there be more labels
-  than `LABELS`, the search stops with the best it has and says so.
-- **Any set.** From the best chain, two greedy sets and the default ladder, single additions, removals and exchanges are
-  made while they help. The result is a local optimum, never worse than any of its starts, so never worse than the
-  default ladder where that keeps the budget. No factor is proved for it: fit's order makes the gain of a set neither
-  monotone nor submodular.
+  decode buckets (n, n) are chains, so for steps of a token a row the result is the optimum, proved. Should that take
+  more than `LABELS` labels, the result says that it is not proved.
+- **Any set.** From a good chain (the best path of all that the Lagrangian met), two greedy sets and the default ladder,
+  single additions, removals and exchanges are made while they help. The result is a local optimum, never worse than any
+  of its starts, so never worse than the default ladder where that keeps the budget. No factor is proved for it: fit's
+  order makes the gain of a set neither monotone nor submodular.
 - **A bound.** `Tuned.bound` is below every ladder made of the candidates: the Lagrangian bound of the plain facility
   location problem (Cornuejols, Fisher, Nemhauser 1977), whose clients may choose the cheapest bucket. So each result
   comes with its own proof of how far from the optimum it can be.
@@ -38,7 +38,7 @@ from fnengine.graphs.ladder import Ladder, holds
 
 LABELS = 200_000
 """Most partial chains looked at: a few seconds."""
-TOKEN_SIZES, ROW_SIZES = 40, 12
+TOKEN_SIZES, ROW_SIZES = 40, 8
 """Most sizes among which candidates for mixed steps are looked for."""
 
 
@@ -309,12 +309,12 @@ def _tails(gain: np.ndarray, allowed: np.ndarray, price: np.ndarray) -> tuple[np
     return tail, then
 
 
-def _best_chain(p: _Problem) -> tuple[np.ndarray, bool, float]:
-    """(mask of the best chain, whether that is proved, an upper bound of any chain's gain)."""
+def _best_chain(p: _Problem, most: int) -> tuple[np.ndarray, bool]:
+    """(mask of the best chain, whether that is proved), after looking at so many labels at most."""
     B = len(p.buckets)
     none = np.zeros(B, bool)
     if not B:
-        return none, True, 0.0
+        return none, True
     gain, allowed = _edges(p)
     limited = np.isfinite(p.limits)
     scale = np.where(limited & (p.limits > 0), p.limits, 1.0)
@@ -339,7 +339,9 @@ def _best_chain(p: _Problem) -> tuple[np.ndarray, bool, float]:
         prices = np.where(limited, np.maximum(prices + stride * over, 0.0), 0.0)
     assert kept_tail is not None
     if bound - best_gain <= 1e-12 * max(bound, 1e-30):
-        return best, True, bound
+        return best, True
+    if not most:
+        return best, False
     # Labels: (gain, what is used) of partial chains that end in a bucket. `back` finds the way.
     labels: list[np.ndarray] = []
     names: list[np.ndarray] = []
@@ -356,7 +358,7 @@ def _best_chain(p: _Problem) -> tuple[np.ndarray, bool, float]:
         good = (left >= 0)[:, limited].all(1) & (hope > best_gain * (1 + 1e-12))
         rows, came = rows[good], came[good]
         rows, came = _undominated(rows, came)
-        if len(back) + len(rows) > LABELS:
+        if len(back) + len(rows) > most:
             proved = False
             rows, came = rows[:0], came[:0]
         names.append(np.arange(len(back), len(back) + len(rows)))
@@ -368,20 +370,24 @@ def _best_chain(p: _Problem) -> tuple[np.ndarray, bool, float]:
             while at >= 0:
                 at, j = back[at]
                 best[j] = True
-    return best, proved, max(best_gain, 0.0) if proved else bound
+    return best, proved
 
 
 def _undominated(rows: np.ndarray, came: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Those (gain, used...) for which no other gains as much and uses as little."""
     order = np.lexsort((*rows[:, 1:].T, -rows[:, 0]))
     rows, came = rows[order], came[order]
-    kept: list[int] = []
-    front = np.empty((0, rows.shape[1] - 1))
-    for i in range(len(rows)):
-        if len(front) and (front <= rows[i, 1:] + 1e-15).all(1).any():
-            continue
-        kept.append(i)
-        front = np.vstack([front, rows[i, 1:]])
+    used = rows[:, 1:]
+    used = used[:, (used != used[:1]).any(0)]
+    if used.shape[1] <= 1:  # one resource: whoever uses less than all that gain more
+        least = np.minimum.accumulate(used[:, 0]) if used.size else np.zeros(0)
+        kept = np.append(True, used[1:, 0] < least[:-1]) if used.size else np.arange(len(rows)) == 0
+        return rows[kept], came[kept]
+    front, kept = np.empty_like(used), []
+    for i, mine in enumerate(used):
+        if not (front[: len(kept)] <= mine + 1e-15).all(1).any():
+            front[len(kept)] = mine
+            kept.append(i)
     return rows[kept], came[kept]
 
 
@@ -492,18 +498,18 @@ def tune(
     also = frozenset(() if default is None else default.buckets)
     p = _problem(counts, Ladder(among).buckets, costs, budget, also)
     n = sum(counts.values())
-    chain, proved, _ = _best_chain(p)
-    nested = len(p.buckets) <= 1 or _one_chain(p)
-    if nested:
+    if len(p.buckets) <= 1 or _one_chain(p):
         # Every set is a chain: there is nothing to look for beyond the best one.
-        found, method = chain, "the best chain" if proved else f"the best of {LABELS} partial chains"
+        found, proved = _best_chain(p, LABELS)
+        method = "the best chain" if proved else f"exchanges from the best of {LABELS} partial chains"
         if not proved:
             found = _exchanged(p, found)
         total = p.total(found)
         bound = total if proved else min(_bound(p, total), total)
     else:
+        chain, _ = _best_chain(p, 0)
         nothing = np.zeros(len(p.buckets), bool)
-        starts = {"the best chain": chain}
+        starts = {"a chain": chain}
         starts |= {"greedy": _greedy(p, nothing, False), "greedy by share": _greedy(p, nothing, True)}
         usual = np.array([b in also for b in p.buckets], bool)
         if default is not None and p.fits(usual):
