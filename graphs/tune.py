@@ -16,10 +16,10 @@ Proved, not proved:
   exactly by labels, cut by a Lagrangian bound on what a path can still gain (Dumitrescu and Boland 2003). All sets of
   decode buckets (n, n) are chains, so for steps of a token a row the result is the optimum, proved. Should that take
   more than `LABELS` labels, the result says that it is not proved.
-- **Any set.** From a good chain (the best path of all that the Lagrangian met), two greedy sets and the default ladder,
-  single additions, removals and exchanges are made while they help. The result is a local optimum, never worse than any
-  of its starts, so never worse than the default ladder where that keeps the budget. No factor is proved for it: fit's
-  order makes the gain of a set neither monotone nor submodular.
+- **Any set.** Of a good chain (the best path of all that the Lagrangian met), two greedy sets and the default ladder
+  the two best are taken, and single additions, removals and exchanges made while they help. The result is a local
+  optimum, never worse than any of the four, so never worse than the default ladder where that keeps the budget. No
+  factor is proved for it: fit's order makes the gain of a set neither monotone nor submodular.
 - **A bound.** `Tuned.bound` is below every ladder made of the candidates: the Lagrangian bound of the plain facility
   location problem (Cornuejols, Fisher, Nemhauser 1977), whose clients may choose the cheapest bucket. So each result
   comes with its own proof of how far from the optimum it can be.
@@ -27,8 +27,11 @@ Proved, not proved:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 import numpy as np
 
@@ -160,17 +163,67 @@ def thinned(weights: Mapping[int, float], most: int) -> tuple[int, ...]:
     return tuple(int(tops[k]) for k in sorted(set(picked)))
 
 
-def widened(counts: Mapping[Shape, float], ladder: Ladder, rows: int, share: float = 0.01) -> dict[Shape, float]:
-    """Counts with a small share for shapes that a short trace may have missed: every decode size up to `rows`, and the
-    largest step of every mixed bucket of the ladder. Budget that nothing else needs is then spent on them, and what
-    replaces a seen size by a smaller gain is not."""
-    out = dict(counts)
+def widened(
+    counts: Mapping[Shape, float], ladder: Ladder, *, budget: int, rows: int, spread: float, share: float = 0.01
+) -> dict[Shape, float]:
+    """Counts as a longer trace might have them.
+
+    A small `share` goes to shapes that were perhaps missed: every decode size up to `rows`, and the largest step of
+    every mixed bucket of the ladder. Budget that nothing else needs is then spent on them. Of the weight of mixed
+    steps, `spread` goes to shapes nearby, for their sizes hardly come twice: log-normal around each, as wide as the
+    rule of thumb for densities says (Silverman 1986: deviation times n^(-1/5)). Steps that fill the budget stay.
+    """
+    out = {s: float(n) for s, n in counts.items()}
+    mixed = [(s, n) for s, n in counts.items() if s[0] > s[1]]
+    if spread and mixed:
+        weight = np.array([n for _, n in mixed], float)
+        logs = np.log([s for s, _ in mixed])
+        mean = (weight[:, None] * logs).sum(0) / weight.sum()
+        width = np.sqrt((weight[:, None] * (logs - mean) ** 2).sum(0) / weight.sum()) * weight.sum() ** -0.2
+        z = [NormalDist().inv_cdf((k + 0.5) / _POINTS) for k in range(_POINTS)]
+        for (t, r), n in mixed:
+            if t >= budget:
+                continue
+            out[t, r] -= spread * n
+            for k in range(_POINTS):
+                r2 = min(max(round(r * math.exp(width[1] * z[k * 4 % _POINTS])), 1), rows)
+                t2 = min(max(round(t * math.exp(width[0] * z[k])), r2 + 1), budget)
+                out[t2, r2] = out.get((t2, r2), 0.0) + spread * n / _POINTS
     unseen = [(n, n) for n in range(1, rows + 1)]
     unseen += [(b.tokens, b.rows - 1) for b in ladder.buckets if b.tokens > b.rows > 1]
     each = share * sum(counts.values()) / max(len(unseen), 1)
     for s in unseen:
         out[s] = out.get(s, 0.0) + each
-    return out
+    return {s: n for s, n in out.items() if n > 1e-12}
+
+
+SPREADS = (0.0, 0.5)
+"""That are tried. Over six synthetic traces they differed by less than 0.1 % of the step time, 1.0 from 0.5 by less."""
+_POINTS = 9
+"""For each step; odd, and no multiple of the 4 that pairs token sizes with row sizes."""
+
+
+def foresee(
+    steps: Sequence[Shape], costs: Costs, budget: Budget, default: Ladder, *, tokens: int, rows: int
+) -> tuple[Tuned, float]:
+    """(ladder for steps like these, the spread it was tuned with).
+
+    The spread is the one with which the first half of the steps gives the best ladder for the second; then all steps
+    are tuned for. `Tuned.expected` and `bound` are of the widened counts.
+
+    Args:
+        steps: shapes in the order in which they ran.
+        tokens, rows: most of a step.
+    """
+    sizes = {"budget": tokens, "rows": rows}
+    halves = Counter(steps[: len(steps) // 2]), Counter(steps[len(steps) // 2 :])
+    scores = {}
+    if halves[0] and any(t > r for t, r in halves[1]):
+        for spread in SPREADS:
+            tried = tune(widened(halves[0], default, spread=spread, **sizes), costs, budget, default=default)
+            scores[spread] = expected(halves[1], tried.ladder, costs)
+    best = min(scores, key=lambda spread: scores[spread], default=0.0)
+    return tune(widened(Counter(steps), default, spread=best, **sizes), costs, budget, default=default), best
 
 
 # --- the problem as arrays --------------------------------------------------------------------------------------------
@@ -514,7 +567,9 @@ def tune(
         usual = np.array([b in also for b in p.buckets], bool)
         if default is not None and p.fits(usual):
             starts["the default ladder"] = usual
-        ends = {name: _exchanged(p, start) for name, start in starts.items()}
+        # Exchanges are what takes the time, so only the two best starts are worth them.
+        by_total = sorted(starts, key=lambda name: p.total(starts[name]))
+        ends = {name: _exchanged(p, starts[name]) for name in by_total[:2]}
         name = min(ends, key=lambda name: p.total(ends[name]))
         found, total, method = ends[name], p.total(ends[name]), f"exchanges from {name}"
         bound = min(_bound(p, total), total)

@@ -48,6 +48,7 @@ FLOORS = {
     "fnengine.runtime": 6,
     "fnengine.decoding": 6,
     "fnengine.simulate": 6,
+    "fnengine.measure": 6,
     "fnengine.engine": 6,
     "fnengine.llm": 6,
     "fnengine.serve": 7,

@@ -92,6 +92,9 @@ def test_the_steps_are_those_of_the_engine(depth, blocks, host_slots, options, h
     assert got == replay(trace, p, seconds, blocks=blocks, depth=depth, host_slots=host_slots), "the same again"
     if blocks < 20:
         assert got.preemptions > 0
+    # A mutant that must be caught: a replay at the other depth.
+    other = replay(trace, p, seconds, blocks=blocks, depth=1 - depth, host_slots=host_slots)
+    assert [(s.tokens, s.rows, s.at) for s in other.steps] != device.launched
 
 
 def test_one_request_by_hand():

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fnengine import arrivals
 from fnengine.graphs import cost, report, tune
 from fnengine.graphs.bucket import Bucket
 from fnengine.graphs.ladder import Ladder, default
 from fnengine.graphs.report import Usage
 from fnengine.graphs.tune import Budget, Costs
+from fnengine.host.plan import Policy
+from fnengine.simulate import replay
 
 # --- the optimiser ----------------------------------------------------------------------------------------------------
 
@@ -139,6 +144,24 @@ def test_padding_tokens_have_a_row():
     assert got.ladder.buckets == (Bucket(10, 3), Bucket(12, 3))
 
 
+def test_a_tuner_that_forgets_the_padding_row_is_caught(monkeypatch):
+    """Mutant: rows are compared without the row that owns padding tokens. Oracle: the mean that `Ladder.fit` gives."""
+    costs, counts = Costs(lambda b: b.tokens + b.rows / 100, lambda t, r: 100.0), {(10, 3): 1, (12, 3): 1}
+    real = tune._problem
+
+    def forgetful(counts, buckets, *rest):
+        p = real(counts, buckets, *rest)
+        T, R = ([getattr(b, x) for b in p.buckets] for x in ("tokens", "rows"))
+        held = [[t <= a and r <= b for t, r in counts] for a, b in zip(T, R, strict=True)]
+        return dataclasses.replace(p, held=np.array(held), n=np.ones(2), eager=np.full(2, 100.0))
+
+    for mutant in (False, True):
+        if mutant:
+            monkeypatch.setattr(tune, "_problem", forgetful)
+        got = tune.tune(counts, costs, Budget(graphs=1))
+        assert (got.expected == pytest.approx(tune.expected(counts, got.ladder, costs))) is not mutant
+
+
 def test_a_trace_of_real_size_is_quick_and_close_to_its_bound():
     """Three budgets at once, 64 decode sizes and 3000 mixed shapes."""
     rng = random.Random(4)
@@ -157,6 +180,38 @@ def test_a_trace_of_real_size_is_quick_and_close_to_its_bound():
     got = tune.tune(counts, costs, Budget(48, 1 << 30, 10.0), default=usual)
     assert got.expected < got.default < got.none
     assert got.bound > 0.97 * got.expected
+
+
+def test_a_ladder_for_the_future_beats_the_default_on_what_it_has_not_seen():
+    """A law of the whole way, on synthetic load: arrivals, the scheduler, the tuner, the half that was held out."""
+    costs = Costs(
+        lambda b: 4e-3 + 2e-5 * b.tokens + 1e-5 * b.rows,
+        lambda t, r: max(8e-3, 4e-3 + 2e-5 * t + 1e-5 * r),
+        lambda b: 16e6,
+        lambda b: 0.2,
+    )
+    sizes = Policy(budget=256, rows=24, queue=1000, max_len=2048, vocab=30000)
+    usual, budget = default(256, 24), Budget(None, 2 << 30, 10.0)
+    trace = arrivals.draw(arrivals.Synthetic(requests=120, rate=12, prompt=80, output=60, seed=1))
+    first, second = (replay(h, sizes, costs.eager, blocks=2000, depth=1) for h in arrivals.halves(trace))
+    steps = [(s.tokens, s.rows) for s in first.steps]
+    got, spread = tune.foresee(steps, costs, budget, usual, tokens=256, rows=24)
+    assert spread in tune.SPREADS and budget.keeps(usual, costs) and budget.keeps(got.ladder, costs)
+    with_default, with_tuned = (tune.expected(second.counts, x, costs) for x in (usual, got.ladder))
+    assert with_tuned < with_default < tune.expected(second.counts, None, costs)
+    u = Usage()
+    for (t, r), n in second.counts.items():
+        for _ in range(n):
+            u.add(t, r, bucket=got.ladder.fit(t, r))
+    assert u.waste < 0.05
+
+
+def test_widened_counts_keep_their_sum_and_their_bounds():
+    counts = {(5, 5): 10, (100, 4): 3, (300, 9): 5, (512, 7): 2}
+    wide = tune.widened(counts, default(512, 16), budget=512, rows=16, spread=0.5, share=0.1)
+    assert sum(wide.values()) == pytest.approx(1.1 * sum(counts.values()))
+    assert all(r <= t <= 512 and r <= 16 for t, r in wide)
+    assert wide[512, 7] >= 2 and wide[300, 9] >= 2.5 and len(wide) > len(counts) + 16
 
 
 def test_thinned_sizes_are_the_best_by_brute_force():
