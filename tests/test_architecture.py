@@ -24,6 +24,7 @@ FLOORS = {
     "fnengine.graphs": 1,
     "fnengine.host": 1,
     "fnengine.settings": 2,
+    "fnengine.arrivals": 2,
     "fnengine.spec": 2,
     "fnengine.families": 2,
     "fnengine.params": 2,
@@ -47,6 +48,8 @@ FLOORS = {
     "fnengine.artifacts": 6,
     "fnengine.runtime": 6,
     "fnengine.decoding": 6,
+    "fnengine.simulate": 6,
+    "fnengine.measure": 6,
     "fnengine.engine": 6,
     "fnengine.llm": 6,
     "fnengine.serve": 7,
@@ -63,6 +66,8 @@ TORCH_FREE = (
     "fnengine.keys",
     "fnengine.host",
     "fnengine.settings",
+    "fnengine.arrivals",
+    "fnengine.simulate",
 )
 ENVIRONMENT = ("fnengine.environment", "fnengine.config", "fnengine.cli", "fnengine.__main__")
 """The only readers of os.environ and sys.argv."""

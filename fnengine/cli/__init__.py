@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from fnengine import __version__, environment
-from fnengine.cli.flags import FLAGS, add_flags
+from fnengine.cli.flags import FLAGS, add_flags, read_size
 from fnengine.cli.refused import refuse
 from fnengine.errors import ConfigError, FnError
 
@@ -77,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add_flags(p, "model", "engine")
 
     _bench(commands)
+    _tune(commands)
 
     p = _command(commands, "compile", "fill the cache ahead of a start: native kernels and layers, without the weights")
     _model_argument(p)
@@ -134,6 +135,57 @@ def _bench(commands: Any) -> None:
     p.add_argument("--max-concurrency", type=_count, metavar="N", help="most requests at once (default: no limit)")
     p.add_argument("--request-rate", type=float, metavar="R", help="arrivals a second, Poisson (default: all at once)")
     _lengths(p, prompts=32)
+
+
+def _tune(commands: Any) -> None:
+    p = _command(commands, "tune", "choose the shapes to capture as CUDA graphs, for a load and under a budget")
+    _model_argument(p)
+    load = p.add_mutually_exclusive_group()
+    load.add_argument(
+        "--trace", metavar="FILE", help="JSON lines with arrival (seconds), prompt, output and prefix (tokens)"
+    )
+    load.add_argument(
+        "--synthetic",
+        nargs="?",
+        const="",
+        metavar="NAME=N,...",
+        help="draw the load instead, such as requests=500,rate=20,prompt=256,output=128 (the default)",
+    )
+    p.add_argument("--out", default="graphs.json", metavar="FILE", help="to keep them in (default: %(default)s)")
+    p.add_argument(
+        "--memory-for-graphs",
+        type=_size,
+        default=2 << 30,
+        metavar="BYTES",
+        help="that all graphs may take (default: 2GiB)",
+    )
+    p.add_argument(
+        "--startup-seconds", type=_seconds, default=10.0, metavar="S", help="for capturing them (default: 10)"
+    )
+    p.add_argument("--max-graphs", type=_count, metavar="N", help="default: no limit of its own")
+    p.add_argument("--seconds", type=_seconds, default=20.0, metavar="S", help="spent on timing steps (default: 20)")
+    p.add_argument(
+        "--eager-overhead",
+        type=_seconds,
+        default=5e-3,
+        metavar="S",
+        help="what a step takes longer without a graph, assumed where there are none to measure (default: 0.005)",
+    )
+    p.add_argument(
+        "--graph-bytes", type=_size, default=16 << 20, metavar="BYTES", help="of a graph, likewise (default: 16MiB)"
+    )
+    p.add_argument(
+        "--capture-seconds", type=_seconds, default=0.2, metavar="S", help="of a graph, likewise (default: 0.2)"
+    )
+    p.add_argument("--html", metavar="FILE", help="write a page with a picture of the padding, before and after")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    add_flags(p, "model", "engine")
+
+    p = commands.add_parser("graphs", help="look at captured shapes", description="Look at captured shapes.")
+    kinds = p.add_subparsers(dest="kind", metavar="KIND", title="kinds", required=True, parser_class=_plain)
+    p = _command(kinds, "show", "what a file that tune wrote holds", module="graphs")
+    p.add_argument("file", metavar="FILE", help="that `fnengine tune` wrote")
+    p.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _plain(prog: str, description: str | None = None, epilog: str | None = None, **kw: Any) -> argparse.ArgumentParser:
@@ -227,6 +279,25 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
     return int(text)
+
+
+def _size(text: str) -> int:
+    """A number of bytes."""
+    try:
+        return read_size(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def _seconds(text: str) -> float:
+    """A time, 0 or more."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text!r}")
+    return seconds
 
 
 def _environment_help() -> str:
