@@ -344,7 +344,7 @@ def test_a_model_of_fp8_is_near_the_whole_one():
     )
     assert params.memory_plan(whole.spec, torch.float32, how).weights == held
     assert isinstance(loaded["layers"][0]["qkv"], leaves.Fp8) and not isinstance(loaded["head"], leaves.Fp8)
-    rt, same = Runtime(dataclasses.replace(whole, params=loaded)), Runtime(whole)
+    rt, same = (Runtime(m, enforce_eager=True) for m in (dataclasses.replace(whole, params=loaded), whole))
     prompt = [3, 14, 15, 92, 65, 35, 8, 97]
     got, want = rt.extend(rt.empty, prompt)[1], same.extend(same.empty, prompt)[1]
     assert 1e-3 < float((got - want).norm() / want.norm()) < 0.3
