@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fnengine import kernels
 from fnengine.errors import ConfigError
-from fnengine.kernels import quantized
+from fnengine.kernels import fp8, quantized
 from fnengine.kernels.linear import PANEL
 from fnengine.tree import static
 
@@ -89,8 +89,24 @@ class Quantized:
     """Rows of x are rounded to 8 bits, too."""
 
 
-Leaf = Dense | Packed | Tiled | Quantized
-KINDS = (Dense, Packed, Tiled, Quantized)
+@dataclass(frozen=True)
+class Fp8:
+    """The same product with a weight of 8-bit floats (`kernels/fp8.py`), by which rows rounded alike are multiplied."""
+
+    codes: Tensor
+    """uint8 [N, K], both up to multiples of 16: the bits of float8_e4m3fn"""
+    scales: Tensor
+    """[N up to 16] float32"""
+    bias: Tensor | None
+    """[N]"""
+    shape: tuple[int, int] = static()
+    """(N, K)"""
+    dtype: torch.dtype = static()
+    """Of rows that are looked up: the model's."""
+
+
+Leaf = Dense | Packed | Tiled | Quantized | Fp8
+KINDS = (Dense, Packed, Tiled, Quantized, Fp8)
 
 _ADDRESSES = itertools.count()
 _PACKED: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
@@ -124,6 +140,8 @@ def matmul(leaf: Leaf, x_TK: Tensor, wide: bool = False) -> Tensor:
         case Quantized(codes, scales, bias, shape, _, dynamic):
             product = _quantized_linear(x_TK.device, x_TK.dtype)
             return product(x_TK, codes, scales, bias, shape[0], dynamic, wide)
+        case Fp8(codes, scales, bias, shape):
+            return _fp8_linear(x_TK.device, x_TK.dtype)(x_TK, codes, scales, bias, shape[0], wide)
         case Packed(handle, bias, weight):
             y = torch.ops.fnengine.packed_linear(x_TK, handle, bias, weight.shape[0])
             return y.float() if wide else y
@@ -151,12 +169,15 @@ def lookup(leaf: Leaf, index_T: Tensor) -> Tensor:
             return tiles[row // PANEL, :, row % PANEL].flatten(1)[:, :K]
         case Quantized(codes, scales, _, (_, K), dtype):
             return quantized.lookup(codes, scales, index_T.long(), K).to(dtype)
+        case Fp8(codes, scales, _, (_, K), dtype):
+            row = index_T.long()
+            return fp8.dequantize(codes[row], scales[row], len(row), K).to(dtype)
     raise AssertionError("a packed weight cannot be looked up")
 
 
 def weight_bytes(leaf: Leaf) -> int:
     """Bytes of a leaf. A packed weight is counted by its logical shape: oneDNN's padding is below one block a side."""
-    held = (leaf.codes, leaf.scales) if isinstance(leaf, Quantized) else (leaf.weight,)
+    held = (leaf.codes, leaf.scales) if isinstance(leaf, Quantized | Fp8) else (leaf.weight,)
     return sum(t.numel() * t.dtype.itemsize for t in (*held, leaf.bias) if t is not None)
 
 
@@ -180,17 +201,30 @@ def tile_leaf(leaf: Dense, atom: int) -> Tiled:
 
 
 def quantize_leaf(leaf: Dense, bits: int, dynamic: bool) -> Quantized:
-    """The form of 8 or 4 bits of a dense leaf on CPU; `dynamic`: it will be multiplied by rows of 8 bits."""
+    """The form of 8 or 4 bits of a dense leaf, made on CPU; `dynamic`: it will be multiplied by rows of 8 bits."""
     N, K = leaf.weight.shape
-    dtype = leaf.weight.dtype
+    dtype, device = leaf.weight.dtype, leaf.weight.device
     if leaf.weight.is_meta:  # shapes are all there is
         codes, scales = quantized.shapes(N, K, bits)
         w = leaf.weight
         empty = w.new_empty(codes, dtype=torch.uint8), w.new_empty(scales, dtype=torch.bfloat16)
         return Quantized(*empty, leaf.bias, (N, K), dtype, dynamic)
-    missing = kernels.cpu.quantized_linear.supports(leaf.weight.device, dtype)
-    codes, scales = (quantized.quantize if missing else kernels.cpu.quantize)(leaf.weight, bits)
-    return Quantized(codes, scales, leaf.bias, (N, K), dtype, dynamic)
+    weight = leaf.weight.cpu()  # so that codes are the same to the last bit wherever they go
+    missing = kernels.cpu.quantized_linear.supports(weight.device, dtype)
+    codes, scales = (quantized.quantize if missing else kernels.cpu.quantize)(weight, bits)
+    return Quantized(codes.to(device), scales.to(device), leaf.bias, (N, K), dtype, dynamic)
+
+
+def fp8_leaf(leaf: Dense) -> Fp8:
+    """The form of 8-bit floats of a dense leaf, on its device."""
+    w = leaf.weight
+    N, K = w.shape
+    if w.is_meta:
+        codes, scales = fp8.shapes(N, K)
+        held = w.new_empty(codes, dtype=torch.uint8), w.new_empty(scales, dtype=torch.float32)
+    else:
+        held = fp8.quantize(w)
+    return Fp8(held[0], held[1], leaf.bias, (N, K), w.dtype)
 
 
 @cache
@@ -198,12 +232,17 @@ def _quantized_linear(device: torch.device, dtype: torch.dtype) -> kernels.Chose
     return kernels.choose(kernels.BACKENDS["quantized_linear"], device, dtype)
 
 
+@cache
+def _fp8_linear(device: torch.device, dtype: torch.dtype) -> kernels.Chosen:
+    return kernels.choose(kernels.BACKENDS["fp8_linear"], device, dtype)
+
+
 @dataclass(frozen=True)
 class Packing:
     """How weights will be stored on a device, and why."""
 
     kind: str
-    """`tiled`, `packed`, `dense`, or one of `QUANTIZED`"""
+    """`tiled`, `packed`, `dense`, or one of `ROUNDED`"""
     reason: str
     atom: int = 1
     """Channels in an atom of a tile."""
@@ -215,9 +254,9 @@ class Packing:
 
     @property
     def ends(self) -> Packing:
-        """How the head is stored, and an embedding that is the head as well: never in less than 8 bits, because their
-        errors reach the logits and the residual stream whole (docs/performance.md)."""
-        return replace(self, kind=self.kind.replace("int4", "int8"))
+        """How the head is stored, and an embedding that is the head as well: never in less than integers of 8 bits,
+        because their errors reach the logits and the residual stream whole (docs/performance.md)."""
+        return replace(self, kind=self.kind.replace("int4", "int8").replace("fp8", "int8"))
 
     def place(self, leaf: Dense) -> Leaf:
         """The leaf in its final form; the dense one may be freed afterwards. On the meta device only its shapes."""
@@ -226,6 +265,8 @@ class Packing:
                 return tile_leaf(leaf, self.atom)
             case "packed":
                 return pack_leaf(leaf)
+            case "fp8":
+                return fp8_leaf(leaf)
             case kind if kind in QUANTIZED:
                 return quantize_leaf(leaf, QUANTIZED[kind], kind.endswith("dynamic"))
         return leaf
@@ -235,6 +276,9 @@ class Packing:
         if self.kind in QUANTIZED:
             codes, scales = quantized.shapes(N, K, QUANTIZED[self.kind])
             return prod(codes) + prod(scales) * 2
+        if self.kind == "fp8":
+            codes, scales = fp8.shapes(N, K)
+            return prod(codes) + prod(scales) * 4
         elements = -(-N // PANEL) * PANEL * (-(-K // self.atom) * self.atom) if self.kind == "tiled" else N * K
         return elements * dtype.itemsize
 
@@ -242,7 +286,9 @@ class Packing:
 LAYOUTS = ("tiled", "packed", "dense")
 """Kinds of layout on CPU that hold a weight as it is, fastest first."""
 QUANTIZED = {"int8": 8, "int4": 4, "int8-dynamic": 8, "int4-dynamic": 4}
-"""Kinds that hold it rounded -> bits; a dynamic one rounds the rows that it is multiplied by to 8 bits as well."""
+"""Kinds that hold it as integers -> bits; a dynamic one rounds the rows that it is multiplied by to 8 bits as well."""
+ROUNDED = (*QUANTIZED, "fp8")
+"""Kinds that hold it rounded: integers, or 8-bit floats, which are multiplied by rows of such."""
 
 
 Tiles = Callable[[torch.device, torch.dtype], Packing | str]
@@ -292,23 +338,43 @@ def quantizing(device: torch.device, dtype: torch.dtype, kind: str, tiles: Tiles
     Raises:
         ConfigError: there is no such kind, or the device does not multiply it.
     """
-    if kind not in QUANTIZED:
+    if kind not in ROUNDED:
         raise ConfigError(
-            f"{kind!r} is not implemented", where="--quantization", remedy=f"one of none, {', '.join(QUANTIZED)}"
+            f"{kind!r} is not implemented", where="--quantization", remedy=f"one of none, {', '.join(ROUNDED)}"
         )
-    if device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         raise ConfigError(
-            f"{kind} weights are multiplied on cpu only, not on {device.type}",
+            f"{kind} weights are multiplied on cpu and cuda only, not on {device.type}",
             where="--quantization",
             remedy="leave it out, or use --device cpu",
         )
+    if kind == "fp8":
+        return _floating(device, dtype)
     native = tiles(device, dtype)  # what builds one product builds the other
-    how = (
-        f"by plain torch, decoded at every call: slow ({native})" if isinstance(native, str) else "by a native product"
-    )
+    if device.type == "cuda":
+        chosen = _quantized_linear(device, dtype)
+        native = chosen.reason if chosen.backend.name == "reference" else Packing(kind, "")
+    how = "by Triton" if device.type == "cuda" else "by a native product"
+    how = f"by plain torch, decoded at every call: slow ({native})" if isinstance(native, str) else how
     head = ", head in 8 bits" if QUANTIZED[kind] == 4 else ""
     rows = ", rows to 8 bits" if kind.endswith("dynamic") else ""
     return Packing(kind, f"rounded from {str(dtype)[6:]}{head}{rows}, multiplied {how}")
+
+
+def _floating(device: torch.device, dtype: torch.dtype) -> Packing:
+    """How weights are placed as 8-bit floats.
+
+    Raises:
+        ConfigError: the device does not multiply them.
+    """
+    if why_not := kernels.triton.unfit_for_fp8(device, dtype):
+        raise ConfigError(
+            f"fp8 weights are multiplied by matrix units of GPUs, which is not possible on {device.type}: {why_not}",
+            where="--quantization",
+            remedy="int8 is as small and runs here",
+        )
+    head = "head in integers of 8 bits, rows to fp8"
+    return Packing("fp8", f"rounded from {str(dtype)[6:]}, {head}; {_fp8_linear(device, dtype).reason}")
 
 
 def packing(device: torch.device, dtype: torch.dtype, quantization: str = "none", tiles: Tiles = tiles) -> Packing:

@@ -32,7 +32,7 @@ def load(
         dtype: auto, bfloat16, float16 or float32.
         device: auto (cuda where there is one), cpu or cuda.
         load_format: auto, safetensors, or dummy (random weights from a config.json, drawn from `seed`).
-        quantization: none, int8, int4, int8-dynamic or int4-dynamic; see `model.load`.
+        quantization: none, int8, int4, int8-dynamic, int4-dynamic or fp8; see `model.load`.
         revision: branch, tag or commit of a Hugging Face repository.
         offline: use only what is in the cache already.
         progress: True draws a bar on stderr; a function is called with (bytes done, bytes in all).

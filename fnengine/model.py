@@ -94,8 +94,9 @@ def load(
         device: auto (cuda where torch finds one, else cpu), cpu, cuda or cuda:N.
         load_format: auto or safetensors read the weights; dummy draws random ones from `seed` and needs only a
             config.json.
-        quantization: none, int8 or int4: weights are rounded to so many bits as they are read (CPU only); with
-            int8-dynamic and int4-dynamic the rows they are multiplied by are rounded to 8 bits as well.
+        quantization: none, int8 or int4: weights are rounded to so many bits as they are read; with int8-dynamic and
+            int4-dynamic the rows they are multiplied by are rounded to 8 bits as well. fp8 (GPUs of compute capability
+            8.9 or later): both are rounded to 8-bit floats.
         progress: called with (bytes done, bytes in all) while weights are read.
 
     Raises:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fnengine.kernels import cpu, native, reference, triton
+from fnengine.kernels import cpu, native, reference, triton, vendor
 from fnengine.kernels.contract import Backend, Chosen, Contract, choose
 from fnengine.kernels.layout import KVLayout
 
@@ -39,7 +39,9 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "copy_blocks": (cpu.copy_blocks, triton.copy_blocks, reference.copy_blocks),
     "gumbel_argmax": (cpu.gumbel_argmax, reference.gumbel_argmax),
     "linear": (cpu.linear, reference.linear),
-    "quantized_linear": (cpu.quantized_linear, reference.quantized_linear),
+    "quantized_linear": (cpu.quantized_linear, triton.quantized_linear, reference.quantized_linear),
+    "fp8_linear": (vendor.fp8_linear, triton.fp8_linear, reference.fp8_linear),
+    "grouped_linear": (triton.grouped_linear, vendor.grouped_linear, reference.grouped_linear),
 }
 """op -> its backends, best first."""
 
@@ -48,8 +50,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
 class Ops:
     """The backends an engine uses, chosen once; model code gets it as an argument.
 
-    `linear` and `quantized_linear` are not among them: how a weight is stored says how it is multiplied, and its leaf
-    knows (`leaves.py`).
+    Products are not among them: how a weight is stored says how it is multiplied, and its leaf knows (`leaves.py`).
     """
 
     paged_attention: Chosen

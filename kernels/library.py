@@ -26,6 +26,8 @@ SCHEMAS = {
     "linear": "(Tensor x, Tensor tiles, Tensor? bias, int n, bool wide=False) -> Tensor",
     "quantized_linear": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int n, bool dynamic=False, "
     "bool wide=False) -> Tensor",
+    "fp8_linear": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int n, bool wide=False) -> Tensor",
+    "grouped_linear": "(Tensor x, Tensor offsets, Tensor weight) -> Tensor",
     "gumbel_argmax": "(Tensor logits, Tensor temperature, Tensor seed, Tensor position, int stream) -> Tensor",
 }
 """op -> its signature with what it mutates; the same for every backend of the op."""
@@ -62,6 +64,14 @@ def _shape_of_quantized(
     return torch.empty((x.shape[0], n), dtype=torch.float32 if wide else x.dtype, device=x.device)
 
 
+def _shape_of_fp8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, n: int, wide: bool = False) -> Tensor:
+    return _shape_of_linear(x, codes, bias, n, wide)
+
+
+def _shape_of_grouped(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty((x.shape[0], weight.shape[1]), dtype=x.dtype, device=x.device)
+
+
 def _nothing(*_: Any) -> None:
     return None
 
@@ -72,6 +82,8 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "copy_blocks": _nothing,
     "linear": _shape_of_linear,
     "quantized_linear": _shape_of_quantized,
+    "fp8_linear": _shape_of_fp8,
+    "grouped_linear": _shape_of_grouped,
     "gumbel_argmax": _shape_of_choice,
 }
 """op -> what it gives back, without computing it (for tracing)."""

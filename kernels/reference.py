@@ -6,6 +6,8 @@ import torch
 
 from fnengine.kernels.attention import PAGED_ATTENTION
 from fnengine.kernels.contract import Backend, Contract
+from fnengine.kernels.fp8 import FP8_LINEAR
+from fnengine.kernels.grouped import GROUPED_LINEAR
 from fnengine.kernels.library import register
 from fnengine.kernels.linear import LINEAR
 from fnengine.kernels.noise import GUMBEL_ARGMAX
@@ -32,4 +34,8 @@ linear = _backend(LINEAR, invariant=False)
 """Not invariant, for the same reason."""
 quantized_linear = _backend(QUANTIZED_LINEAR, invariant=False)
 """Not invariant, for the same reason; and it decodes the whole weight at every call."""
+fp8_linear = _backend(FP8_LINEAR, invariant=False)
+"""Not invariant, for the same reason; and it widens the whole weight at every call."""
+grouped_linear = _backend(GROUPED_LINEAR, invariant=False)
+"""Not invariant, for the same reason; and it waits for the offsets."""
 gumbel_argmax = _backend(GUMBEL_ARGMAX, invariant=True)

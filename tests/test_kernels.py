@@ -104,7 +104,7 @@ def test_backend_equals_reference_in_float32(backend: Backend, dtype: torch.dtyp
     op = backend.op
     needs(backend, dtype)
     rtol, atol = op.tolerance[dtype]
-    for seed in (0, 1):
+    for seed in (0, 1) if backend.supports(CPU, dtype) is None else (0,):  # an interpreter is slow
         for example in op.examples(dtype, seed):
             wanted = {
                 k: [as_float32(y) for y in v] if isinstance(v, list) else as_float32(v) for k, v in example.items()
@@ -630,9 +630,7 @@ def test_a_token_is_rotated_and_written_the_same_in_any_company(dtype: torch.dty
 
 def test_ops_report_what_was_chosen():
     o = ops("cpu", torch.bfloat16)
-    assert [line[0] for line in describe(o)] == [
-        name for name in BACKENDS if name not in ("linear", "quantized_linear")
-    ]
+    assert [line[0] for line in describe(o)] == [name for name in BACKENDS if not name.endswith("linear")]
     assert o.invariant == all(line[2] for line in describe(o))
     plain = ops("cpu", torch.bfloat16, only="reference")
     assert {line[1] for line in describe(plain)} == {"reference"} and not plain.invariant

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from fnengine import checkpoint, cli, leaves, model, params, tree
+from fnengine import checkpoint, cli, kernels, leaves, model, params, tree
 from fnengine.cli import refused
 from fnengine.cli.flags import QUANTIZATIONS, read_quantization
 from fnengine.cli.start import load_model
 from fnengine.config import resolve
 from fnengine.errors import ConfigError
-from fnengine.kernels import cpu, quantized
+from fnengine.kernels import cpu, fp8, quantized
 from fnengine.runtime import Runtime
 from tests.models import threads, tiny_folder
 
@@ -250,7 +250,7 @@ def test_without_the_library_plain_torch_serves(monkeypatch):
         leaves._quantized_linear.cache_clear()
 
 
-@pytest.mark.parametrize("kind", ["awq", "gptq", "fp8", "", "INT8"])
+@pytest.mark.parametrize("kind", ["awq", "gptq", "fp4", "", "INT8"])
 def test_other_kinds_are_refused(kind: str):
     """By the library and by the command line, each saying what there is."""
     with pytest.raises(ConfigError, match="int8"):
@@ -260,7 +260,7 @@ def test_other_kinds_are_refused(kind: str):
 
 
 def test_the_flag_knows_every_kind():
-    assert ("none", *leaves.QUANTIZED) == QUANTIZATIONS
+    assert ("none", *leaves.ROUNDED) == QUANTIZATIONS
 
 
 def test_the_flag_reaches_the_model():
@@ -272,6 +272,79 @@ def test_the_flag_reaches_the_model():
 
 
 def test_other_devices_are_refused():
-    with pytest.raises(ConfigError, match="cpu only, not on cuda"):
-        leaves.packing(torch.device("cuda"), torch.bfloat16, "int8")
+    with pytest.raises(ConfigError, match="cpu and cuda only, not on mps"):
+        leaves.packing(torch.device("mps"), torch.bfloat16, "int8")
     assert leaves.packing(torch.device("cuda"), torch.bfloat16, "none").kind == "dense"
+
+
+def test_integers_are_for_gpus_too():
+    """By Triton where it is installed, else slowly and saying so; no GPU need be there to plan for one."""
+    how = leaves.packing(torch.device("cuda"), torch.bfloat16, "int4")
+    assert how.kind == "int4"
+    assert ("by Triton" if kernels.triton.installed() else "slow") in how.reason
+
+
+# 8-bit floats
+
+
+def test_fp8_is_refused_where_nothing_multiplies_it():
+    """The message says why, and what to use instead; so does the command line's."""
+    with pytest.raises(ConfigError, match=r"not possible on cpu(.|\n)*int8"):
+        leaves.packing(CPU, torch.bfloat16, "fp8")
+    with pytest.raises(ConfigError, match="int8"):
+        model.load(tiny_folder("llama2"), device="cpu", quantization="fp8")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no CUDA device"):
+            leaves.packing(torch.device("cuda"), torch.bfloat16, "fp8")
+    assert read_quantization("fp8") == "fp8"
+
+
+@pytest.mark.parametrize("N, K", SIZES)
+def test_floats_of_8_bits_err_by_at_most_a_sixteenth(N: int, K: int):
+    """Law: 3 bits of mantissa round to within 2^-4 of a value, or half of the smallest step, 2^-10 of a row's scale."""
+    w = random_weight(N, K)
+    codes, scales = fp8.quantize(w)
+    assert (codes.shape, scales.shape) == fp8.shapes(N, K)
+    got = fp8.dequantize(codes, scales, N, K)
+    assert ((w - got).abs() <= (w.abs() / 16 + scales[:N, None] * 2**-10) * (1 + 1e-5)).all()
+    assert int(codes[N:].count_nonzero()) == 0 and int(codes[:, K:].count_nonzero()) == 0
+    largest = w.abs().amax(1)
+    torch.testing.assert_close(got.abs().amax(1), largest, rtol=1e-6, atol=1e-30)
+
+
+def test_a_leaf_of_fp8_multiplies_and_is_looked_up():
+    """Oracle: float64 with the rounded weight and rows, and the dequantized rows; bytes are those planned."""
+    w, x = random_weight(33, 72), torch.randn(5, 72)
+    how = leaves.Packing("fp8", "for the test")
+    leaf = how.place(leaves.Dense(w, torch.ones(33)))
+    assert isinstance(leaf, leaves.Fp8) and leaves.weight_bytes(leaf) == how.nbytes(33, 72, torch.float32) + 33 * 4
+    meta = how.place(leaves.Dense(w.to("meta"), None))
+    assert isinstance(meta, leaves.Fp8) and (meta.codes.shape, meta.scales.shape) == (
+        leaf.codes.shape,
+        leaf.scales.shape,
+    )
+    rows, factor = fp8.round_rows(x)
+    rounded = rows[:, :72].view(fp8.FP8).double() * factor[:, None].double()
+    want = rounded @ fp8.dequantize(leaf.codes, leaf.scales, 33, 72).double().T + 1
+    torch.testing.assert_close(leaves.matmul(leaf, x).double(), want, rtol=1e-5, atol=1e-5)
+    ids = torch.tensor([32, 0, 0, 7], dtype=torch.int32)
+    assert torch.equal(leaves.lookup(leaf, ids), fp8.dequantize(leaf.codes, leaf.scales, 33, 72)[ids.long()])
+    assert how.ends.kind == "int8"
+
+
+def test_a_model_of_fp8_is_near_the_whole_one():
+    """Through the plain-torch reference, as no CPU is asked to multiply it otherwise: logits near those of whole
+    weights and not equal to them, and the planned bytes are held."""
+    folder, how = tiny_folder("llama2"), leaves.Packing("fp8", "for the test")
+    whole = model.load(folder, dtype="float32", device="cpu")
+    loaded = checkpoint.load(folder, whole.spec, torch.float32, CPU, how)
+    held = sum(
+        leaf.nbytes if isinstance(leaf, torch.Tensor) else leaves.weight_bytes(leaf)
+        for _, leaf in tree.items(loaded, stop=leaves.KINDS)
+    )
+    assert params.memory_plan(whole.spec, torch.float32, how).weights == held
+    assert isinstance(loaded["layers"][0]["qkv"], leaves.Fp8) and not isinstance(loaded["head"], leaves.Fp8)
+    rt, same = (Runtime(m, enforce_eager=True) for m in (dataclasses.replace(whole, params=loaded), whole))
+    prompt = [3, 14, 15, 92, 65, 35, 8, 97]
+    got, want = rt.extend(rt.empty, prompt)[1], same.extend(same.empty, prompt)[1]
+    assert 1e-3 < float((got - want).norm() / want.norm()) < 0.3

@@ -80,8 +80,8 @@ def read_threads(text: str) -> int:
     return n
 
 
-QUANTIZATIONS = ("none", "int8", "int4", "int8-dynamic", "int4-dynamic")
-"""What `leaves.QUANTIZED` knows, spelled out because flags are read before torch is imported."""
+QUANTIZATIONS = ("none", "int8", "int4", "int8-dynamic", "int4-dynamic", "fp8")
+"""What `leaves.ROUNDED` knows, spelled out because flags are read before torch is imported."""
 
 
 def read_quantization(text: str) -> str:
@@ -129,8 +129,8 @@ def _flags() -> tuple[Flag, ...]:
         Flag(
             ("--quantization", "-q"),
             "model.quantization",
-            "round weights to so many bits as they are read (CPU): half or a quarter of the memory and of its traffic; "
-            "-dynamic rounds what they are multiplied by to 8 bits, too",
+            "round weights to so many bits as they are read: half or a quarter of the memory and of its traffic; "
+            "-dynamic rounds what they are multiplied by to 8 bits, too, and so does fp8 (GPUs only)",
             model,
             read_quantization,
             QUANTIZATIONS,

@@ -7,6 +7,7 @@ that is asked for by name gets there (`Backend.interpreted`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,10 +17,15 @@ import torch
 
 from fnengine import environment
 from fnengine.kernels.contract import Backend, Contract
+from fnengine.kernels.fp8 import FP8_LINEAR
+from fnengine.kernels.grouped import GROUPED_LINEAR
 from fnengine.kernels.library import register
 from fnengine.kernels.pool import COPY_BLOCKS
+from fnengine.kernels.quantized import QUANTIZED_LINEAR
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FP8_SINCE = (8, 9)
+"""Compute capability of the first GPUs whose matrix units take 8-bit floats (Ada)."""
 
 
 @cache
@@ -50,7 +56,23 @@ def interpreted(device: torch.device, dtype: torch.dtype) -> str | None:
     return _missing(dtype)
 
 
-def _backend(op: Contract, module: str, invariant: bool, **more: Any) -> Backend:
+def unfit_for_fp8(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why products of 8-bit floats cannot run here, or None."""
+    return unfit(device, dtype) or older_than(device, FP8_SINCE)
+
+
+def older_than(device: torch.device, since: tuple[int, int]) -> str | None:
+    """Why a GPU is none of at least this compute capability, or None."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device here"
+    has = torch.cuda.get_device_capability(device)
+    wanted = ".".join(map(str, since))
+    return None if has >= since else f"needs compute capability {wanted}, this GPU has {has[0]}.{has[1]}"
+
+
+def _backend(
+    op: Contract, module: str, invariant: bool, supports: Callable[..., str | None] = unfit, **more: Any
+) -> Backend:
     def run(*args: Any, **kw: Any) -> Any:
         return getattr(import_module(f"{__name__}.{module}"), op.name)(*args, **kw)
 
@@ -58,7 +80,7 @@ def _backend(op: Contract, module: str, invariant: bool, **more: Any) -> Backend
         "triton",
         op,
         register(op.name, "triton", run),
-        unfit,
+        supports,
         invariant,
         interpreted=interpreted,
         **more,
@@ -66,3 +88,14 @@ def _backend(op: Contract, module: str, invariant: bool, **more: Any) -> Backend
 
 
 copy_blocks = _backend(COPY_BLOCKS, "pool", invariant=True)
+quantized_linear = _backend(QUANTIZED_LINEAR, "quantized", invariant=False)
+"""Not invariant: a row's sums are in one order for at most `tiles.FEW` tokens and in another for more."""
+fp8_linear = _backend(FP8_LINEAR, "fp8", invariant=False, supports=unfit_for_fp8)
+"""Not invariant, for the same reason."""
+grouped_linear = _backend(GROUPED_LINEAR, "grouped", invariant=False)
+"""Not invariant: the channels that are multiplied at once follow from the mean number of an expert's tokens."""
+
+
+def round_rows(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as `kernels.fp8.round_rows` for a tensor on a GPU, in one launch."""
+    return import_module(f"{__name__}.fp8").round_rows(x_TK)
