@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fnengine.graphs import ladder as ladders
-from fnengine.graphs.capture import CudaGraphs, Twin
+from fnengine.graphs.captured import CudaGraphs, Twin
 from fnengine.graphs.dispatch import FULL, PIECEWISE, Capturing, mode_of
 from fnengine.host.step import PIPELINE, Ask
 from fnengine.kernels import Ops, library

@@ -8,8 +8,9 @@ through a captured graph. The edits come seldom and in any number, so they stay 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from fnengine import tree
 from fnengine.graphs.bucket import Bucket, fit
 from fnengine.graphs.dispatch import Capturing, Choice, Graphs
+from fnengine.graphs.report import Usage
 from fnengine.host.request import MAX_BIAS
 from fnengine.host.step import BLOCK, Admission, Ask, Scores, StepInput, StepOutput, Ticket
 from fnengine.kernels import KVLayout, Ops, memory
@@ -69,21 +71,26 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return memory.zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Launched:
     """A ticket. On CPU the step is done; on CUDA `read` waits for its event."""
 
     out: Out
-    tokens: int
-    rows: int
+    choice: Choice[Ask]
     done: torch.cuda.Event | None
     all_logits: bool
     """`out.logits` has a row per token, not per batch row."""
+    usage: Usage | None = None
+    """Counts the step when it is read for the first time."""
+    at: float = field(default_factory=time.perf_counter)
 
     def read(self) -> StepOutput:
         if self.done is not None:
             self.done.synchronize()
-        R, T, out = self.rows, self.tokens, self.out
+        if self.usage is not None:
+            _count(self.usage, self.choice, time.perf_counter() - self.at)
+            self.usage = None
+        R, T, out = self.choice.rows, self.choice.tokens, self.out
         logits = out.logits
         if logits is not None:
             logits = logits[: T if self.all_logits else R]
@@ -94,6 +101,12 @@ class Launched:
             score=_scores(out.score, T),
             logits=logits,
         )
+
+
+def _count(usage: Usage, c: Choice[Ask], seconds: float) -> None:
+    relaxed = "a graph that computes more than was asked" if c.relaxed else None
+    bucket = None if c.key is None else c.bucket
+    usage.add(c.tokens, c.rows, bucket=bucket, reason=c.why, relaxed=relaxed, seconds=seconds)
 
 
 def _scores(top: Top | None, n: int) -> Scores | None:
@@ -163,9 +176,14 @@ class TorchDevice:
             for p in (self.state.pool if host_slots else ())
         )
         self.graphs = None
+        self.usage = Usage() if capturing is not None else None
+        """What ran in which graph, where steps are captured."""
         self.steps: Steps = Direct(lambda packed: self._forward(self.params, self.state, packed))
         if capturing is not None:
-            self.steps = self.graphs = Graphs(self._forward, (params, self.state), capturing, self._idle)
+            assert self.usage is not None
+            self.steps = self.graphs = Graphs(
+                self._forward, (params, self.state), capturing, self._idle, self.usage.capture
+            )
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None] = lambda _done, _all: None) -> None:
@@ -216,7 +234,7 @@ class TorchDevice:
             if self.device.type == "cuda":
                 done = torch.cuda.Event()
                 done.record()
-        return Launched(out, len(step.token), len(step.row), done, all_logits)
+        return Launched(out, choice, done, all_logits, self.usage)
 
     def _stage(self, array: np.ndarray) -> Tensor:
         """The array on the device, some time after this."""

@@ -23,6 +23,7 @@ from typing import Any
 from fnengine import __version__, environment
 from fnengine.build import Built, build
 from fnengine.errors import DeviceFault, FnError, RequestError
+from fnengine.graphs.report import as_json
 from fnengine.host import commit as committing
 from fnengine.host import plan as planning
 from fnengine.host.answers import fits, most_unread
@@ -471,6 +472,13 @@ class Engine:
     def gauges(self) -> Gauges:
         recompiles = 0 if self.built is None else self.built.traces.compiled - self._compiled
         return replace(planning.gauges(self.host), steps=self._steps, recompiles=recompiles)
+
+    def graphs(self) -> dict[str, Any] | None:
+        """What ran in which captured graph, and what padding cost; None where nothing is captured."""
+        usage = None if self.built is None else self.built.device.usage
+        if usage is None or self.built is None:
+            return None
+        return {"about": self.built.capture, **as_json(replace(usage, recompiles=self.gauges().recompiles))}
 
     def reset_prefix_cache(self) -> None:
         """Forgets cached blocks that no sequence holds."""

@@ -2,7 +2,7 @@
 
 A graph is known by the smallest key that tells it from others: how it is captured, its bucket, and the structure of
 what is asked. A step first looks for a graph of exactly what it asks, then for one that asks for more (`relax`), and
-else runs eagerly; every step is reported with what became of it.
+else runs eagerly; a `Choice` says which, and why.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from fnengine.errors import ConfigError
 from fnengine.graphs.bucket import Bucket, fit
-from fnengine.graphs.capture import Captured, Recorder, capture
+from fnengine.graphs.captured import Captured, Recorder, capture
 from fnengine.graphs.ladder import Ladder
 
 FULL, PIECEWISE = "full", "piecewise"
@@ -92,14 +92,14 @@ class Graphs(Generic[Asked]):
         fn: `fn(*fixed, inputs) -> out`, pure but for writing to fixed arguments.
         fixed: its first arguments, weights and state.
         idle: (bucket, ask) -> inputs of a step that changes nothing, to capture with.
-        observe: called with each choice.
+        spent: told the bucket, bytes and seconds of each graph that is captured.
     """
 
     fn: Callable[..., Any]
     fixed: tuple[Any, ...]
     how: Capturing[Asked]
     idle: Callable[[Bucket, Asked], Any]
-    observe: Callable[[Choice[Asked]], None] = lambda _choice: None
+    spent: Callable[[Bucket, int, float], None] = lambda _bucket, _bytes, _seconds: None
     captured: dict[Key[Asked], Captured] = field(default_factory=dict)
     _seen: set[Key[Asked]] = field(default_factory=set)
 
@@ -147,7 +147,6 @@ class Graphs(Generic[Asked]):
 
     def run(self, choice: Choice[Asked], inputs: Any) -> Any:
         """What the step gives: a graph's is valid until the next run."""
-        self.observe(choice)
         if choice.key is None:
             return self.fn(*self.fixed, inputs)
         graph = self.captured.get(choice.key)
@@ -164,4 +163,5 @@ class Graphs(Generic[Asked]):
             recorder=self.how.recorders[key.kind],
         )
         self.captured[key] = graph
+        self.spent(key.bucket, graph.bytes, graph.seconds)
         return graph

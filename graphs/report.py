@@ -30,7 +30,7 @@ class Hits:
 
 
 @dataclass(slots=True)
-class Captured:
+class Spent:
     """The graphs of one bucket; there are several when steps of several trees met it."""
 
     graphs: int = 0
@@ -48,7 +48,7 @@ class Usage:
     """By the reason why no graph was replayed."""
     relaxed: Counter[str] = field(default_factory=Counter)
     """Replayed in a graph of a wider key than the step's own, by what was widened."""
-    captured: dict[Bucket, Captured] = field(default_factory=dict)
+    captured: dict[Bucket, Spent] = field(default_factory=dict)
     recompiles: int = 0
     """Compilations after warm-up."""
 
@@ -76,7 +76,7 @@ class Usage:
 
     def capture(self, bucket: Bucket, bytes: int, seconds: float) -> None:
         """Counts one graph that was captured."""
-        kept = self.captured.setdefault(bucket, Captured())
+        kept = self.captured.setdefault(bucket, Spent())
         kept.graphs += 1
         kept.bytes += bytes
         kept.seconds += seconds
@@ -114,8 +114,8 @@ def merge(usages: Iterable[Usage]) -> Usage:
                     was.steps + h.steps, was.tokens + h.tokens, was.rows + h.rows, was.seconds + h.seconds
                 )
         for bucket, c in u.captured.items():
-            was = out.captured.get(bucket, Captured())
-            out.captured[bucket] = Captured(was.graphs + c.graphs, was.bytes + c.bytes, was.seconds + c.seconds)
+            was = out.captured.get(bucket, Spent())
+            out.captured[bucket] = Spent(was.graphs + c.graphs, was.bytes + c.bytes, was.seconds + c.seconds)
         out.relaxed += u.relaxed
         out.recompiles += u.recompiles
     return out
@@ -175,7 +175,7 @@ def as_json(usage: Usage) -> dict[str, Any]:
 
     buckets = []
     for b in every_bucket(usage):
-        h, c = usage.buckets.get(b, Hits()), usage.captured.get(b, Captured())
+        h, c = usage.buckets.get(b, Hits()), usage.captured.get(b, Spent())
         kept = {"graphs": c.graphs, "bytes": c.bytes, "capture_seconds": c.seconds}
         buckets.append({"bucket": [b.tokens, b.rows], **fields(h), "waste": waste_of(b, h), **kept})
     return {
@@ -199,7 +199,7 @@ def from_json(body: dict[str, Any]) -> Usage:
         {b: hits(d) for b, d in of if d["steps"]},
         {reason: hits(d) for reason, d in body["eager"].items()},
         Counter(body["relaxed"]),
-        {b: Captured(d["graphs"], d["bytes"], d["capture_seconds"]) for b, d in of if d["graphs"]},
+        {b: Spent(d["graphs"], d["bytes"], d["capture_seconds"]) for b, d in of if d["graphs"]},
         body["recompiles"],
     )
 

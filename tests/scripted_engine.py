@@ -151,6 +151,7 @@ class ScriptedEngine:
         self.aborted: list[tuple[str, int]] = []
         self.steps = self.closed = self.resets = self.rejected = 0
         self.why: str | None = None
+        self.captured: dict | None = None
         self.task: asyncio.Task | None = None
 
     def clock(self) -> float:
@@ -161,6 +162,9 @@ class ScriptedEngine:
 
     def reset_prefix_cache(self) -> None:
         self.resets += 1
+
+    def graphs(self) -> dict | None:
+        return self.captured
 
     def gauges(self) -> Gauges:
         return Gauges(

@@ -1,5 +1,5 @@
 """A function captured and replayed: the laws of a graph's memory, kept by its twin on CPU. Oracles: the function
-itself, run directly, and the sentences in `graphs/capture.py`."""
+itself, run directly, and the sentences in `graphs/captured.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from fnengine.errors import ConfigError, GraphError
 from fnengine.graphs.bucket import Bucket
-from fnengine.graphs.capture import CudaGraphs, Recorder, Twin, capture
+from fnengine.graphs.captured import CudaGraphs, Recorder, Twin, capture
 from fnengine.graphs.dispatch import FULL, MODES, PIECEWISE, Capturing, Graphs, Key
 from fnengine.graphs.ladder import Ladder, default, holds, load, save
 from fnengine.tree import static
@@ -267,7 +267,7 @@ def test_modes_say_what_runs_where(mode, decode, mixed):
 def test_each_fallback_is_chosen_in_turn_and_reported():
     told: list = []
     g = graphs("FULL", eager=("more",))
-    g.observe = told.append
+    g.spent = lambda bucket, bytes, seconds: told.append((bucket, bytes))
     for key in g.wanted():
         g.capture(key)
     more = g.choose(2, 2, "less")
@@ -276,9 +276,7 @@ def test_each_fallback_is_chosen_in_turn_and_reported():
     other = g.choose(2, 2, "other")
     assert other.key is None and "nothing captured serves other" in other.why
     assert g.choose(40, 2, "less").why == "beyond the ladder"
-    for choice in (more, other):
-        g.run(choice, torch.ones(choice.bucket.tokens))
-    assert told == [more, other]
+    assert told == [(b, 4 * b.tokens) for b in BUCKETS.largest_first]
 
 
 def test_lazy_capture_waits_for_the_second_time():

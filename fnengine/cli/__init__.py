@@ -186,6 +186,12 @@ def _tune(commands: Any) -> None:
     p = _command(kinds, "show", "what a file that tune wrote holds", module="graphs")
     p.add_argument("file", metavar="FILE", help="that `fnengine tune` wrote")
     p.add_argument("--json", action="store_true", help="print JSON")
+    p = _command(kinds, "report", "hits, padding and fallbacks of a running server", module="graphs")
+    p.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
+    p.add_argument("--key", help="API key (default: FNENGINE_API_KEY)")
+    p.add_argument("--html", metavar="FILE", help="write a page with a picture of the padding")
+    p.add_argument("--before", metavar="FILE", help="an earlier answer of --json, to be drawn beside it")
+    p.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _plain(prog: str, description: str | None = None, epilog: str | None = None, **kw: Any) -> argparse.ArgumentParser:

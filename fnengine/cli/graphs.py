@@ -1,4 +1,4 @@
-"""`fnengine graphs show`: what a file of buckets holds, and what it was made for."""
+"""`fnengine graphs show | report`: what a file of buckets holds, and what a running server did with its own."""
 
 from __future__ import annotations
 
@@ -38,8 +38,33 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
+def report(args: argparse.Namespace) -> int:
+    """The table of a running server's graphs, its JSON, or a page with a picture."""
+    from fnengine import environment
+    from fnengine.cli.client import Server
+    from fnengine.errors import ConfigError
+    from fnengine.graphs import report
+
+    body = Server(args.url, args.key or next(iter(environment.api_keys()), None)).get("/debug/graphs")
+    usage = report.from_json(body)
+    if args.html is not None:
+        earlier = report.Usage()
+        if args.before is not None:
+            try:
+                earlier = report.from_json(json.loads(Path(args.before).read_text()))
+            except (OSError, ValueError, KeyError, TypeError) as e:
+                raise ConfigError(f"{args.before}: {e}", where="--before", remedy="an answer of --json") from e
+        sides = ("before", earlier), ("now", usage)
+        Path(args.html).write_text(report.page(f"Graphs of {args.url}", *sides, [body["about"]]), encoding="utf-8")
+    if args.json:
+        print(json.dumps(body, indent=1))
+        return 0
+    print(body["about"], *report.table(usage), sep="\n")
+    return 0
+
+
 def _shown(value: Any) -> str:
     return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
-KINDS: dict[str, Callable[[argparse.Namespace], int]] = {"show": show}
+KINDS: dict[str, Callable[[argparse.Namespace], int]] = {"show": show, "report": report}

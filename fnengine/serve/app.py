@@ -293,6 +293,12 @@ def make_app(
         text, kind = meter.text()
         return Response(text, headers={"content-type": kind})
 
+    async def debug_graphs(request: Request) -> Response:
+        graphs = engine.graphs()
+        if graphs is None:
+            raise NotFound("no steps are captured here", remedy="CUDA graphs run on GPUs, unless --graph-mode is NONE")
+        return _json(graphs)
+
     async def load(request: Request) -> Response:
         return _json({"server_load": len(flights)})
 
@@ -353,6 +359,7 @@ def make_app(
     route("/version", "GET", show_version)
     route("/metrics", "GET", show_metrics)
     route("/load", "GET", load)
+    route("/debug/graphs", "GET", debug_graphs)
     route("/reset_prefix_cache", "POST", reset_prefix_cache)
     route("/abort_requests", "POST", abort_requests, protocol.AbortBody)
 

@@ -100,6 +100,10 @@ class EnginePort(Protocol):
 
     def gauges(self) -> Gauges: ...
 
+    def graphs(self) -> dict[str, Any] | None:
+        """Steps by captured graph, as `fnengine.graphs.report.as_json` has them; None where nothing is captured."""
+        ...
+
     def healthy(self) -> str | None:
         """None when requests can be served, else why not."""
         ...

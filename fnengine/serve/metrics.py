@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -219,3 +220,37 @@ class Meter:
         yield counter("steps", g.steps, "Steps committed.")
         yield counter("swaps", g.swaps, "Sequences whose KV was moved to host memory.")
         yield counter("recompiles", g.recompiles, "Traces compiled after warm-up.")
+        if (graphs := self.engine.graphs()) is not None:
+            yield from _graph_families(graphs, labels, values)
+
+
+def _graph_families(graphs: Mapping[str, Any], labels: list[str], values: list[str]) -> Iterable[Metric]:
+    """Hits, padding and fallbacks of captured steps, under our own prefix."""
+
+    def counter(name: str, text: str, label: str, counts: Iterable[tuple[str, float]]) -> Metric:
+        family = CounterMetricFamily(f"fnengine:{name}", text, labels=[*labels, label])
+        for of, n in counts:
+            family.add_metric([*values, of], n)
+        return family
+
+    def gauge(name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(f"fnengine:{name}", text, labels=labels)
+        family.add_metric(values, value)
+        return family
+
+    of = [(f"{b['bucket'][0]}x{b['bucket'][1]}", b) for b in graphs["buckets"]]
+    padded = [(name, b["bucket"][0] * b["steps"] - b["tokens"]) for name, b in of]
+    yield counter(
+        "graph_hits", "Steps replayed, by bucket (tokens x rows).", "bucket", [(n, b["steps"]) for n, b in of]
+    )
+    yield counter(
+        "graph_tokens", "Tokens of replayed steps, padding left out.", "bucket", [(n, b["tokens"]) for n, b in of]
+    )
+    yield counter("graph_padding_tokens", "Tokens computed only to fill a bucket.", "bucket", padded)
+    eager = [(why, h["steps"]) for why, h in graphs["eager"].items()]
+    yield counter("graph_fallbacks", "Steps that ran eagerly, by why.", "reason", eager)
+    yield counter("graph_relaxed", "Steps replayed in a graph of a wider key.", "reason", graphs["relaxed"].items())
+    yield gauge("graphs_captured", "Graphs held.", sum(b["graphs"] for _, b in of))
+    yield gauge("graph_bytes", "Memory that graphs took when they were captured.", sum(b["bytes"] for _, b in of))
+    spent = sum(b["capture_seconds"] for _, b in of)
+    yield gauge("graph_capture_seconds", "Time that capturing took.", spent)

@@ -115,6 +115,11 @@ class Captured:
         return self._out
 
 
+def default() -> Recorder:
+    """A new recorder: of CUDA graphs where there is a GPU, else their twin."""
+    return CudaGraphs() if torch.cuda.is_available() else Twin()
+
+
 def capture(
     fn: Callable[..., Any], *args: Any, fixed: tuple[int, ...] = (), recorder: Recorder | None = None
 ) -> Captured:
@@ -135,8 +140,7 @@ def capture(
         >>> double(torch.arange(3.0))
         tensor([0., 2., 4.])
     """
-    if recorder is None:
-        recorder = CudaGraphs() if torch.cuda.is_available() else Twin()
+    recorder = default() if recorder is None else recorder
     t0 = time.perf_counter()
     inputs: list[Any] = []
     known: dict[int, _Fixed] = {}
