@@ -32,7 +32,7 @@ from fnengine.params import memory_plan
 from fnengine.program import PROGRAMS, RECORDED_TOKENS
 from fnengine.sampling import AT_ONCE, rows_at_once
 from fnengine.settings import Mode, PoolSize, Settings, size_pool, wanted_len
-from fnengine.spec import Layer, ModelSpec
+from fnengine.spec import Attention, Layer, ModelSpec
 from fnengine.step import SCORED_AT_ONCE
 
 MIB = 1 << 20
@@ -54,7 +54,9 @@ PIECES = 4 * MIB
 KEPT = 64 * MIB
 """Most that the allocator keeps of freed small buffers (`environment.SERVING`)."""
 THREAD = 1 * MIB
-"""Scratch memory of a thread in attention and products of few rows."""
+"""Scratch memory of a thread in products of few rows."""
+PARTIALS = 512 << 10
+"""Most bytes a thread of sums of parts of KV that wait to be merged, which `csrc/attention.cpp` holds itself to."""
 CALLS = 12
 """Most native calls of a layer, and ..."""
 CALL_BYTES = 34 * 8 + 6 * 24
@@ -162,7 +164,10 @@ def account(s: Shapes) -> Account:
     k = V if s.max_logprobs < 0 else min(s.max_logprobs, V)
     layers = len(spec.layers)
     code = CODE + (0 if s.how.kind in QUANTIZED else ONEDNN) + (COMPILING if s.compiling else 0)
-    workspace = max(layer_bytes(kind, spec.width, b.tokens, s) for kind in spec.layers) + s.threads * THREAD
+    workspace = max(layer_bytes(kind, spec.width, b.tokens, s) for kind in spec.layers)
+    workspace += (
+        max(attention_bytes(kind.mixer, b.tokens, b.rows, s.threads) for kind in spec.layers) + s.threads * THREAD
+    )
     narrow = item if item != 4 and s.how.kind in ("packed", "dense") else 0
     sampled = _sampling(b.rows, V, narrow, min(k, most_logprobs(b.rows)))
     scored = b.rows * V * 4 + _scoring(b.tokens, V, narrow, min(k, most_logprobs(b.tokens)))
@@ -218,6 +223,20 @@ def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
     if not s.compiled:  # SiLU in float32, and all scores of a row at once in the reference
         live += T * (2 * F * 4 + 2 * a.heads * s.max_len * 4) + 2 * s.max_len * kv * 4
     return live + scratch + angles
+
+
+def attention_bytes(a: Attention, T: int, R: int, threads: int) -> int:
+    """Scratch memory of native attention, for T tokens in R rows. Sums of a (query, head) pair are a running softmax of
+    two cache lines and C floats; they exist twice, for the parts of KV that were merged and for the one that goes on.
+
+    A thread goes over a tile of 64 tokens with 96 pairs, or with all heads of four queries, each with its query, scores
+    and weights; its 11 buffers begin on lines of their own. Rows that share a prefix keep their sums, of four queries
+    each at most, until they go on alone.
+    """
+    C = -(-a.width // 16) * 16
+    sums = 2 * (128 + C * 4)
+    each = max(96, 4 * a.heads) * (C * 4 + 2 * 64 * 4 + 12 + sums) + C * 4 + 11 * 128
+    return threads * (each + PARTIALS) + min(T, 4 * R) * a.heads * sums
 
 
 def _sampling(R: int, V: int, narrow: int, k: int) -> int:

@@ -11,7 +11,7 @@ import logging
 import math
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -170,8 +170,8 @@ def dense(q, k, v, table, row, start, length, scale, window, soft_cap, sink):
     q, k, v = (x.double().numpy() for x in (q, k, v))
     out = np.zeros((T, H, C))
     for r in range(len(length)):
-        slots = [(int(table[row[r], p // B]), p % B) for p in range(int(length[r]))]
-        keys, values = (np.array([x[s] for s in slots]).reshape(-1, K, C) for x in (k, v))
+        p = np.arange(int(length[r]))
+        keys, values = (x[table[row[r]].numpy()[p // B], p % B].reshape(-1, K, C) for x in (k, v))
         for t in range(int(start[r]), int(start[r + 1])):
             at = int(length[r]) - (int(start[r + 1]) - t)
             first = max(0, at - window + 1) if window else 0
@@ -240,17 +240,57 @@ def moved(e: dict, seed: int) -> dict:
     return e | {"k_NBKC": k, "v_NBKC": v, "table_MP": to[e["table_MP"].long()].int()}
 
 
-def first_variation(fn, dtype: torch.dtype) -> str | None:
+def long_examples(dtype: torch.dtype, seed: int) -> Iterator[dict[str, Any]]:
+    """Rows with one KV head that cross borders of parts of KV, which lie at multiples of 512 tokens; fewer than three
+    items of work each, and enough of it to be shared out."""
+    g = torch.Generator().manual_seed(seed)
+    cases = (  # H, C, window, soft cap, sinks, shared tokens, [(new tokens, length)]
+        (4, 64, 0, 0.0, False, 0, [(1, 1100)]),
+        (4, 64, 0, 1.5, True, 0, [(4, 1026), (1, 513)]),
+        (4, 64, 700, 0.0, True, 0, [(3, 1500)]),
+        (4, 64, 8, 0.0, False, 0, [(20, 530)]),  # later queries of the item do not see the first part
+        (8, 20, 0, 0.0, True, 0, [(20, 530)]),
+        (4, 64, 0, 0.0, True, 560, [(1, 1100), (2, 900)]),  # a part goes on behind what is shared
+        (4, 64, 0, 0.0, False, 1024, [(1, 1100), (1, 1089)]),
+        (4, 64, 0, 0.0, False, 448, [(1, 1100), (2, 452)]),
+        (32, 128, 0, 0.0, True, 0, [(4, 5700)]),  # sums of all parts are more than there is room for
+    )
+    for H, C, window, soft_cap, sinks, shared, rows in cases:
+        P = -(-max(n for _, n in rows) // 16)
+        table = (torch.randperm(len(rows) * P, generator=g) + 1).int().view(len(rows), P)
+        table[:, : shared // 16] = table[0, : shared // 16]
+        new = [n for n, _ in rows]
+        pool = torch.randn(2, len(rows) * P + 1, 16, 1, C, generator=g).to(dtype)
+        yield {
+            "q_THC": torch.randn(sum(new), H, C, generator=g).to(dtype),
+            "k_NBKC": pool[0],
+            "v_NBKC": pool[1],
+            "table_MP": table,
+            "row_R": torch.arange(len(rows)).int(),
+            "start_R1": torch.tensor([0, *new]).cumsum(0).int(),
+            "length_R": torch.tensor([n for _, n in rows]).int(),
+            "scale": C**-0.5,
+            "window": window,
+            "soft_cap": soft_cap,
+            "sink_H": torch.randn(H, generator=g).to(dtype) if sinks else None,
+        }
+
+
+Examples = Callable[[torch.dtype, int], Iterator[dict[str, Any]]]
+
+
+def first_variation(fn, dtype: torch.dtype, examples: Examples = attention.PAGED_ATTENTION.examples) -> str | None:
     """Where a query's bits depend on its company: whole batch against the query alone, moved blocks, other threads."""
     threads = torch.get_num_threads()
-    for n, e in enumerate(attention.PAGED_ATTENTION.examples(dtype, 21)):
+    for n, e in enumerate(examples(dtype, 21)):
         whole = fn(**e)
         if not torch.equal(fn(**moved(e, n)), whole):
             return f"example {n}: blocks moved"
         try:
-            torch.set_num_threads(1 if threads > 1 else 2)
-            if not torch.equal(fn(**e), whole):
-                return f"example {n}: number of threads"
+            for other in {1, 2, 3} - {threads}:
+                torch.set_num_threads(other)
+                if not torch.equal(fn(**e), whole):
+                    return f"example {n}: number of threads"
         finally:
             torch.set_num_threads(threads)
         start = e["start_R1"].tolist()
@@ -265,6 +305,101 @@ def first_variation(fn, dtype: torch.dtype) -> str | None:
 @pytest.mark.parametrize("backend", on_this_machine("paged_attention", invariant=True))
 def test_a_query_has_the_same_bits_in_any_company(backend: Backend, dtype: torch.dtype):
     assert first_variation(lambda **e: canonical(backend)(*e.values()), dtype) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("backend", on_this_machine("paged_attention", invariant=True))
+def test_a_query_of_a_long_row_has_the_same_bits_in_any_company(backend: Backend, dtype: torch.dtype):
+    """On 1, 2 and 3 threads: with 1 a row is read in one go, with more its parts are shared out where that helps."""
+    needs(backend, dtype)
+    assert first_variation(lambda **e: canonical(backend)(*e.values()), dtype, long_examples) is None
+
+
+@cache
+def long_dense_answers() -> list[torch.Tensor]:
+    return [dense(*e.values()) for e in long_examples(torch.float32, 11)]
+
+
+@pytest.mark.parametrize("backend", on_this_machine("paged_attention"))
+def test_attention_over_long_rows_equals_dense_float64(backend: Backend):
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for e, want in zip(long_examples(torch.float32, 11), long_dense_answers(), strict=True):
+                got = canonical(backend)(*e.values())
+                torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+FORK = ctypes.CFUNCTYPE(None, ctypes.CFUNCTYPE(None, ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+
+
+@pytest.mark.parametrize(
+    "H, K, rows, threads, asked",
+    [
+        pytest.param(4, 1, [(1, 8192)], 2, 2, id="one row and KV head"),
+        pytest.param(16, 8, [(1, 2048)], 16, 16, id="fewer KV heads than threads"),
+        pytest.param(4, 1, [(1, 500)], 2, 1, id="a row of one part is one piece of work"),
+        pytest.param(32, 1, [(3, 8192)], 16, 16, id="more sums than there is room for"),
+    ],
+)
+def test_as_many_threads_are_asked_for_as_there_are_parts(H, K, rows, threads, asked):
+    """Oracle: what the library asks its OpenMP runtime for, and one thread's answer. The runtime here is a single
+    thread that does the work of all, so that it may be asked for more than this machine has."""
+    needs(cpu.paged_attention)
+    g = torch.Generator().manual_seed(0)
+    P, C = rows[0][1] // 16 + 1, 128
+    q, pool = torch.randn(rows[0][0], H, C, generator=g), torch.randn(2, P + 1, 16, K, C, generator=g)
+    k, v = cpu.paged_attention.kv(torch.float32, "auto").pack(*pool)
+    where = (torch.arange(1, P + 1).int()[None], torch.zeros(1).int(), torch.tensor([0, rows[0][0]]).int())
+    arguments = (q, k, v, *where, torch.tensor([rows[0][1]]).int(), C**-0.5, 0, 0.0, None)
+    library = native.load("float32").library
+    assert library is not None
+    seen = []
+
+    @FORK
+    def alone(run, data, count, flags):
+        seen.append(count)
+        run(data)
+
+    runtime, before = native.openmp_runtime(), torch.get_num_threads()
+    real = ctypes.cast(ctypes.CDLL(runtime).GOMP_parallel, ctypes.c_void_p) if runtime else None
+    try:
+        library.fn_use_threads(ctypes.cast(alone, ctypes.c_void_p))
+        torch.set_num_threads(threads)
+        shared_out = cpu.paged_attention.fn(*arguments)
+        torch.set_num_threads(1)
+        assert torch.equal(cpu.paged_attention.fn(*arguments), shared_out)
+    finally:
+        library.fn_use_threads(real)
+        torch.set_num_threads(before)
+    assert max(seen, default=1) == asked
+
+
+def test_laws_catch_parts_that_follow_the_number_of_threads(tmp_path, monkeypatch):
+    """The mutant is the native code itself, with parts of 256 tokens where it has more than one thread."""
+    needs(cpu.paged_attention)
+    for file in native.SOURCE.glob("*.[ch]*"):
+        (tmp_path / file.name).write_text(file.read_text())
+    mutant = (tmp_path / "attention.cpp").read_text()
+    for right, wrong in (
+        ("constexpr int PART = 512;", "int PART = 512;"),
+        ("static_assert(PART % TILE", "static_assert(TILE % TILE"),
+        ("    attend_all(a, threads);", "    PART = threads > 1 ? 256 : 512, attend_all(a, threads);"),
+    ):
+        assert mutant.count(right) == 1
+        mutant = mutant.replace(right, wrong)
+    (tmp_path / "attention.cpp").write_text(mutant)
+    monkeypatch.setattr(native, "SOURCE", tmp_path)
+    monkeypatch.setattr(native, "SOURCES", {"float32": ("attention.cpp", "linear.cpp", "rope.cpp")})
+    monkeypatch.setattr(native, "FLAGS", tuple("-O1" if f == "-O3" else f for f in native.FLAGS))
+    path = native.build(native.find_compiler(), tmp_path / "cache", native.host_isa(), "float32")
+    wrong = native.Native(native.open_library(path, "float32")[0], "a mutant")
+    monkeypatch.setattr(native, "load", lambda part: wrong)
+    found = first_variation(lambda **e: canonical(cpu.paged_attention)(*e.values()), torch.float32, long_examples)
+    assert found == "example 0: number of threads"
 
 
 def test_invariance_law_catches_kv_split_by_number_of_queries():
@@ -295,15 +430,17 @@ def test_invariance_law_catches_kv_split_by_number_of_queries():
     assert first_variation(split, torch.float32) is not None
 
 
-def reads_rubbish(fn: Callable[..., Any], dtype: torch.dtype) -> str | None:
+def reads_rubbish(
+    fn: Callable[..., Any], dtype: torch.dtype, examples: Examples = attention.PAGED_ATTENTION.examples
+) -> str | None:
     """Where NaN in every slot that belongs to no row's tokens changes an answer."""
-    for n, e in enumerate(attention.PAGED_ATTENTION.examples(dtype, 31)):
+    for n, e in enumerate(examples(dtype, 31)):
         B = e["k_NBKC"].shape[1]
         k, v = torch.full_like(e["k_NBKC"], torch.nan), torch.full_like(e["v_NBKC"], torch.nan)
         for r, length in zip(e["row_R"].tolist(), e["length_R"].tolist(), strict=True):
-            for p in range(length):
-                slot = int(e["table_MP"][r, p // B]), p % B
-                k[slot], v[slot] = e["k_NBKC"][slot], e["v_NBKC"][slot]
+            at = torch.arange(length)
+            slot = e["table_MP"][r, at // B].long(), at % B
+            k[slot], v[slot] = e["k_NBKC"][slot], e["v_NBKC"][slot]
         if not torch.equal(fn(*(e | {"k_NBKC": k, "v_NBKC": v}).values()), fn(*e.values())):
             return f"example {n}"
     return None
@@ -315,7 +452,8 @@ def test_rubbish_behind_the_end_of_a_row_is_not_read(backend: Backend, dtype: to
     """A block's former owner, or a token that was taken back, may have left NaN where the row has no tokens yet; with
     pairs of tokens that is beside the row's last token, too."""
     needs(backend, dtype)
-    assert reads_rubbish(canonical(backend), dtype) is None
+    for examples in (attention.PAGED_ATTENTION.examples, long_examples):
+        assert reads_rubbish(canonical(backend), dtype, examples) is None
 
 
 def test_rubbish_is_noticed_where_it_is_read():
@@ -393,7 +531,7 @@ def test_rows_that_share_a_prefix_have_the_bits_they_have_alone(dtype, heads, kv
     e["table"] = e["table"][e["row"].argsort()]  # batch row r has table r
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for window in (0, 100):
                 together = canonical(cpu.paged_attention)(*(e | {"window": window}).values())
@@ -718,6 +856,8 @@ def test_builds_for_lesser_processors_are_right_too(compiler, isa, monkeypatch):
     libraries = {part: load(part) for part in native.SOURCES}
     monkeypatch.setattr(native, "load", lambda part: libraries[part])
     assert agrees_with_dense(lambda **e: canonical(cpu.paged_attention)(*e.values()))
+    bare = canonical(cpu.paged_attention)
+    assert first_variation(lambda **e: bare(*e.values()), torch.float32, long_examples) is None
     for dtype in DTYPES:
         assert first_variation(lambda **e: canonical(cpu.paged_attention)(*e.values()), dtype) is None
         assert reads_rubbish(canonical(cpu.paged_attention), dtype) is None

@@ -84,7 +84,8 @@ def decoded(e: dict) -> dict:
 def attention_is_right(dtype: torch.dtype) -> None:
     """Oracle: dense float64 over the decoded pool. Queries and weights have 16 bits, so float32 is not reached."""
     rtol, atol = {torch.float32: (5e-4, 5e-4)}.get(dtype) or attention.PAGED_ATTENTION.tolerance[dtype]
-    for e in attention.PAGED_ATTENTION.examples(dtype, 11):
+    long = test_kernels.long_examples(dtype, 11) if dtype == torch.float32 else ()
+    for e in itertools.chain(attention.PAGED_ATTENTION.examples(dtype, 11), long):
         got = test_kernels.canonical(cpu.paged_attention, "int8")(*e.values())
         want = test_kernels.dense(*decoded(e).values())
         torch.testing.assert_close(got.double(), want, rtol=rtol, atol=atol)
@@ -114,8 +115,10 @@ def test_the_tolerance_notices_a_wrong_scale():
 
 def laws_of_attention(dtype: torch.dtype) -> None:
     fn = test_kernels.canonical(cpu.paged_attention, "int8")
-    assert test_kernels.first_variation(lambda **e: fn(*e.values()), dtype) is None
-    assert test_kernels.reads_rubbish(fn, dtype) is None
+    long = (test_kernels.long_examples,) if dtype == torch.float32 else ()  # parts know of float32 only
+    for examples in (attention.PAGED_ATTENTION.examples, *long):
+        assert test_kernels.first_variation(lambda **e: fn(*e.values()), dtype, examples) is None
+        assert test_kernels.reads_rubbish(fn, dtype, examples) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

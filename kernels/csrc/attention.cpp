@@ -1,17 +1,19 @@
 // Attention over the paged pool, for any mixture of prefill and decode, with one order of arithmetic for both.
 //
-// KV is walked in tiles of TILE tokens that start at multiples of TILE in the sequence. For each (query, head):
+// KV is walked in tiles of TILE tokens and in parts of PART tokens, which begin at multiples of TILE and PART in the
+// sequence, whoever asks. For each (query, head):
 //
 //     score[j]  = q . k[j]                       summed over channels from 0 up, in one lane
-//     m, l, o   = online softmax over the tiles, in order; within a tile over tokens from 0 up; a sink, which is a
-//                 logit without a value, comes before the first
+//     m, l, o   = of a part: online softmax over its tiles, in order; within a tile over tokens from 0 up
+//     M, L, O   = those of the parts, merged in order of position; a sink, a logit without a value, comes last
 //
-// A lane holds one token (scores) or one channel (output), never a part of a sum, so how many queries are done
-// together, who does them and what else is in the batch cannot change a bit. Tokens that a query does not see get
-// the weight 0, and adding 0 * v leaves a sum as it was.
+// A lane holds one token (scores) or one channel (output), never a piece of a sum, so how many queries are done
+// together, who does them and what else is in the batch cannot change a bit. Nor can it that several threads read the
+// parts of one row: a part begins with nothing wherever it is read, and is merged the same. Tokens that a query does not
+// see get the weight 0, and adding 0 * v leaves a sum as it was; a part of which it sees nothing is not merged.
 //
 // Rows that begin with the same blocks (a shared prefix) read the tiles of these blocks once: all their queries go over
-// them together, which leaves (m, l, o) of each as it would have been after those tiles, and every row goes on alone.
+// them together, which leaves the sums of each as they would have been after those tiles, and every row goes on alone.
 //
 // K and V are multiplied where they lie (`pool.h`): nothing is transposed or packed.
 //
@@ -29,6 +31,13 @@ namespace fn {
 namespace {
 
 constexpr int QUERY_ROWS = 96;  // (query, head) pairs that go over a KV tile together
+// KV tokens, whole tiles, that are summed by themselves. Shorter parts would serve more threads sooner, but merging is
+// extra work: with 512 a prefill of 512 tokens at 4096 took 0 to 2% longer (the noise), with one query of 8 heads of 128
+// a part takes 15 us.
+constexpr int PART = 512;
+constexpr int FEW = 4;          // most queries of a short row
+constexpr int64_t PARTIALS = 512 << 10;  // bytes a thread of sums of parts that wait to be merged (`memory.py` counts them)
+static_assert(PART % TILE == 0, "a tile lies in one part");
 
 // ---- one piece of work ----------------------------------------------------------------------------------------------
 
@@ -43,15 +52,13 @@ struct Call {
     float scale, cap;
 };
 
-struct State {  // of the queries of a row that has read the tiles it shares: (KV head, query, head of the group)
+struct Sums {  // of (query, head) pairs
     Running* run;
-    float* out;
+    float* out;  // whole vectors of channels
 };
 
-struct Item {  // queries [from, to) of batch row r, KV heads [head, head_end), tiles from token `begin` on
-    int r, from, to, head, head_end;
-    int64_t begin;
-    const State* state;  // where they stand at `begin`, or null: nothing was read
+struct State {  // of the queries of a row that has read tokens it shares: (KV head, query, head of the group)
+    Sums whole, part;  // parts that were merged, if one was; the one that goes on, if one does
 };
 
 struct Group {  // short rows members[0 .. count) that share their first `tokens` tokens, whole tiles
@@ -60,6 +67,16 @@ struct Group {  // short rows members[0 .. count) that share their first `tokens
     int64_t tokens;
 };
 
+// Queries that go over tokens [begin, end) together, with KV heads [head, head_end): [from, to) of batch row r, or all
+// those of a group, whose first row is r. Their sums lie in rows numbered (KV head, query, head of the group).
+struct Item {
+    int r, from, to, head, head_end;
+    int64_t begin, end;
+    int n;             // queries
+    int64_t position;  // of the first; those of a group stand at `end` or behind it, which is all that matters
+    const Group* group;
+    const State* state;  // where the row's stand at `begin`, or null: nothing was read
+};
 // First token of the first tile that some query of the item sees.
 FN_INLINE int64_t first_tile(const Call& a, int r, int from) {
     const int64_t position = a.length[r] - (a.start[r + 1] - from);
@@ -87,31 +104,32 @@ FN_INLINE Ahead coming(const Tile& tile, int C) {
     return ahead;
 }
 
-struct Rows {  // of `rows` (query, head) pairs
+struct Rows {  // of (query, head) pairs
     uint32_t *query, *weight, *odd;
-    float *score, *out, *factor, *query_unit, *weight_unit;  // units: of integers, where KV is rounded
-    Running* run;
+    float *score, *factor, *query_unit, *weight_unit;  // units: of integers, where KV is rounded
+    Sums part, whole;
 };
 
 FN_INLINE int whole(int channels) { return (channels + W - 1) / W * W; }
 FN_INLINE int atoms_of(int channels) { return (channels + PER - 1) / PER; }
+FN_INLINE int pairs_of(const Call& a, const Item& it) { return it.n * (a.H / a.K) * (it.head_end - it.head); }
 
-Rows lay_out(int rows, int C) {
+Rows lay_out(int pairs, int C) {
     static thread_local Scratch scratch;
-    const size_t n = rows, sizes[] = {n * atoms_of(C) * 4, n * TILE * 4, size_t(C) * 4,      n * TILE * 4,
-                                      n * whole(C) * 4,    n * 4,        n * 4,               n * 4,
-                                      sizeof(Running) * n};
-    char* at[9];
+    const size_t n = pairs, run = sizeof(Running) * n, out = n * whole(C) * 4;
+    const size_t sizes[] = {n * atoms_of(C) * 4, n * TILE * 4, size_t(C) * 4, n * TILE * 4, n * 4, n * 4, n * 4,
+                            run, out, run, out};
+    constexpr int count = sizeof sizes / sizeof *sizes;
+    char* at[count];
     size_t sum = 0;
     for (size_t size : sizes) sum += line(size) + 64;
     char* p = scratch.reserve(sum);
-    for (int i = 0; i < 9; i++) at[i] = p, p += line(sizes[i]) + 64;  // + 64 staggers the buffers over cache sets
-    return {(uint32_t*)at[0], (uint32_t*)at[1], (uint32_t*)at[2], (float*)at[3],
-            (float*)at[4],    (float*)at[5],    (float*)at[6],    (float*)at[7],
-            (Running*)at[8]};
+    for (int i = 0; i < count; i++) at[i] = p, p += line(sizes[i]) + 64;  // + 64 staggers the buffers over cache sets
+    return {(uint32_t*)at[0], (uint32_t*)at[1], (uint32_t*)at[2], (float*)at[3], (float*)at[4], (float*)at[5],
+            (float*)at[6], {(Running*)at[7], (float*)at[8]}, {(Running*)at[9], (float*)at[10]}};
 }
 
-// The queries of tokens [from, to) with one KV head, as rows m and up of scratch: (query, head of the group).
+// The queries [from, to) with one KV head, as rows m and up of scratch: (query, head of the group).
 void load_queries(const Call& a, int from, int to, int head, const Rows& s, int m) {
     const int G = a.H / a.K, C = a.C, atoms = atoms_of(C);
     for (int t = from; t < to; t++)
@@ -141,8 +159,6 @@ void load_queries(const Call& a, int from, int to, int head, const Rows& s, int 
                     memcpy(to + c, &x, sizeof(float) * (C - c < W ? C - c : W));
                 }
             }
-            s.run[m] = {NONE, vf{}};
-            if (a.sink) s.run[m] = {load_float_part(a.sink + head * G + g, 1)[0], vf{1.f}};
         }
 }
 
@@ -150,7 +166,7 @@ struct Span {  // [first, last): the tokens of a tile that a query sees
     int first, last;
 };
 
-// Rows [m, m + rows) of scratch go over a tile; row i sees the tokens seen(i) of it.
+// Rows [m, m + rows) of scratch go over a tile of a part; row i sees the tokens seen(i) of it.
 template <class Seen>
 FN_INLINE void read_tile(const Call& a, const Tile& tile, const Rows& s, int m, int rows, const Seen& seen, Ahead ahead) {
     const int C = a.C, atoms = atoms_of(C), vectors = (tile.count + W - 1) / W;
@@ -161,98 +177,253 @@ FN_INLINE void read_tile(const Call& a, const Tile& tile, const Rows& s, int m, 
     for (int i = 0; i < rows; i++) {
         const Span span = seen(i);
         factor[i] = weigh(score + i * TILE, weight + i * (TILE / PER), tile, span.first, span.last, a.scale, a.cap,
-                          s.run[m + i], unit[i]);
+                          s.part.run[m + i], unit[i]);
     }
-    multiply(weight, TILE / PER, Values(tile, C, s.odd), s.out + m * whole(C), whole(C), rows, C, Scales{factor, unit}, ahead);
+    multiply(weight, TILE / PER, Values(tile, C, s.odd), s.part.out + m * whole(C), whole(C), rows, C, Scales{factor, unit},
+             ahead);
 }
 
-// The tiles that the rows of a group share, for all their queries and one KV head; where each then stands goes to its
-// row's state. Every query sees every token of these tiles.
-void attend_shared(const Call& a, const Group& group, int head, const State* states) {
-    const int G = a.H / a.K, width = whole(a.C);
-    int rows = 0;
-    for (int i = 0; i < group.count; i++) rows += (a.start[group.members[i] + 1] - a.start[group.members[i]]) * G;
-    Rows s = lay_out(rows, a.C);
-    int m = 0;
-    for (int i = 0; i < group.count; i++) {
-        const int from = a.start[group.members[i]], to = a.start[group.members[i] + 1];
-        load_queries(a, from, to, head, s, m);
-        m += (to - from) * G;
-    }
-    memset(s.out, 0, sizeof(float) * rows * width);
-
-    Tile tile = place(a, group.members[0], head, 0, TILE);
-    for (int64_t t = 0; t < group.tokens; t += TILE) {
-        Tile next = tile;
-        next.count = 0;
-        if (t + TILE < group.tokens) next = place(a, group.members[0], head, t + TILE, group.tokens);
-        read_tile(a, tile, s, 0, rows, [](int) { return Span{0, TILE}; }, coming(next, a.C));
-        tile = next;
-    }
-    m = 0;
-    for (int i = 0; i < group.count; i++) {
-        const int r = group.members[i], n = (a.start[r + 1] - a.start[r]) * G;
-        memcpy(states[r].run + head * n, s.run + m, sizeof(Running) * n);
-        memcpy(states[r].out + head * n * width, s.out + m * width, sizeof(float) * n * width);
-        m += n;
-    }
+// Queries are in order, so those of an item that see some of tokens [t, end) are a range of them.
+FN_INLINE Span seeing(const Call& a, const Item& it, int64_t t, int64_t end) {
+    const int64_t passed = end - 1 + a.window - it.position;  // the first whose window begins at `end` or behind it
+    return {t > it.position ? int(t - it.position) : 0, a.window > 0 && passed < it.n ? int(passed) : it.n};
 }
 
-// Queries are in order, so those that see a tile are a contiguous range of each KV head's rows of scratch, which are
-// numbered (KV head, query, head of the group).
-void attend(const Call& a, const Item& it, const Item* next_item) {
-    const int G = a.H / a.K, C = a.C, width = whole(C), n = it.to - it.from, rows = n * G, heads = it.head_end - it.head;
-    const int64_t position = a.length[it.r] - (a.start[it.r + 1] - it.from);  // of the first query
-    const int64_t end = position + n;                                        // of KV that some query sees
-    Rows s = lay_out(heads * rows, C);
-    for (int h = 0; h < heads; h++) load_queries(a, it.from, it.to, it.head + h, s, h * rows);
-    if (it.state) {
-        memcpy(s.run, it.state->run + it.head * rows, sizeof(Running) * heads * rows);
-        memcpy(s.out, it.state->out + it.head * rows * width, sizeof(float) * heads * rows * width);
-    } else {
-        memset(s.out, 0, sizeof(float) * heads * rows * width);
-    }
-
-    for (int64_t t = it.begin; t < end; t += TILE) {
-        // queries [lo, hi) see some of the tile
-        const int lo = t > position ? int(t - position) : 0;
-        int hi = n;
-        if (a.window > 0 && t + TILE - 1 + a.window - position < n) hi = int(t + TILE - 1 + a.window - position);
+// An item's queries go over tokens [from, to) of one part; then `next` is to be read, from token `ahead` on, if not null.
+void read(const Call& a, const Item& it, const Rows& s, int64_t from, int64_t to, const Item* next, int64_t ahead) {
+    const int G = a.H / a.K, rows = it.n * G, heads = it.head_end - it.head;
+    for (int64_t t = from; t < to; t += TILE) {
+        const Span queries = seeing(a, it, t, t + TILE);
         for (int h = 0; h < heads; h++) {
-            const Tile tile = place(a, it.r, it.head + h, t, end);
-            Tile next = tile;
-            next.count = 0;  // what is to be read next: another head, this item's next tile, or the next item's first
+            const Tile tile = place(a, it.r, it.head + h, t, it.end);
+            Tile after = tile;
+            after.count = 0;
             if (h + 1 < heads)
-                next = place(a, it.r, it.head + h + 1, t, end);
-            else if (t + TILE < end)
-                next = place(a, it.r, it.head, t + TILE, end);
-            else if (next_item)
-                next = place(a, next_item->r, next_item->head, next_item->begin, a.length[next_item->r]);
+                after = place(a, it.r, it.head + h + 1, t, it.end);
+            else if (t + TILE < to)
+                after = place(a, it.r, it.head, t + TILE, it.end);
+            else if (next)
+                after = place(a, next->r, next->head, ahead, next->end);
             const auto seen = [&](int i) {
-                const int64_t at = position + lo + i / G;
+                const int64_t at = it.position + queries.first + i / G;
                 return Span{a.window > 0 && at - a.window + 1 > t ? int(at - a.window + 1 - t) : 0,
                             at + 1 - t < tile.count ? int(at + 1 - t) : tile.count};
             };
-            read_tile(a, tile, s, h * rows + lo * G, (hi - lo) * G, seen, coming(next, C));
+            read_tile(a, tile, s, h * rows + queries.first * G, (queries.last - queries.first) * G, seen, coming(after, a.C));
         }
     }
+}
 
-    for (int h = 0; h < heads; h++)
-        for (int i = 0; i < rows; i++) {
-            const float* sum = s.out + (h * rows + i) * width;
-            Element* to = a.out + (int64_t(it.from + i / G) * a.H + (it.head + h) * G + i % G) * C;
-            const vf inverse = splat(1.f / sum_lanes(s.run[h * rows + i].total));
-            for (int c = 0; c < C; c += W) {
-                const vf o = load<vf>(sum + c) * inverse;
-                if (C - c >= W) {
-                    store_float(to + c, o);
-                } else {
-                    Element tail[W];
-                    store_float(tail, o);
-                    memcpy(to + c, tail, sizeof(Element) * (C - c));
-                }
+void clear(Sums to, int pairs, int width) {
+    for (int i = 0; i < pairs; i++) to.run[i] = {NONE, vf{}};
+    memset(to.out, 0, sizeof(float) * pairs * width);
+}
+
+void copy(Sums to, int i, Sums from, int j, int pairs, int width) {
+    memcpy(to.run + i, from.run + j, sizeof(Running) * pairs);
+    memcpy(to.out + i * width, from.out + j * width, sizeof(float) * pairs * width);
+}
+
+// Merges a part, of which tokens [t, end) were read, into `sums` for the queries that see some of it, and clears it.
+void merge(const Call& a, const Item& it, int64_t t, int64_t end, Sums part, Sums sums) {
+    const int G = a.H / a.K, width = whole(a.C);
+    const Span queries = seeing(a, it, t, end);
+    for (int h = 0; h < it.head_end - it.head; h++)
+        for (int i = (h * it.n + queries.first) * G; i < (h * it.n + queries.last) * G; i++) {
+            Running &x = sums.run[i], &y = part.run[i];
+            float *to = sums.out + i * width, *from = part.out + i * width;
+            if (x.peak == NONE) {  // into nothing: what `attend` does without looking at it
+                copy(sums, i, part, i, 1, width);
+                clear({&y, from}, 1, width);
+                continue;
+            }
+            const float peak = x.peak > y.peak ? x.peak : y.peak;
+            vf factors{};
+            factors[0] = x.peak - peak, factors[1] = y.peak - peak;
+            factors = exp_negative(factors);
+            const vf before = splat(factors[0]), now = splat(factors[1]);
+            x = {peak, fma(y.total, now, x.total * before)};
+            y = {NONE, vf{}};
+            for (int c = 0; c < width; c += W) {
+                store(to + c, fma(load<vf>(from + c), now, load<vf>(to + c) * before));
+                store(from + c, vf{});
             }
         }
+}
+
+// ---- an item ----------------------------------------------------------------------------------------------------------
+
+// Where an item's queries stand at its beginning: in parts that were merged, and in one that goes on.
+FN_INLINE bool goes_on(const Item& it) { return it.state && it.begin >= PART; }
+
+void begin_whole(const Call& a, const Item& it, Sums to) {
+    const int pairs = pairs_of(a, it), width = whole(a.C);
+    if (goes_on(it))
+        copy(to, 0, it.state->whole, it.head * it.n * (a.H / a.K), pairs, width);
+    else
+        clear(to, pairs, width);
+}
+
+void begin_part(const Call& a, const Item& it, Sums to) {
+    const int pairs = pairs_of(a, it), width = whole(a.C);
+    if (it.state && it.begin % PART)
+        copy(to, 0, it.state->part, it.head * it.n * (a.H / a.K), pairs, width);
+    else
+        clear(to, pairs, width);
+}
+
+void load_all(const Call& a, const Item& it, const Rows& s) {
+    const int G = a.H / a.K;
+    if (it.group)
+        for (int i = 0, m = 0; i < it.group->count; i++) {
+            const int from = a.start[it.group->members[i]], to = a.start[it.group->members[i] + 1];
+            load_queries(a, from, to, it.head, s, m);
+            m += (to - from) * G;
+        }
+    else
+        for (int h = it.head; h < it.head_end; h++) load_queries(a, it.from, it.to, h, s, (h - it.head) * it.n * G);
+}
+
+// What is done with an item's sums once it has read everything: outputs of a row, states of the rows of a group.
+void leave(const Call& a, const Item& it, Sums sums, Sums part, State* states) {
+    const int G = a.H / a.K, C = a.C, width = whole(C), pairs = pairs_of(a, it);
+    if (it.group) {
+        for (int i = 0, m = 0; i < it.group->count; i++) {
+            const int r = it.group->members[i], n = (a.start[r + 1] - a.start[r]) * G;
+            if (it.end >= PART) copy(states[r].whole, it.head * n, sums, m, n, width);
+            if (it.end % PART) copy(states[r].part, it.head * n, part, m, n, width);
+            m += n;
+        }
+        return;
+    }
+    for (int i = 0; i < pairs; i++) {
+        const int h = it.head + i / (it.n * G), t = it.from + i / G % it.n;
+        const float* sum = sums.out + i * width;
+        Element* to = a.out + (int64_t(t) * a.H + h * G + i % G) * C;
+        float total = sum_lanes(sums.run[i].total), unit = 1;
+        if (a.sink) {
+            const float sink = load_float_part(a.sink + h * G + i % G, 1)[0], peak = std::max(sums.run[i].peak, sink);
+            unit = exp_negative(splat(sums.run[i].peak - peak))[0];
+            total = total * unit + exp_negative(splat(sink - peak))[0];
+        }
+        const vf factor = splat(unit / total);
+        for (int c = 0; c < C; c += W) {
+            const vf o = load<vf>(sum + c) * factor;
+            if (C - c >= W) {
+                store_float(to + c, o);
+            } else {
+                Element tail[W];
+                store_float(tail, o);
+                memcpy(to + c, tail, sizeof(Element) * (C - c));
+            }
+        }
+    }
+}
+
+// Where the part of token t ends, or the item.
+FN_INLINE int64_t part_end(const Item& it, int64_t t) { return std::min(it.end, t / PART * PART + PART); }
+
+// Whether a part that was read up to `end` is done with: that of a group goes on in its rows.
+FN_INLINE bool merges(const Item& it, int64_t end) { return !it.group || end % PART == 0; }
+
+// A whole item; `next` is what this thread will most likely do next, or null.
+void attend(const Call& a, const Item& it, State* states, const Item* next) {
+    const int pairs = pairs_of(a, it), width = whole(a.C);
+    Rows s = lay_out(pairs, a.C);
+    load_all(a, it, s);
+    begin_part(a, it, s.part);
+    bool none = !goes_on(it);  // is merged
+    if (!none) begin_whole(a, it, s.whole);
+    for (int64_t t = it.begin, end; t < it.end; t = end) {
+        end = part_end(it, t);
+        if (end < it.end)
+            read(a, it, s, t, end, &it, end);
+        else
+            read(a, it, s, t, end, next, next ? next->begin : 0);
+        if (!merges(it, end)) break;
+        const Span queries = seeing(a, it, t, end);
+        if (none && queries.last - queries.first == it.n) {  // a first part is taken as it is: rows of one part pay nothing
+            std::swap(s.whole, s.part);
+            if (end < it.end) clear(s.part, pairs, width);
+        } else {
+            if (none) clear(s.whole, pairs, width);
+            merge(a, it, t, end, s.part, s.whole);
+        }
+        none = false;
+    }
+    leave(a, it, s.whole, s.part, states);
+}
+
+// ---- items that are divided over KV -----------------------------------------------------------------------------------
+
+struct Unit {  // tokens [begin, end) of an item, in one part
+    int item;
+    int64_t begin, end;
+};
+
+// Where sums of `pairs` lie in `memory`, if each of them takes `bytes`.
+FN_INLINE Sums sums_at(char* memory, size_t bytes, int64_t i, int pairs) {
+    char* at = memory + bytes * i;
+    return {(Running*)at, (float*)(at + line(sizeof(Running) * pairs))};
+}
+
+// The same as `attend` for every item, a unit of work being one part of one. A round leaves the sums of as many parts as
+// there is room for; then those of each item are merged, in order. Returns false, having done nothing, where it would not
+// help or room for two units a thread and one merged sum an item would be more than PARTIALS a thread.
+bool attend_parts(const Call& a, const std::vector<Item>& items, int threads, State* states) {
+    std::vector<Unit> units;
+    int most = 0;
+    for (size_t i = 0; i < items.size(); i++) {
+        most = std::max(most, pairs_of(a, items[i]));
+        for (int64_t t = items[i].begin, end; t < items[i].end; t = end)
+            end = part_end(items[i], t), units.push_back({int(i), t, end});
+    }
+    const size_t bytes = line(sizeof(Running) * most) + line(sizeof(float) * most * whole(a.C));
+    const int64_t count = units.size(), slots = threads * PARTIALS / int64_t(bytes);
+    const int64_t round = std::min(count, slots - int64_t(items.size()));
+    if (units.size() == items.size() || round < std::min(count, int64_t(2 * threads))) return false;
+    static thread_local Scratch scratch;
+    char* memory = scratch.reserve(bytes * (items.size() + round));
+    const auto whole_of = [&](int i) { return sums_at(memory, bytes, i, most); };
+
+    for (int64_t first = 0; first < count; first += round) {
+        const int64_t last = std::min(count, first + round);
+        const auto part_of = [&](int64_t u) { return sums_at(memory, bytes, items.size() + u - first, most); };
+        each(last - first, threads, [&](int64_t i) {
+            const Unit& u = units[first + i];
+            const Item& it = items[u.item];
+            Rows s = lay_out(pairs_of(a, it), a.C);
+            s.part = part_of(first + i);
+            load_all(a, it, s);
+            if (u.begin == it.begin)
+                begin_part(a, it, s.part);
+            else
+                clear(s.part, pairs_of(a, it), whole(a.C));
+            const Unit* next = first + i + threads < last ? &units[first + i + threads] : nullptr;
+            read(a, it, s, u.begin, u.end, next ? &items[next->item] : nullptr, next ? next->begin : 0);
+        });
+        const int from = units[first].item, to = units[last - 1].item + 1;
+        each(to - from, threads, [&](int64_t i) {
+            const int item = from + int(i);
+            const Item& it = items[item];
+            const auto before = [](const Unit& u, int item) { return u.item < item; };
+            int64_t u = std::lower_bound(units.begin() + first, units.begin() + last, item, before) - units.begin();
+            for (; u < last && units[u].item == item; u++) {
+                if (units[u].begin == it.begin) begin_whole(a, it, whole_of(item));
+                if (merges(it, units[u].end)) merge(a, it, units[u].begin, units[u].end, part_of(u), whole_of(item));
+                if (units[u].end == it.end) leave(a, it, whole_of(item), part_of(u), states);
+            }
+        });
+    }
+    return true;
+}
+
+void attend_items(const Call& a, const std::vector<Item>& items, int threads, State* states) {
+    const int64_t count = items.size();
+    if (threads > 1 && count < threads && attend_parts(a, items, threads, states)) return;
+    each(count, threads, [&](int64_t i) {  // the next item of this thread is most likely i + threads
+        attend(a, items[i], states, i + threads < count ? &items[i + threads] : nullptr);
+    });
 }
 
 // ---- sharing out the work -------------------------------------------------------------------------------------------
@@ -270,11 +441,11 @@ int64_t common(const Call& a, int r, int s) {
 
 // Short rows that begin with the same tile, in groups of at most QUERY_ROWS (query, head) pairs; `members` and `groups`
 // have room for one entry a row. Returns how many groups there are.
-int find_groups(const Call& a, int few, int* members, Group* groups) {
+int find_groups(const Call& a, int* members, Group* groups) {
     int count = 0, found = 0;
     for (int r = 0; r < a.R; r++) {
         const int n = a.start[r + 1] - a.start[r];
-        if (n > 0 && n <= few && a.length[r] - n >= TILE) members[count++] = r;
+        if (n > 0 && n <= FEW && a.length[r] - n >= TILE) members[count++] = r;
     }
     const auto first = [&](int r) { return a.table[int64_t(a.row[r]) * a.P]; };
     std::stable_sort(members, members + count, [&](int r, int s) { return first(r) < first(s); });
@@ -295,58 +466,67 @@ int find_groups(const Call& a, int few, int* members, Group* groups) {
 }
 
 // A row with few queries is one item (a tile of all KV heads lies together in the pool), split by heads where there are
-// fewer rows than threads can share; a row with many is split by KV head and into tiles of queries.
+// fewer rows than threads can share; a row with many is split by KV head and into tiles of queries. Where that leaves
+// fewer items than threads, they are divided over KV.
 void attend_all(const Call& a, int threads) {
-    const int G = a.H / a.K, few = 4, tile = std::max(QUERY_ROWS / G, few), width = whole(a.C);
+    const int G = a.H / a.K, tile = std::max(QUERY_ROWS / G, FEW), width = whole(a.C);
     int64_t work = 0;  // KV tokens read, weighted by the queries that read them
     for (int64_t r = 0; r < a.R; r++) work += int64_t(a.start[r + 1] - a.start[r]) * a.length[r];
     if (work * a.H * a.C < 1 << 18) threads = 1;
     int64_t queries = 0, short_rows = 0;
     for (int64_t r = 0; r < a.R; r++) {
         const int n = a.start[r + 1] - a.start[r];
-        if (n <= few) queries += n, short_rows++;
+        if (n <= FEW) queries += n, short_rows++;
     }
-    int parts = 1;  // that the KV heads of a short row fall into
-    while (threads > 1 && short_rows * parts < 4 * threads && parts < a.K) parts++;
-    const auto heads = [&](int n) { return n <= few ? (a.K + parts - 1) / parts : 1; };
+    int pieces = 1;  // that the KV heads of a short row fall into
+    while (threads > 1 && short_rows * pieces < 4 * threads && pieces < a.K) pieces++;
+    const auto heads = [&](int n) { return n <= FEW ? (a.K + pieces - 1) / pieces : 1; };
 
     std::vector<int> members(a.R);
     std::vector<Group> groups(a.R);
-    std::vector<State> states(a.R, State{nullptr, nullptr});
+    std::vector<State> states(a.R, State{});
     std::vector<int64_t> shared(a.R, 0);
-    const int found = a.window > 0 ? 0 : find_groups(a, few, members.data(), groups.data());
+    std::vector<Item> items;
+    const int found = a.window > 0 ? 0 : find_groups(a, members.data(), groups.data());
     if (found) {
         static thread_local Scratch scratch;
-        const size_t each_run = line(sizeof(Running) * queries * a.H);
-        char* memory = scratch.reserve(each_run + line(sizeof(float) * queries * a.H * width));
+        const size_t each_run = line(sizeof(Running) * queries * a.H), each_out = line(sizeof(float) * queries * a.H * width);
+        char* memory = scratch.reserve(2 * (each_run + each_out));
+        const Sums all = {(Running*)memory, (float*)(memory + 2 * each_run)};
+        const int64_t second = each_run / sizeof(Running), second_out = each_out / sizeof(float);
         int64_t at = 0;
-        for (int i = 0; i < found; i++)
-            for (int j = 0; j < groups[i].count; j++) {
-                const int r = groups[i].members[j];
-                states[r] = {(Running*)memory + at, (float*)(memory + each_run) + at * width};
-                shared[r] = groups[i].tokens;
-                at += int64_t(a.start[r + 1] - a.start[r]) * a.H;
+        for (int i = 0; i < found; i++) {
+            const Group& g = groups[i];
+            int n = 0;
+            for (int j = 0; j < g.count; j++) {
+                const int r = g.members[j], own = a.start[r + 1] - a.start[r];
+                states[r] = {{all.run + at, all.out + at * width}, {all.run + second + at, all.out + second_out + at * width}};
+                shared[r] = g.tokens;
+                at += int64_t(own) * a.H;
+                n += own;
             }
-        fn::each(int64_t(found) * a.K, threads, [&](int64_t i) {
-            attend_shared(a, groups[i / a.K], int(i % a.K), states.data());
-        });
+            for (int h = 0; h < a.K; h++)
+                items.push_back({g.members[0], 0, 0, h, h + 1, 0, g.tokens, n, g.tokens, &g, nullptr});
+        }
+        attend_items(a, items, threads, states.data());
+        items.clear();
     }
 
-    std::vector<Item> items;
     for (int pass = 0; pass < 2; pass++)  // long rows first, so that no thread ends with a large item
         for (int r = 0; r < a.R; r++) {
-            const int from = a.start[r], to = a.start[r + 1], n = to - from;
-            if (n == 0 || (n > few) != (pass == 0)) continue;
-            for (int i = (n - 1) / tile * tile; i >= 0; i -= tile)  // later queries see more
+            const int first = a.start[r], n = a.start[r + 1] - first;
+            if (n == 0 || (n > FEW) != (pass == 0)) continue;
+            const bool shares = shared[r] > 0;
+            for (int i = (n - 1) / tile * tile; i >= 0; i -= tile) {  // later queries see more
+                const int from = first + i, to = first + std::min(i + tile, n);
+                const int64_t position = a.length[r] - n + i;
                 for (int h = 0; h < a.K; h += heads(n))
-                    items.push_back({r, from + i, from + (i + tile < n ? i + tile : n), h, std::min(h + heads(n), a.K),
-                                     states[r].run ? shared[r] : first_tile(a, r, from + i),
-                                     states[r].run ? &states[r] : nullptr});
+                    items.push_back({r, from, to, h, std::min(h + heads(n), a.K),
+                                     shares ? shared[r] : first_tile(a, r, from), position + to - from, to - from,
+                                     position, nullptr, shares ? &states[r] : nullptr});
+            }
         }
-    const int64_t total = int64_t(items.size());
-    each(total, threads, [&](int64_t i) {  // the next item of this thread is most likely i + threads
-        attend(a, items[i], i + threads < total ? &items[i + threads] : nullptr);
-    });
+    attend_items(a, items, threads, states.data());
 }
 
 }  // namespace
