@@ -763,6 +763,29 @@ def test_a_token_is_rotated_and_written_the_same_in_any_company(dtype: torch.dty
     assert torch.equal(k_pool, pools[0]) and torch.equal(v_pool, pools[1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", [17, 48, 64, 128])
+def test_tokens_in_a_row_are_written_as_each_alone(dtype: torch.dtype, C: int):
+    """Law: tokens that follow each other in blocks, which are written whole lines at a time, leave the bits that each
+    leaves alone, and leave their neighbours' alone. Runs begin and end anywhere in a block; 130 tokens are shared out
+    in larger pieces than 41."""
+    needs(cpu.rope_write, dtype)
+    H, K, half = 4, 2, C // 2
+    for T, first in ((41, 16), (41, 3), (5, 10), (130, 7)):
+        shapes = cpu.expected_layout(dtype, "auto").shapes(1 + -(-(T + 16) // 16), 16, K, C)
+        together = [torch.randn(s).to(dtype) for s in shapes]
+        alone = [p.clone() for p in together]
+        qkv, norm = torch.randn(T, (H + 2 * K) * C).to(dtype), torch.rand(C).to(dtype)
+        cos, sin = torch.randn(2, T, half)
+        slot = torch.arange(first, first + T, dtype=torch.int32)
+        q = cpu.rope_write.fn(qkv, norm, norm, cos, sin, *together, slot, 1e-6)
+        for t in range(T):
+            one = slice(t, t + 1)
+            q_one = cpu.rope_write.fn(qkv[one], norm, norm, cos[one], sin[one], *alone, slot[one], 1e-6)
+            assert torch.equal(q_one[0], q[t]), t
+        assert all(map(torch.equal, together, alone)), (T, first)
+
+
 # ---- choosing and building --------------------------------------------------------------------------------------
 
 

@@ -31,9 +31,22 @@ FN_INLINE vu load_columns(const T* p) {
         return (vu)load_float(p);
 }
 
+// R rows of x that are multiplied together: each where it lies, or packed, side by side atom by atom.
+template <int R>
+struct Apart {
+    const uint32_t* row[R];
+
+    FN_INLINE uint32_t at(int i, int64_t k) const { return row[i][k]; }
+};
+struct Packed {
+    const uint32_t* rows;  // [atoms, MR]
+
+    FN_INLINE uint32_t at(int i, int64_t k) const { return rows[k * MR + i]; }
+};
+
 // Columns [0, NV * W) of a panel for R rows of x, each `atoms` deep.
-template <class T, bool PAIR, int R>
-FN_INLINE void tile(const uint32_t* const (&x)[R], const T* w, int64_t atoms, vf (&sum)[R][NV], int ahead) {
+template <class T, bool PAIR, int R, class X>
+FN_INLINE void tile(const X& x, const T* w, int64_t atoms, vf (&sum)[R][NV], int ahead) {
     constexpr int STEP = PANEL * (PAIR ? 2 : 1);  // elements from one atom of a column to its next
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++)
@@ -49,36 +62,89 @@ FN_INLINE void tile(const uint32_t* const (&x)[R], const T* w, int64_t atoms, vf
         }
 #pragma GCC unroll 16
         for (int i = 0; i < R; i++) {
+            const uint32_t xk = x.at(i, k);
 #pragma GCC unroll 4
-            for (int n = 0; n < NV; n++) sum[i][n] = madd(sum[i][n], x[i][k], wk[n]);
+            for (int n = 0; n < NV; n++) sum[i][n] = madd(sum[i][n], xk, wk[n]);
         }
     }
 }
 
-// `count` <= R rows from row m on; a row beyond them is the last one once more, computed and left.
-template <class T, bool PAIR, int R>
-void rows(int count, const uint32_t* x, int64_t lda, const T* w, int64_t atoms, const Result& out, int64_t m, int64_t n) {
-    const uint32_t* at[R];
-    for (int i = 0; i < R; i++) at[i] = x + (m + (i < count ? i : count - 1)) * lda;
+struct Place {  // rows [m, m + count) and the columns from n on, whose tiles begin at `weight`
+    const void* weight;
+    int64_t m, n;
+    int count;
+};
+
+template <class T, bool PAIR, int R, class X>
+void rows(const X& x, const Place& at, int64_t atoms, const Result& out) {
     vf sum[R][NV];
-    tile<T, PAIR, R>(at, w, atoms, sum, m == 0 ? AHEAD<R, 1> : 0);
-    leave<T>(sum, count, out, m, n);
+    tile<T, PAIR, R>(x, static_cast<const T*>(at.weight), atoms, sum, at.m == 0 ? AHEAD<R, 1> : 0);
+    leave<T>(sum, at.count, out, at.m, at.n);
 }
 
+// Calls with<R>(place) for every panel and at most MR of M rows; of R rows those beyond `count` are computed and left.
+template <bool PAIR, class T, class With>
+void for_places(const Product& p, int64_t M, int threads, const With& with) {
+    walk<MR>(M, p.out.N, p.K, threads, [&](int64_t panel, int v, int64_t m, int count) {
+        const T* weight = static_cast<const T*>(p.weight) + panel * PANEL * p.K + v * W * (PAIR ? 2 : 1);
+        const Place at{weight, m, panel * PANEL + v * W, count};
+        if (count > MR * 2 / 3)
+            with(at, std::integral_constant<int, MR>{});
+        else if (count > MR / 3)
+            with(at, std::integral_constant<int, MR * 2 / 3>{});
+        else
+            with(at, std::integral_constant<int, MR / 3>{});
+    });
+}
+
+// `count` <= MR rows `lda` apart -> [atoms, MR], the last one once more where there is none. Up to W atoms beyond the end
+// are written, too.
+void pack(const uint32_t* x, int64_t lda, int count, int64_t atoms, uint32_t* to) {
+    const uint32_t* row[MR];
+    for (int i = 0; i < MR; i++) row[i] = x + (i < count ? i : count - 1) * lda;
+    int64_t k = 0;
+    if constexpr (MR <= W)
+        for (; k + W <= atoms; k += W) {
+            vu block[W];
+            for (int i = 0; i < W; i++) block[i] = load<vu>(row[i < MR ? i : 0] + k);
+            transpose(block);
+            for (int i = 0; i < W; i++) store(to + (k + i) * MR, block[i]);  // what is too much the next one overwrites
+        }
+    for (; k < atoms; k++)
+        for (int i = 0; i < MR; i++) to[k * MR + i] = row[i][k];
+}
+
+constexpr int64_t PACKED = 4 << 20;  // bytes of x that are packed at a time
+
+// More than MR rows are packed first: rows that lie a multiple of 2 KiB apart meet in a few sets of the first-level
+// cache, and a dozen of them are more streams than its prefetch follows (docs/performance.md).
 template <class T, bool PAIR>
 void multiply_all(const Product& p, const uint32_t* x, int64_t lda, int threads) {
-    constexpr int PER = PAIR ? 2 : 1;
-    const int64_t atoms = p.K / PER;
-    walk<MR>(p.M, p.out.N, p.K, threads, [&](int64_t panel, int v, int64_t m, int count) {
-        const T* at = static_cast<const T*>(p.weight) + panel * PANEL * p.K + v * W * PER;
-        const int64_t n = panel * PANEL + v * W;
-        if (count > MR * 2 / 3)
-            rows<T, PAIR, MR>(count, x, lda, at, atoms, p.out, m, n);
-        else if (count > MR / 3)
-            rows<T, PAIR, MR * 2 / 3>(count, x, lda, at, atoms, p.out, m, n);
-        else
-            rows<T, PAIR, MR / 3>(count, x, lda, at, atoms, p.out, m, n);
-    });
+    const int64_t atoms = p.K / (PAIR ? 2 : 1);
+    if (p.M <= MR) {
+        for_places<PAIR, T>(p, p.M, threads, [&](const Place& at, auto R) {
+            Apart<R> rows_of_x;
+            for (int i = 0; i < R; i++) rows_of_x.row[i] = x + (at.m + (i < at.count ? i : at.count - 1)) * lda;
+            rows<T, PAIR, R>(rows_of_x, at, atoms, p.out);
+        });
+        return;
+    }
+    const int64_t block = line((atoms * MR + W) * sizeof(uint32_t)) / sizeof(uint32_t);  // words of MR packed rows
+    const int64_t most = PACKED / int64_t(block * sizeof(uint32_t)), strip = (most < 1 ? 1 : most) * MR;
+    static thread_local Scratch scratch;
+    for (int64_t first = 0; first < p.M; first += strip) {
+        const int64_t M = p.M - first < strip ? p.M - first : strip, blocks = (M + MR - 1) / MR;
+        uint32_t* packed = (uint32_t*)scratch.reserve(blocks * block * sizeof(uint32_t));
+        each(blocks, M * p.K < 1 << 17 ? 1 : threads, [&](int64_t i) {
+            const int64_t m = i * MR;
+            pack(x + (first + m) * lda, lda, int(M - m < MR ? M - m : MR), atoms, packed + i * block);
+        });
+        Result out = p.out;
+        out.y = static_cast<char*>(out.y) + first * out.stride * (out.wide ? sizeof(float) : sizeof(T));
+        for_places<PAIR, T>(p, M, threads, [&](const Place& at, auto R) {
+            rows<T, PAIR, R>(Packed{packed + at.m / MR * block}, at, atoms, out);
+        });
+    }
 }
 
 // The same with x widened to float first.

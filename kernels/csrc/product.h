@@ -36,15 +36,13 @@ FN_INLINE void put(Y* y, vf v, int64_t columns) {
     }
 }
 
-// Sums of `count` <= R rows from row m on and of the columns from n on, plus bias, rounded once.
-template <class T, int R>
-FN_INLINE void leave(const vf (&sum)[R][NV], int count, const Result& out, int64_t m, int64_t n) {
+// Sums of `count` rows from row m on and of the columns from n on, plus bias, rounded once, whatever there may be. A function
+// of its own, so that it is compiled once and not for every number of rows.
+template <class T>
+__attribute__((noinline)) void leave_any(const vf (*sum)[NV], int count, const Result& out, int64_t m, int64_t n) {
     const T* bias = static_cast<const T*>(out.bias);
-#pragma GCC unroll 16
-    for (int i = 0; i < R; i++) {
-        if (i >= count) break;
+    for (int i = 0; i < count; i++) {
         const int64_t row = (m + i) * out.stride;
-#pragma GCC unroll 4
         for (int j = 0; j < NV; j++) {
             const int64_t c = n + j * W, columns = out.N - c;
             vf v = sum[i][j];
@@ -54,6 +52,19 @@ FN_INLINE void leave(const vf (&sum)[R][NV], int count, const Result& out, int64
             else
                 put(static_cast<T*>(out.y) + row + c, v, columns);
         }
+    }
+}
+
+// The same of `count` <= R rows, from registers where that is simple.
+template <class T, int R>
+FN_INLINE void leave(const vf (&sum)[R][NV], int count, const Result& out, int64_t m, int64_t n) {
+    if (out.bias || out.wide || n + NV * W > out.N) return leave_any<T>(sum, count, out, m, n);
+    T* y = static_cast<T*>(out.y) + m * out.stride + n;
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i++, y += out.stride) {
+        if (i >= count) break;
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) store_float(y + j * W, sum[i][j]);
     }
 }
 
