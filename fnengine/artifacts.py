@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-from fnengine import checkpoint, kernels, keys, leaves
+from fnengine import checkpoint, kernels, keys, leaves, products
 from fnengine.errors import ConfigError
 from fnengine.graphs import compile
 from fnengine.graphs.compile import Traces
 from fnengine.kernels import KVLayout, native
+from fnengine.products import Measured
 from fnengine.program import Kind, wanted_layers
 from fnengine.spec import ModelSpec
 
@@ -110,7 +111,7 @@ def needs(
         eager = "--enforce-eager"
     layers: list[Kind] = []
     if eager is None:
-        how = leaves.packing(on, kind, quantization, tiles)
+        how = products.packing(spec, on, kind, quantization, tiles)
         layers = wanted_layers(spec, checkpoint.outline(spec, kind, how), ops, kind, on)
     unable = compile.missing_compiler() if on.type == "cpu" else None
     return Needs(spec, kind, on, quantization, kv_cache_dtype, ops.kv, libraries, tuple(layers), eager, unable)
@@ -152,22 +153,34 @@ def _layer_status(kind: Kind) -> Status:
     return Status(w.name, keys.digest(w.key), w.key, warm, near)
 
 
-def fill(needs: Needs) -> Iterator[Made]:
-    """Builds, traces and compiles what is not in the cache, and loads what is, one after another.
+def fill(needs: Needs) -> Iterator[Made | Measured]:
+    """Builds, measures, traces and compiles what is not in the cache, and loads what is, one after another. Where there
+    are products to choose between, their measurement comes between the libraries, which it needs, and the layers,
+    which it changes.
 
     Raises:
         ConfigError: the compiler is missing or refuses, or the cache cannot be written.
     """
     if needs.unable is not None and any(status.warm is None for status in statuses(needs)):
         raise ConfigError(f"nothing can be compiled: {needs.unable}", where="compile")
-    if any(kind.wanted.kept(compile.folder()) is None for kind in needs.layers):
+    cold = any(kind.wanted.kept(compile.folder()) is None for kind in needs.layers)
+    if cold:
         compile.start_in_background()  # while the native kernels are built
     with ThreadPoolExecutor(len(needs.libraries) or 1) as pool:
         yield from pool.map(_build, needs.libraries)
+    spec, dtype, device = needs.spec, needs.dtype, needs.device
+    if device.type == "cpu" and needs.quantization == "none":
+        if cold and needs.unable is None:
+            compile.start()  # not while products are measured
+        try:
+            found = products.measure(spec, dtype)
+        except OSError as e:
+            raise _unwritable(products.folder(), f"what was measured could not be kept: {e}") from e
+        if isinstance(found, Measured):
+            yield found
     if not needs.layers:
         return
-    spec, dtype, device = needs.spec, needs.dtype, needs.device
-    outline = checkpoint.outline(spec, dtype, leaves.packing(device, dtype, needs.quantization))
+    outline = checkpoint.outline(spec, dtype, products.packing(spec, device, dtype, needs.quantization))
     for kind in wanted_layers(spec, outline, kernels.ops(device, dtype, kv=needs.kv_cache_dtype), dtype, device):
         w = kind.wanted
         artifact = compile.make(w, compile.folder(), Traces())
@@ -187,6 +200,5 @@ def _build(lib: Library) -> Made:
     return Made(f"native {lib.part}", lib.digest, lib.key, not there, seconds, path.stat().st_size)
 
 
-def _unwritable(folder: Path) -> ConfigError:
-    remedy = "point FNENGINE_CACHE to a folder that can be written"
-    return ConfigError("an artifact was compiled but could not be kept", where=str(folder), remedy=remedy)
+def _unwritable(folder: Path, what: str = "an artifact was compiled but could not be kept") -> ConfigError:
+    return ConfigError(what, where=str(folder), remedy="point FNENGINE_CACHE to a folder that can be written")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from fnengine import captures, environment, kernels, leaves
+from fnengine import captures, environment, kernels
 from fnengine import memory as accounting
 from fnengine.device import TorchDevice
 from fnengine.errors import ConfigError
@@ -17,10 +17,11 @@ from fnengine.graphs.compile import start as start_compiler
 from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops, team
 from fnengine.kernels.layout import block_bytes
+from fnengine.kernels.recording import RECORDED_TOKENS
 from fnengine.memory import Account, Shapes
 from fnengine.model import Model, one_by_one
 from fnengine.params import memory_plan
-from fnengine.program import RECORDED_TOKENS, Recorded, compiled_layers, wanted_layers
+from fnengine.program import Recorded, compiled_layers, wanted_layers
 from fnengine.settings import KV_DTYPES, Mode, PoolSize, Settings, size_pool
 from fnengine.step import make_step
 
@@ -80,12 +81,11 @@ def build(model: Model, settings: Settings, lazy: bool = True) -> Built:
         kinds = wanted_layers(spec, model.params, ops, model.dtype, device)
     account = None
     if device.type == "cpu":
-        how = leaves.packing(device, model.dtype, model.quantization)
-        weights = memory_plan(spec, model.dtype, how).weights
+        weights = memory_plan(spec, model.dtype, model.how).weights
         shapes = Shapes(
             spec,
             model.dtype,
-            how,
+            model.how,
             mode,
             max_len=spec.max_len,
             blocks=1,

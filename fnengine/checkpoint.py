@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnengine import packed
+from fnengine import packed, products
 from fnengine.errors import CheckpointError, ConfigError, SpecError
 from fnengine.families import FAMILIES, spec_from_config
 from fnengine.leaves import Dense, Packing, Tiles, packing, place_ends, tiles
@@ -121,28 +121,28 @@ def fill(
     quantization: str = "none",
     seed: int = 0,
     progress: Progress | None = None,
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(params on the device in their final form, what was decided on the way).
+) -> tuple[dict[str, Any], Packing, tuple[str, ...]]:
+    """(params on the device in their final form, how they are stored, what was decided on the way).
 
     Raises:
         ConfigError: load_format or quantization has no meaning here.
         CheckpointError: see `load`.
     """
-    how = packing(device, dtype, quantization)
-    notes = [f"weights {how.kind}: {how.reason}"]
-    if spec.tied and not how.indexable:
+    how = products.packing(spec, device, dtype, quantization)
+    notes = [f"weights {how.name}: {how.reason}"]
+    if spec.tied and not how.at(spec.vocab, spec.width).indexable:
         notes.append("the tied embedding is kept twice: dense to look up, packed as the head")
     if load_format == "dummy":
         notes.append(f"weights are random (--load-format dummy, seed {seed})")
-        return dummy(spec, dtype, device, how, seed=seed, progress=progress), tuple(notes)
+        return dummy(spec, dtype, device, how, seed=seed, progress=progress), how, tuple(notes)
     if load_format not in ("auto", "safetensors"):
         raise ConfigError(
             f"{load_format!r} is not implemented", where="--load-format", remedy="auto, safetensors or dummy"
         )
     kept = packed_key(folder, spec, dtype, device, how)
     if kept is not None and (params := packed.load(kept, outline(spec, dtype, how))) is not None:
-        return params, (*notes, f"weights read from {packed.path_of(kept)}, where they were kept in this form")
-    return load(folder, spec, dtype, device, how, progress=progress), tuple(notes)
+        return params, how, (*notes, f"weights read from {packed.path_of(kept)}, where they were kept in this form")
+    return load(folder, spec, dtype, device, how, progress=progress), how, tuple(notes)
 
 
 def packed_key(
@@ -153,7 +153,8 @@ def packed_key(
     Raises:
         CheckpointError: the folder holds no weights.
     """
-    if device.type != "cpu" or how.kind not in packed.KINDS:
+    plain = {*packed.KINDS, "dense"}
+    if device.type != "cpu" or set(how.kinds) == {"dense"} or not plain.issuperset(how.kinds):
         return None
     return packed.key(list(_files(Path(folder))), spec, dtype, how)
 
@@ -173,10 +174,10 @@ def keep(
         CheckpointError, ConfigError: as `fill`.
         OSError: the cache cannot be written.
     """
-    how = packing(device, dtype, quantization)
+    how = products.packing(spec, device, dtype, quantization)
     key = packed_key(folder, spec, dtype, device, how)
     if key is None:
-        return f"{how.kind} weights on {device.type} are loaded as the checkpoint has them"
+        return f"{how.name} weights on {device.type} are loaded as the checkpoint has them"
     if packed.load(key, outline(spec, dtype, how)) is not None:
         return packed.path_of(key), False
     return packed.save(key, load(folder, spec, dtype, device, how, progress=progress)), True

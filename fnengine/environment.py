@@ -99,6 +99,17 @@ def cores(root: Path = Path("/sys/devices/system/cpu")) -> int:
     return len(processors(root))
 
 
+def cache_bytes(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Bytes of the processor's largest cache, as the system tells them; 32 MiB where it does not."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    found = []
+    for file in root.glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            text = file.read_text().strip()
+            found.append(int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text))
+    return max(found, default=32 << 20)
+
+
 LOADING, SERVING = (1 << 20, 1 << 20), (32 << 20, 64 << 20)
 """(bytes from which on the C library gives an allocation pages of its own, free bytes that it keeps), while weights
 are read and afterwards. Read with the first, what is freed goes back at once; by default a model of 28 layers leaves 77

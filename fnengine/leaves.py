@@ -1,7 +1,8 @@
 """Weights as leaves of several kinds, and the one `matmul(leaf, x)` that looks at the kind.
 
-A leaf says how a weight is stored; layer code never asks. `packing` picks the kind that the device multiplies fastest,
-and says why; `checkpoint` places each weight in it as soon as it is read.
+A leaf says how a weight is stored; layer code never asks. `packing` picks a kind by a fixed order and says why;
+`products` puts what was measured on this machine, shape by shape, in its place; `checkpoint` places each weight in it
+as soon as it is read.
 """
 
 from __future__ import annotations
@@ -107,6 +108,11 @@ class Fp8:
 
 Leaf = Dense | Packed | Tiled | Quantized | Fp8
 KINDS = (Dense, Packed, Tiled, Quantized, Fp8)
+UNRECORDED = (Dense, Packed)
+"""Kinds that torch multiplies, so that a step with one of them is not recorded (`kernels/recording.py`)."""
+
+Shape = tuple[int, int]
+"""(N, K) of a weight"""
 
 _ADDRESSES = itertools.count()
 _PACKED: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
@@ -246,10 +252,29 @@ class Packing:
     reason: str
     atom: int = 1
     """Channels in an atom of a tile."""
+    table: tuple[tuple[Shape, str], ...] = ()
+    """Shapes of weights that are of another kind than `kind`, and of which."""
+
+    def at(self, N: int, K: int) -> Packing:
+        """How a weight [N, K] is stored: one kind, no table."""
+        return replace(self, kind=dict(self.table).get((N, K), self.kind), table=()) if self.table else self
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Every kind there may be, the usual one first."""
+        return tuple(dict.fromkeys((self.kind, *(kind for _, kind in self.table))))
+
+    @property
+    def name(self) -> str:
+        """The kind of every shape, for people."""
+        shapes = {kind: [f"{N} x {K}" for (N, K), k in self.table if k == kind] for kind in self.kinds[1:]}
+        return "; ".join([self.kind, *(f"{kind} for {', '.join(names)}" for kind, names in shapes.items())])
 
     @property
     def indexable(self) -> bool:
-        """Whether a placed weight can still be looked up, so that a tied embedding need not be held twice."""
+        """Whether a placed weight can still be looked up, so that a tied embedding need not be held twice; ask it of
+        `at` the embedding's shape."""
+        assert not self.table, "which shape?"
         return self.kind != "packed"
 
     @property
@@ -260,7 +285,7 @@ class Packing:
 
     def place(self, leaf: Dense) -> Leaf:
         """The leaf in its final form; the dense one may be freed afterwards. On the meta device only its shapes."""
-        match self.kind:
+        match self.at(leaf.weight.shape[0], leaf.weight.shape[1]).kind:
             case "tiled":
                 return tile_leaf(leaf, self.atom)
             case "packed":
@@ -273,13 +298,14 @@ class Packing:
 
     def nbytes(self, N: int, K: int, dtype: torch.dtype) -> int:
         """How many bytes a placed weight [N, K] holds."""
-        if self.kind in QUANTIZED:
-            codes, scales = quantized.shapes(N, K, QUANTIZED[self.kind])
+        kind = self.at(N, K).kind
+        if kind in QUANTIZED:
+            codes, scales = quantized.shapes(N, K, QUANTIZED[kind])
             return prod(codes) + prod(scales) * 2
-        if self.kind == "fp8":
+        if kind == "fp8":
             codes, scales = fp8.shapes(N, K)
             return prod(codes) + prod(scales) * 4
-        elements = -(-N // PANEL) * PANEL * (-(-K // self.atom) * self.atom) if self.kind == "tiled" else N * K
+        elements = -(-N // PANEL) * PANEL * (-(-K // self.atom) * self.atom) if kind == "tiled" else N * K
         return elements * dtype.itemsize
 
 
@@ -378,9 +404,11 @@ def _floating(device: torch.device, dtype: torch.dtype) -> Packing:
 
 
 def packing(device: torch.device, dtype: torch.dtype, quantization: str = "none", tiles: Tiles = tiles) -> Packing:
-    """The layout whose product is fastest here, with what was passed over; or the one that `quantization` asks for.
+    """The first layout of a fixed order, with what was passed over; or the one that `quantization` asks for.
 
-    Where the processor has matrix units (AMX), oneDNN uses them for bfloat16 and the native product does not.
+    The order is that of speed on the processors at hand (benchmarks/products.py); `products.packing` knows what this
+    one measured. Where the processor has matrix units (AMX), oneDNN uses them for bfloat16 and the native product does
+    not.
 
     Raises:
         ConfigError: see `quantizing`.
@@ -403,6 +431,7 @@ def place_ends(params: dict[str, Any], how: Packing) -> dict[str, Leaf | None]:
     any weight where it can still be looked up then; else it stays dense and a packed copy becomes the head.
     """
     embed, head = params["embed"], params["head"]
+    how = how.at(embed.weight.shape[0], embed.weight.shape[1])
     if head is not None:
         return {"embed": embed, "head": how.ends.place(head)}
     return (

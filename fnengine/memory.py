@@ -27,9 +27,10 @@ from fnengine.host.step import BLOCK
 from fnengine.kernels.layout import KVLayout, Tokens, block_bytes
 from fnengine.kernels.memory import HUGE
 from fnengine.kernels.quantized import GROUP
+from fnengine.kernels.recording import RECORDED_TOKENS
 from fnengine.leaves import QUANTIZED, Packing
-from fnengine.params import memory_plan
-from fnengine.program import PROGRAMS, RECORDED_TOKENS
+from fnengine.params import memory_plan, products
+from fnengine.program import PROGRAMS
 from fnengine.sampling import AT_ONCE, rows_at_once
 from fnengine.settings import Mode, PoolSize, Settings, size_pool, wanted_len
 from fnengine.spec import Attention, Layer, ModelSpec
@@ -90,6 +91,16 @@ class Shapes:
     """Bytes of a process that can serve and has no model yet (`base_now`)."""
     kv: KVLayout = Tokens()
     """How KV lies in the pool."""
+
+    @property
+    def kinds(self) -> set[str]:
+        """In which the weights of the layers are stored."""
+        return {self.how.at(*shape).kind for shape, _ in products(self.spec).layers}
+
+    @property
+    def head(self) -> str:
+        """In which kind the head is stored."""
+        return self.how.at(self.spec.vocab, self.spec.width).kind
 
     @property
     def per_block(self) -> int:
@@ -168,11 +179,11 @@ def account(s: Shapes) -> Account:
     workspace += (
         max(attention_bytes(kind.mixer, b.tokens, b.rows, s.threads) for kind in spec.layers) + s.threads * THREAD
     )
-    narrow = item if item != 4 and s.how.kind in ("packed", "dense") else 0
+    narrow = item if item != 4 and s.head in ("packed", "dense") else 0
     sampled = _sampling(b.rows, V, narrow, min(k, most_logprobs(b.rows)))
     scored = b.rows * V * 4 + _scoring(b.tokens, V, narrow, min(k, most_logprobs(b.tokens)))
     programs = 0
-    if s.compiled:
+    if s.compiled and s.kinds.isdisjoint(("packed", "dense")):
         most = min(b.tokens, RECORDED_TOKENS)
         arena = max(layer_bytes(kind, spec.width, most, s) for kind in spec.layers)
         programs = -(-arena // HUGE) * HUGE + PROGRAMS * layers * CALLS * CALL_BYTES
@@ -181,7 +192,7 @@ def account(s: Shapes) -> Account:
         Line("base", s.base, "interpreter, torch and what serving imports: measured, not computed"),
         Line("code", code, "native libraries, layers" + ", compiler" * s.compiling),
         Line("tokenizer", V * TOKEN_TEXT, f"{V:,} tokens"),
-        Line("weights", plan.weights, f"{s.how.kind}, {'the embedding is the head' if spec.tied else 'own head'}"),
+        Line("weights", plan.weights, f"{s.how.name}, {'the embedding is the head' if spec.tied else 'own head'}"),
         Line("rows", rows, f"{s.mode.rows} + 1 rows of {s.max_len:,} tokens"),
         Line("swap space", s.host_slots * per_block, f"{s.host_slots} blocks of host memory"),
         Line("recorded steps", programs, f"up to {RECORDED_TOKENS} tokens, at most {PROGRAMS} sizes"),
@@ -216,7 +227,7 @@ def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
     if s.how.kind in QUANTIZED:
         size, group = 1 if s.how.kind.endswith("dynamic") else 2, GROUP[QUANTIZED[s.how.kind]]
         scratch = T * (-(-deepest // 32) * 32 * size + -(-deepest // group) * 8)  # integers, a factor and a sum a group
-    elif s.how.kind in ("packed", "dense") or s.how.atom == 2:
+    elif "tiled" not in {*s.kinds, s.head} or s.how.atom == 2:
         scratch = 0
     angles = T * a.rope.width * 4
     live = T * max(widths) * s.dtype.itemsize

@@ -20,7 +20,7 @@ from fnengine.graphs import compile
 from fnengine.host.tokenizer import Tokenizer
 from fnengine.kernels.rope import rms_norm
 from fnengine.layers import Angles, layer, rope_angles
-from fnengine.leaves import lookup, matmul
+from fnengine.leaves import Packing, lookup, matmul
 from fnengine.spec import Layer, ModelSpec, Rope
 from fnengine.state import Pool, Where
 
@@ -42,6 +42,8 @@ class Model:
     dtype: torch.dtype
     """Of parameters, activations and KV."""
     device: torch.device
+    how: Packing
+    """How the weights are stored."""
     folder: Path
     """Where the config, the tokenizer and the weights came from."""
     name: str = ""
@@ -112,7 +114,7 @@ def load(
         compile.start_in_background()  # a first start on this machine will compile layers, too
     environment.allocate(environment.LOADING)
     try:
-        params, notes = checkpoint.fill(
+        params, how, notes = checkpoint.fill(
             folder, spec, torch_dtype, device, load_format, quantization=quantization, seed=seed, progress=progress
         )
     finally:
@@ -122,6 +124,7 @@ def load(
         params,
         torch_dtype,
         device,
+        how,
         Path(folder),
         Path(folder).name,
         (why, *notes),

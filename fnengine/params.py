@@ -9,8 +9,10 @@ From this one tree come checkpoint loading, dummy weights and the memory plan, s
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from fnengine import tree
 from fnengine.families import FAMILIES
-from fnengine.leaves import Dense, Packing
+from fnengine.leaves import Dense, Packing, Shape
 from fnengine.spec import Layer, ModelSpec
 
 
@@ -75,7 +77,8 @@ class MemoryPlan:
 
 def memory_plan(spec: ModelSpec, dtype: torch.dtype, how: Packing) -> MemoryPlan:
     """What the weights of a spec take in `dtype`, stored as `how` says."""
-    looked_up = not spec.tied or not how.indexable  # the embedding stays as it is
+    end = how.at(spec.vocab, spec.width)
+    looked_up = not spec.tied or not end.indexable  # the embedding stays as it is
 
     def held(path: str, info: ArrayInfo) -> int:
         if len(info.shape) != 2 or (path == "embed.weight" and looked_up):
@@ -84,10 +87,11 @@ def memory_plan(spec: ModelSpec, dtype: torch.dtype, how: Packing) -> MemoryPlan
         return placed.nbytes(*info.shape, dtype)
 
     every = list(arrays(abstract(spec)))
-    head = how.ends.nbytes(spec.vocab, spec.width, dtype) if spec.tied and not how.indexable else 0
+    head = how.ends.nbytes(spec.vocab, spec.width, dtype) if spec.tied and not end.indexable else 0
     weights = sum(held(path, info) for path, info in every) + head
-    both = max(max(held(path, info), info.size * dtype.itemsize) for path, info in every)
-    return MemoryPlan(weights, head, weights + (0 if how.kind == "dense" else both))
+    placed = [x for x in every if len(x[1].shape) == 2 and how.at(x[1].shape[0], x[1].shape[1]).kind != "dense"]
+    both = max((max(held(path, info), info.size * dtype.itemsize) for path, info in placed), default=0)
+    return MemoryPlan(weights, head, weights + both)
 
 
 NOISE = 1_048_573
@@ -110,6 +114,32 @@ def dummy_array(path: str, info: ArrayInfo, dtype: torch.dtype, noise: Tensor) -
     for chunk in out.view(-1).split(NOISE):
         chunk.copy_(period[: len(chunk)])
     return out
+
+
+@dataclass(frozen=True)
+class Products:
+    """The products of a step, by the shapes of their weights."""
+
+    layers: tuple[tuple[Shape, int], ...]
+    """Shape -> how many products of all layers have it."""
+    depth: int
+    """Layers."""
+    head: Shape
+    tied: bool
+    """The head's weight is the embedding, too."""
+
+    @property
+    def count(self) -> dict[Shape, int]:
+        """Shape -> how many products of a step have it, those of the layers first."""
+        return {**dict(self.layers), self.head: dict(self.layers).get(self.head, 0) + 1}
+
+
+@cache
+def products(spec: ModelSpec) -> Products:
+    """The products of a step of a spec."""
+    shapes = Counter(info.shape for _, info in arrays({"layers": abstract(spec)["layers"]}) if len(info.shape) == 2)
+    layers = tuple((shape, n) for shape, n in shapes.items() if len(shape) == 2)
+    return Products(layers, len(spec.layers), (spec.vocab, spec.width), spec.tied)
 
 
 def _layer(names: dict[str, Any], i: int, kind: Layer, D: int) -> dict[str, Any]:

@@ -21,7 +21,15 @@ from fnengine.graphs import compile, replay
 from fnengine.graphs.compile import Artifact, Traces, Wanted, make, wanted
 from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops
-from fnengine.kernels.recording import Arena, NotRecordable, Program, record, recordable, recordable_empty
+from fnengine.kernels.recording import (
+    RECORDED_TOKENS,
+    Arena,
+    NotRecordable,
+    Program,
+    record,
+    recordable,
+    recordable_empty,
+)
 from fnengine.layers import Angles
 from fnengine.model import RunLayers, one_by_one
 from fnengine.spec import Layer, ModelSpec, Rope
@@ -29,8 +37,6 @@ from fnengine.state import Pool, Where
 
 log = logging.getLogger("fnengine")
 
-RECORDED_TOKENS = 64
-"""Largest step that is recorded: with 28 layers Python costs some 7 ms, 2 % of a step of 128 tokens."""
 PROGRAMS = 128
 """Most sizes of a step that are recorded at a time; the one not used for longest makes room. 33 rows of one token each
 and their mixtures with short prompts recur, and each holds some 150 KB."""
@@ -67,7 +73,10 @@ def compiled_layers(kinds: list[Kind], params: Any, folder: Path | None, traces:
         )
 
     layers_in_a_row = one_by_one(run_layer)
-    return Recorded(layers_in_a_row) if all(a.hooked for a in of_layer.values()) else layers_in_a_row
+    ours = not any(
+        isinstance(leaf, leaves.UNRECORDED) for _, leaf in tree.items(params["layers"], stop=leaves.UNRECORDED)
+    )
+    return Recorded(layers_in_a_row) if ours and all(a.hooked for a in of_layer.values()) else layers_in_a_row
 
 
 class Recorded:

@@ -31,6 +31,7 @@ FLOORS = {
     "fnengine.leaves": 2,
     "fnengine.state": 2,
     "fnengine.packed": 2,
+    "fnengine.products": 2,
     "fnengine.checkpoint": 2,
     "fnengine.hub": 2,
     "fnengine.layers": 3,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fnengine import checkpoint, leaves, model, packed, tree
+from fnengine import checkpoint, leaves, model, packed, products, tree
 from fnengine.cli import main
 from fnengine.runtime import Runtime
 from tests.models import tiny_folder
@@ -121,7 +121,7 @@ def test_a_damaged_file_is_not_used(cache, folder, damage):
 
 
 def test_layouts_of_the_checkpoint_are_not_kept(cache, monkeypatch):
-    monkeypatch.setattr(checkpoint, "packing", lambda *a, **k: leaves.Packing("dense", "so"))
+    monkeypatch.setattr(products, "packing", lambda *a, **k: leaves.Packing("dense", "so"))
     why = keep(tiny_folder("qwen3"))
     assert isinstance(why, str) and "dense" in why and not cache.exists()
 

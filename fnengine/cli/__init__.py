@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     _bench(commands)
     _tune(commands)
 
-    p = _command(commands, "compile", "fill the cache ahead of a start: native kernels and layers, without the weights")
+    p = _command(commands, "compile", "fill the cache ahead of a start: native kernels, the fastest products, layers")
     _model_argument(p)
     p.add_argument(
         "--weights",

@@ -1,7 +1,8 @@
 """`fnengine compile`: everything that a start of this model would build or compile, put into the cache now.
 
 Only the config is read: an artifact depends on shapes, so weights are neither downloaded nor read. With `--weights`
-they are, and are kept in the form that products want (`packed.py`).
+they are, and are kept in the form that products want (`packed.py`). Here is also where products are measured
+(`products.py`), which a start never does.
 """
 
 from __future__ import annotations
@@ -20,20 +21,30 @@ from fnengine.errors import ConfigError
 
 if TYPE_CHECKING:
     from fnengine.artifacts import Needs
+    from fnengine.products import Measured
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints a line for each artifact as soon as it is there."""
     options = resolve(args)
-    from fnengine import artifacts, hub
+    from fnengine import artifacts, hub, products
     from fnengine.cli.doctor import size
 
     begin = time.perf_counter()
     needs = artifacts.needs(config_folder(options), **asked(options))
-    rows = []
+    rows: list[artifacts.Made] = []
+    measured: products.Measured | None = None
     if not args.json:
         print(f"cache {environment.cache_dir()}", flush=True)
     for made in artifacts.fill(needs):
+        if isinstance(made, products.Measured):
+            measured = made
+            if not args.json:
+                how = (
+                    f"measured in {made.seconds:.1f} s" if made.new else "measured before (delete it to measure again)"
+                )
+                print(f"products, {how}, {made.path}", *products.table(made), sep="\n", flush=True)
+            continue
         rows.append(made)
         if not args.json:
             how = "compiled" if made.compiled else "already there"
@@ -46,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
             "cache": str(environment.cache_dir()),
             "eager": needs.eager,
             "artifacts": [dataclasses.asdict(made) for made in rows],
+            "products": None if measured is None else _as_json(measured),
             "weights": weights,
         }
         print(json.dumps({**facts, **found}, indent=1))
@@ -60,6 +72,16 @@ def run(args: argparse.Namespace) -> int:
         f"{len(rows) - new} already there, {time.perf_counter() - begin:.1f} s"
     )
     return 0
+
+
+def _as_json(found: Measured) -> dict[str, Any]:
+    """Seconds of each kind by rows, and the kind that was chosen, for each shape."""
+
+    def shape(N: int, K: int) -> dict[str, Any]:
+        times, out = found.times.get((N, K), {}), found.out.get((N, K), {})
+        return {"shape": [N, K], "kind": found.kinds[N, K], "seconds": times, "out": out}
+
+    return {"file": str(found.path), "new": found.new, "shapes": [shape(*s) for s in found.kinds]}
 
 
 def _keep_weights(options: Options, needs: Needs) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         [
             ("execution", built.execution),
             ("graphs", built.capture),
+            ("products", products(model)),
             ("threads", threads(built)),
             ("seed promise", f"{'holds' if holds else 'does not hold'}: {why}"),
         ],
@@ -168,6 +169,18 @@ def kernels(ops: Ops) -> Section:
         (op, f"{backend}, {'invariant' if invariant else 'not invariant'}: {reason}")
         for op, backend, invariant, reason in describe(ops)
     ]
+
+
+def products(model: Model) -> str:
+    """Which kinds of product multiply the weights, whether that was measured, and if not, what is kept instead."""
+    from fnengine import products
+
+    how = model.how
+    near = products.nearest(model.spec, model.dtype) if model.quantization == "none" else None
+    if near is None or products.read(model.spec, model.dtype) is not None:
+        return f"{how.name}: {how.reason}"
+    fields = ", ".join(f"{d.field} {d.old} -> {d.new}" for d in near.differences[:3])
+    return f"{how.name}: {how.reason} (what is kept, {near.name}.json, differs: {fields or 'it is damaged'})"
 
 
 def seed_promise(model: Model, ops: Ops) -> tuple[bool, str]:

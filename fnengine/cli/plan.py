@@ -41,7 +41,7 @@ def made(options: Options, folder: Path) -> tuple[PoolSize, Account, int]:
     """(pool, ledger, rows) of a server with these options."""
     import torch
 
-    from fnengine import artifacts, build, leaves, memory
+    from fnengine import artifacts, build, leaves, memory, products
     from fnengine.graphs import compile
     from fnengine.kernels import native
 
@@ -62,7 +62,7 @@ def made(options: Options, folder: Path) -> tuple[PoolSize, Account, int]:
     shapes = memory.Shapes(
         needs.spec,
         needs.dtype,
-        leaves.packing(needs.device, needs.dtype, needs.quantization, tiles),
+        products.packing(needs.spec, needs.device, needs.dtype, needs.quantization, tiles),
         settings.mode("cpu"),
         max_len=needs.spec.max_len,
         blocks=1,
