@@ -15,9 +15,12 @@ from typing import Any
 import torch
 
 from fnengine import environment
+from fnengine.kernels.attention import PAGED_ATTENTION
 from fnengine.kernels.contract import Backend, Contract
+from fnengine.kernels.layout import Codes, Fp8, KVLayout, Tokens
 from fnengine.kernels.library import register
 from fnengine.kernels.pool import COPY_BLOCKS
+from fnengine.kernels.rope import ROPE_WRITE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,6 +53,20 @@ def interpreted(device: torch.device, dtype: torch.dtype) -> str | None:
     return _missing(dtype)
 
 
+def layout(dtype: torch.dtype, kind: str) -> KVLayout:
+    """How KV lies in the pool: a head's token in one piece."""
+    kinds: dict[str, KVLayout] = {"auto": Tokens(), "int8": Codes(), "fp8": Fp8()}
+    return kinds[kind]
+
+
+def _too_old(device: torch.device, kind: str) -> str | None:
+    if kind == "fp8" and device.type == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < (8, 9):
+            return f"fp8 needs a GPU of compute capability 8.9, and this one has {major}.{minor}; int8 needs none"
+    return None
+
+
 def _backend(op: Contract, module: str, invariant: bool, **more: Any) -> Backend:
     def run(*args: Any, **kw: Any) -> Any:
         return getattr(import_module(f"{__name__}.{module}"), op.name)(*args, **kw)
@@ -60,9 +77,16 @@ def _backend(op: Contract, module: str, invariant: bool, **more: Any) -> Backend
         register(op.name, "triton", run),
         unfit,
         invariant,
+        kv=layout,
         interpreted=interpreted,
         **more,
     )
 
+
+paged_attention = _backend(PAGED_ATTENTION, "attention", invariant=True, refuses=_too_old)
+"""One shape of tile for prefill and decode, and KV cut at fixed positions: see `attention.py`."""
+
+rope_write = _backend(ROPE_WRITE, "rope", invariant=True, refuses=_too_old)
+"""Norm, rotation and KV write of all heads of a token, one launch."""
 
 copy_blocks = _backend(COPY_BLOCKS, "pool", invariant=True)
