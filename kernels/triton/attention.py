@@ -25,8 +25,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from math import log2
-from typing import NamedTuple
 
 import torch
 import triton
@@ -35,11 +33,12 @@ from torch import Tensor
 
 from fnengine import environment
 from fnengine.kernels.layout import ROUNDED_BLOCK, heads_of
+from fnengine.kernels.triton.launch import Launch
 from fnengine.kernels.triton.numbers import bound, narrow
 
 SCRATCH = 64 << 20
 """Bytes that parts may take; beyond it the rows with the most parts are split and the others are not."""
-LOG2_E = log2(2.718281828459045)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _merge(most, total, sums, most_b, total_b, sums_b):
 def _finish(most, total, sums, sink, heads, inside, SINKS: tl.constexpr):
     """Attention from its sums; a sink is one more weight."""
     if SINKS:
-        logit = tl.load(sink + heads, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+        logit = tl.load(sink + heads, mask=inside, other=0.0).to(tl.float32) * LOG2_E
         top = tl.maximum(most, logit)
         safe = tl.where(top == -float("inf"), 0.0, top)
         fade = tl.exp2(most - safe)
@@ -292,11 +291,11 @@ def _attend(
                 score = score * k_scale_N[None, :]
             if CAP > 0:
                 x = score * (scale / CAP)
-                e = tl.exp2(tl.abs(x) * -2.8853900817779268)
+                e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
                 score = tl.where(x < 0, e - 1.0, 1.0 - e) / (1.0 + e)
-                factor = CAP * 1.4426950408889634
+                factor = CAP * LOG2_E
             else:
-                factor = scale * 1.4426950408889634
+                factor = scale * LOG2_E
             sees = at[None, :] <= position[:, None]
             if WINDOW > 0:
                 sees = sees & (at[None, :] > position[:, None] - WINDOW)
@@ -395,20 +394,6 @@ def _collect(
         o_GC = _finish(most, total, sums, sink, heads, inside, SINKS)
         o_at = ((first + token).to(tl.int64) * H + heads)[:, None] * C + c[None, :]
         tl.store(out + o_at, narrow(o_GC, out.dtype.element_ty, INTERPRETED), mask=inside[:, None] & (c < C)[None, :])
-
-
-class Launch(NamedTuple):
-    """A kernel with its grid and arguments."""
-
-    kernel: triton.JITFunction
-    grid: tuple[int]
-    tensors: tuple[Tensor, ...]
-    numbers: tuple[float, ...]
-    constants: dict[str, int | float | bool]
-    options: dict[str, int | bool]
-
-    def __call__(self) -> None:
-        self.kernel[self.grid](*self.tensors, *self.numbers, **self.constants, **self.options)
 
 
 def launches(

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from fnengine import environment
 from fnengine.kernels.layout import ROUNDED_BLOCK, heads_of
+from fnengine.kernels.triton.launch import Launch
 from fnengine.kernels.triton.numbers import e4m3, narrow, whole
 
 ELEMENTS = 1024
 """Elements of the heads that a program takes, about: 16 bytes of bfloat16 for each of its 128 threads."""
+WARPS = 4
 
 
 @triton.jit
@@ -163,8 +165,8 @@ def _rope_write(
         cos_W = tl.load(cos + t * angle_token + i, mask=i < W, other=0.0)[None, :]
         sin_W = tl.load(sin + t * angle_token + i, mask=i < W, other=0.0)[None, :]
         a, b = _rotated(a, b, cos_W, sin_W, kind, INTERPRETED)
-        a, b, c = narrow(a, kind, INTERPRETED), narrow(b, kind, INTERPRETED), narrow(c, kind, INTERPRETED)
-        _put(out + (t * H + heads) * C, a, b, c, W, C, WP, REST, heads < H)
+        x, y, z = narrow(a, kind, INTERPRETED), narrow(b, kind, INTERPRETED), narrow(c, kind, INTERPRETED)
+        _put(out + (t * H + heads) * C, x, y, z, W, C, WP, REST, heads < H)
     elif part < OF_Q + OF_KV:
         heads = (part - OF_Q) * HEADS + h
         a, b, c = _pieces(token + (H + heads) * C, W, C, WP, REST, heads < K)
@@ -182,6 +184,52 @@ def _rope_write(
         _write(v_pool, v_scales, to, heads, heads < K, a, b, c, kind, K, W, C, WP, REST, B, KV, INTERPRETED)
 
 
+def launch_of(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slot: Tensor,
+    eps: float,
+    out: Tensor,
+) -> Launch:
+    """The kernel that puts queries into `out` and KV into the pools."""
+    K, C = heads_of(v_pool)
+    T, W = cos.shape
+    H = out.shape[1]
+    kind = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(k_pool.dtype, "auto")
+    B = ROUNDED_BLOCK if kind == "int8" else k_pool.shape[1]
+    scales = (k_pool.view(torch.float32), v_pool.view(torch.float32)) if kind == "int8" else (k_pool, v_pool)
+    if kind == "fp8":  # written as bits
+        k_pool, v_pool = k_pool.view(torch.uint8), v_pool.view(torch.uint8)
+    norms = (qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm)
+    heads = max(1, min(triton.next_power_of_2(max(H, K)), ELEMENTS // triton.next_power_of_2(C)))
+    return Launch(
+        _rope_write,
+        (T, triton.cdiv(H, heads) + 2 * triton.cdiv(K, heads)),
+        (qkv, *norms, cos, sin, k_pool, v_pool, *scales, slot, out),
+        (eps, qkv.stride(0), W),
+        {
+            "H": H,
+            "K": K,
+            "C": C,
+            "W": W,
+            "WP": triton.next_power_of_2(W),
+            "REST": triton.next_power_of_2(max(1, C - 2 * W)),
+            "HEADS": heads,
+            "B": B,
+            "KV": kind,
+            "Q_NORM": q_norm is not None,
+            "K_NORM": k_norm is not None,
+            "INTERPRETED": environment.triton_interpreted(),
+        },
+        {"num_warps": WARPS, "enable_fp_fusion": False},
+    )
+
+
 def rope_write(
     qkv: Tensor,
     q_norm: Tensor | None,
@@ -195,48 +243,12 @@ def rope_write(
 ) -> Tensor:
     """See `ROPE_WRITE.doc`."""
     K, C = heads_of(v_pool)
-    T, W = cos.shape
-    H = qkv.shape[1] // C - 2 * K
-    out = torch.empty((T, H, C), dtype=qkv.dtype, device=qkv.device)
-    if not T:
+    out = torch.empty((len(qkv), qkv.shape[1] // C - 2 * K, C), dtype=qkv.dtype, device=qkv.device)
+    if not len(qkv):
         return out
     assert qkv.stride(1) == 1 and cos.dtype == sin.dtype == torch.float32 and slot.dtype == torch.int32
     assert k_pool.is_contiguous() and v_pool.is_contiguous()
     assert all(x is None or (x.is_contiguous() and x.dtype == qkv.dtype) for x in (q_norm, k_norm))
-    cos, sin, slot = cos.contiguous(), sin.contiguous(), slot.contiguous()
-    kind = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(k_pool.dtype, "auto")
-    B = ROUNDED_BLOCK if kind == "int8" else k_pool.shape[1]
-    scales = (k_pool.view(torch.float32), v_pool.view(torch.float32)) if kind == "int8" else (k_pool, v_pool)
-    if kind == "fp8":  # written as bits
-        k_pool, v_pool = k_pool.view(torch.uint8), v_pool.view(torch.uint8)
-    heads = max(1, min(triton.next_power_of_2(max(H, K)), ELEMENTS // triton.next_power_of_2(C)))
-    _rope_write[T, triton.cdiv(H, heads) + 2 * triton.cdiv(K, heads)](
-        qkv,
-        qkv if q_norm is None else q_norm,
-        qkv if k_norm is None else k_norm,
-        cos,
-        sin,
-        k_pool,
-        v_pool,
-        *scales,
-        slot,
-        out,
-        eps,
-        qkv.stride(0),
-        W,
-        H=H,
-        K=K,
-        C=C,
-        W=W,
-        WP=triton.next_power_of_2(W),
-        REST=triton.next_power_of_2(max(1, C - 2 * W)),
-        HEADS=heads,
-        B=B,
-        KV=kind,
-        Q_NORM=q_norm is not None,
-        K_NORM=k_norm is not None,
-        INTERPRETED=environment.triton_interpreted(),
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+    angles = cos.contiguous(), sin.contiguous()
+    launch_of(qkv, q_norm, k_norm, *angles, k_pool, v_pool, slot.contiguous(), eps, out)()
     return out
