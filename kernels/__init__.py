@@ -34,8 +34,8 @@ __all__ = [
 ]
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
-    "paged_attention": (cpu.paged_attention, reference.paged_attention),
-    "rope_write": (cpu.rope_write, reference.rope_write),
+    "paged_attention": (cpu.paged_attention, triton.paged_attention, reference.paged_attention),
+    "rope_write": (cpu.rope_write, triton.rope_write, reference.rope_write),
     "copy_blocks": (cpu.copy_blocks, triton.copy_blocks, reference.copy_blocks),
     "gumbel_argmax": (cpu.gumbel_argmax, reference.gumbel_argmax),
     "linear": (cpu.linear, reference.linear),
@@ -72,13 +72,13 @@ CHOSEN = ("paged_attention", "rope_write", "copy_blocks", "gumbel_argmax")
 
 def ops(device: torch.device | str, dtype: torch.dtype, only: str | None = None, kv: str = "auto") -> Ops:
     """The best backend of each op for a device and a dtype; `only` restricts the choice to one backend's name, and `kv`
-    says how KV is kept: `auto`, in that dtype, or `int8`, rounded.
+    says how KV is kept: `auto`, in that dtype, or rounded to 8 bits, as `int8` with a scale to each vector or as `fp8`.
 
     Raises:
         LookupError: no backend fits, with each one's reason.
     """
     device = torch.device(device)
-    chosen = {name: choose(BACKENDS[name], device, dtype, only) for name in CHOSEN}
+    chosen = {name: choose(BACKENDS[name], device, dtype, only, kv) for name in CHOSEN}
     writes, reads = (chosen[name].backend.kv(dtype, kv) for name in ("rope_write", "paged_attention"))
     assert writes == reads, f"KV would be written as {writes} and read as {reads}"
     return Ops(**chosen, kv=reads)
@@ -92,9 +92,14 @@ def expected(device: torch.device | str, dtype: torch.dtype, kv: str = "auto") -
     """
     device = torch.device(device)
     if cpu.unfit(device, dtype) is not None:
-        return ops(device, dtype, only="reference", kv=kv)
+        return ops(device, dtype, kv=kv)
     chosen = {name: Chosen(BACKENDS[name][0], "once it is built") for name in CHOSEN}
-    return Ops(**chosen, kv=cpu.expected_layout(dtype, kv))
+    for name, first in chosen.items():
+        if why_not := first.backend.refuses(device, kv):
+            other = choose(BACKENDS[name][1:], device, dtype, kv=kv)
+            chosen[name] = Chosen(other.backend, f"{first.backend.name}: {why_not}; {other.reason}")
+    reads = chosen["paged_attention"].backend
+    return Ops(**chosen, kv=cpu.expected_layout(dtype, kv) if reads.name == "cpu" else reads.kv(dtype, kv))
 
 
 def describe(chosen: Ops) -> list[tuple[str, str, bool, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fnengine.kernels.layout import KVLayout, Rounded, Tokens
+from fnengine.kernels.layout import Fp8, KVLayout, Rounded, Tokens
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Contract:
     """dtype -> (rtol, atol) against the reference in float32."""
 
 
+KINDS: dict[str, KVLayout] = {"auto": Tokens(), "int8": Rounded(), "fp8": Fp8()}
+"""How the references keep KV of each kind."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to do an op."""
@@ -47,11 +51,13 @@ class Backend:
     absolute index."""
     note: Callable[[torch.dtype], str] = lambda _dtype: ""
     """More to say about it once it is chosen, e.g. how it was built."""
-    kv: Callable[[torch.dtype, str], KVLayout] = lambda _dtype, kind: Rounded() if kind == "int8" else Tokens()
-    """(dtype, `auto` or `int8`) -> how KV lies in the pools it is given, where it is given any; contracts have it token
-    by token."""
+    kv: Callable[[torch.dtype, str], KVLayout] = lambda _dtype, kind: KINDS[kind]
+    """(dtype, `auto`, `int8` or `fp8`) -> how KV lies in the pools it is given, where it is given any; contracts have
+    it token by token."""
     capturable: bool = True
     """Whether a CUDA graph can hold it: its launches follow from shapes alone, and it waits for nothing."""
+    refuses: Callable[[torch.device, str], str | None] = lambda _device, _kind: None
+    """Why it cannot keep KV of this kind on this device (shown to the user), or None."""
     interpreted: Callable[[torch.device, torch.dtype], str | None] | None = None
     """None when an interpreter can stand in for the device that `supports` asks for, else why not. Slow and meant for
     tests: only a choice by name comes here."""
@@ -68,8 +74,11 @@ class Chosen:
         return self.backend.fn(*args, **kw)
 
 
-def choose(backends: tuple[Backend, ...], device: torch.device, dtype: torch.dtype, only: str | None = None) -> Chosen:
-    """The first backend of the tuple (best first) that supports device and dtype; `only` restricts it to one name.
+def choose(
+    backends: tuple[Backend, ...], device: torch.device, dtype: torch.dtype, only: str | None = None, kv: str = "auto"
+) -> Chosen:
+    """The first backend of the tuple (best first) that supports device, dtype and kind of KV; `only` restricts it to
+    one name.
 
     Raises:
         LookupError: no backend fits, with each one's reason.
@@ -81,8 +90,9 @@ def choose(backends: tuple[Backend, ...], device: torch.device, dtype: torch.dty
         why_not = b.supports(device, dtype)
         if why_not is not None and only is not None and b.interpreted is not None:
             why_not = b.interpreted(device, dtype)
+        why_not = why_not or b.refuses(device, kv)
         if why_not is None:
             return Chosen(b, "; ".join([*passed, b.note(dtype) or f"{b.name} is the best that fits"]))
         passed.append(f"{b.name}: {why_not}")
-    op = backends[0].op.name
-    raise LookupError(f"no backend for {op} on {device} in {dtype}: " + "; ".join(passed or [f"none is called {only}"]))
+    for_what = f"{backends[0].op.name} on {device} in {dtype}" + ("" if kv == "auto" else f" with KV in {kv}")
+    raise LookupError(f"no backend for {for_what}: " + "; ".join(passed or [f"none is called {only}"]))

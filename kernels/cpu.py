@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -330,11 +331,16 @@ def expected_layout(dtype: torch.dtype, kind: str) -> KVLayout:
     return Lanes(native.expected_atom(native.find_compiler(), native.host_isa(), ELEMENT[dtype]))
 
 
+def _fp8(device: torch.device, kind: str) -> str | None:
+    return "no kernels for KV in fp8; int8 is KV of 8 bits on CPUs" if kind == "fp8" else None
+
+
 def _backend(op: Contract, fn: Callable[..., Any], supports: Callable[..., str | None]) -> Backend:
     def note(dtype: torch.dtype) -> str:
         return native.load(native.COMMON if supports is _of_none else ELEMENT[dtype]).reason
 
-    return Backend("cpu", op, register(op.name, "cpu", fn, key="CPU"), supports, True, note, _layout)
+    backend = Backend("cpu", op, register(op.name, "cpu", fn, key="CPU"), supports, True, note, _layout)
+    return replace(backend, refuses=_fp8) if op in (PAGED_ATTENTION, ROPE_WRITE) else backend
 
 
 paged_attention = _backend(PAGED_ATTENTION, _paged_attention, _of_element)

@@ -63,6 +63,28 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Fp8:
+    """Token by token in floats of 8 bits, [N, B, K, C] of float8_e4m3fn: rounded to the nearest, at most 448, no scale.
+
+    Three bits after the leading one, so a value errs by at most 1/16 of itself, or 2^-10 below 2^-6.
+    """
+
+    name: str = "fp8"
+
+    def element(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float8_e4m3fn
+
+    def shapes(self, N: int, B: int, K: int, C: int) -> tuple[Shape, Shape]:
+        return (N, B, K, C), (N, B, K, C)
+
+    def pack(self, k_NBKC: Tensor, v_NBKC: Tensor) -> tuple[Tensor, Tensor]:
+        return narrow(k_NBKC, torch.float8_e4m3fn), narrow(v_NBKC, torch.float8_e4m3fn)
+
+    def unpack(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return k.float(), v.float()
+
+
+@dataclass(frozen=True)
 class Lanes:
     """As vectors multiply it: K [N, K, ceil(C / a), B, a] with tokens in lanes, V [N, K, B / a, C, a] with channels.
 
@@ -135,8 +157,50 @@ class Rounded:
         return x[..., : 4 * ROUNDED_BLOCK].view(torch.float32)
 
 
+@dataclass(frozen=True)
+class Codes:
+    """Of 8 bits as a GPU reads it, int8 [N, K, bytes]: a head of a block is the float32 scales of its 16 tokens, then
+    their codes token by token.
+
+    Codes and scales are those of `Rounded`. A head's token is one piece of memory, at 16 bytes where C is a multiple of
+    16.
+    """
+
+    name: str = "int8 by tokens"
+
+    def element(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.int8
+
+    def shapes(self, N: int, B: int, K: int, C: int) -> tuple[Shape, Shape]:
+        assert B == ROUNDED_BLOCK, B
+        return (N, K, 4 * B + B * C), (N, K, 4 * B + B * C)
+
+    def pack(self, k_NBKC: Tensor, v_NBKC: Tensor) -> tuple[Tensor, Tensor]:
+        return self._pack(k_NBKC), self._pack(v_NBKC)
+
+    def _pack(self, x_NBKC: Tensor) -> Tensor:
+        code, scale = round_codes(x_NBKC)
+        bytes_ = scale.transpose(1, 2).contiguous().view(torch.int8)
+        return torch.cat([bytes_, code.transpose(1, 2).flatten(2)], 2)
+
+    def unpack(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self._unpack(k), self._unpack(v)
+
+    def _unpack(self, x: Tensor) -> Tensor:
+        head = 4 * ROUNDED_BLOCK
+        scale = x[..., :head].view(torch.float32)
+        return (x[..., head:].unflatten(2, (ROUNDED_BLOCK, -1)).float() * scale[..., None]).transpose(1, 2)
+
+
 ROUNDED_BLOCK = 16
 """Tokens of a block that is rounded."""
+
+
+def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of x as KV is kept in `dtype`; what is too large for float8 becomes its largest, 448, and not NaN."""
+    if dtype == torch.float8_e4m3fn:
+        x = x.float().clamp(-448.0, 448.0)
+    return x.to(dtype, copy=True)
 
 
 def round_codes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,6 +226,9 @@ def block_bytes(layout: KVLayout, B: int, K: int, C: int, dtype: torch.dtype) ->
 
 def gather(k: Tensor, v: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
     """(k, v) [..., B, K, C] of blocks [...], as the plain-torch reference reads them: token by token, or rounded."""
+    if k.dtype == torch.float8_e4m3fn:  # torch moves no floats of 8 bits by index
+        k, v = (x.view(torch.uint8)[block].view(x.dtype) for x in (k, v))
+        return k, v
     if k.dim() == 4:
         return k[block], v[block]
     parts = Rounded().unpack(k[block.flatten()], v[block.flatten()])
@@ -171,8 +238,9 @@ def gather(k: Tensor, v: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
 def put(k: Tensor, v: Tensor, slot_T: Tensor, k_TKC: Tensor, v_TKC: Tensor) -> None:
     """Writes tokens to their slots (block x B + offset), as the plain-torch reference does."""
     if k.dim() == 4:
-        k.flatten(0, 1).index_copy_(0, slot_T, k_TKC.to(k.dtype))
-        v.flatten(0, 1).index_copy_(0, slot_T, v_TKC.to(v.dtype))
+        for pool, new in ((k, k_TKC), (v, v_TKC)):
+            bits = torch.uint8 if pool.dtype == torch.float8_e4m3fn else pool.dtype  # torch moves no floats of 8 bits
+            pool.view(bits).flatten(0, 1).index_copy_(0, slot_T, narrow(new, pool.dtype).view(bits))
         return
     (k_code, k_scale), (v_code, v_scale) = round_codes(k_TKC), round_codes(v_TKC)
     block, at = slot_T // ROUNDED_BLOCK, slot_T % ROUNDED_BLOCK

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 
 from fnengine import environment
+from fnengine.kernels.attention import PAGED_ATTENTION
 from fnengine.kernels.contract import Backend, Contract
 from fnengine.kernels.fp8 import FP8_LINEAR
 from fnengine.kernels.grouped import GROUPED_LINEAR
+from fnengine.kernels.layout import Codes, Fp8, KVLayout, Tokens
 from fnengine.kernels.library import register
 from fnengine.kernels.pool import COPY_BLOCKS
 from fnengine.kernels.quantized import QUANTIZED_LINEAR
+from fnengine.kernels.rope import ROPE_WRITE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP8_SINCE = (8, 9)
@@ -70,6 +73,19 @@ def older_than(device: torch.device, since: tuple[int, int]) -> str | None:
     return None if has >= since else f"needs compute capability {wanted}, this GPU has {has[0]}.{has[1]}"
 
 
+def layout(dtype: torch.dtype, kind: str) -> KVLayout:
+    """How KV lies in the pool: a head's token in one piece."""
+    kinds: dict[str, KVLayout] = {"auto": Tokens(), "int8": Codes(), "fp8": Fp8()}
+    return kinds[kind]
+
+
+def _too_old(device: torch.device, kind: str) -> str | None:
+    if kind != "fp8" or device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    why_not = older_than(device, FP8_SINCE)
+    return why_not and f"fp8 {why_not}; int8 does not"
+
+
 def _backend(
     op: Contract, module: str, invariant: bool, supports: Callable[..., str | None] = unfit, **more: Any
 ) -> Backend:
@@ -82,10 +98,17 @@ def _backend(
         register(op.name, "triton", run),
         supports,
         invariant,
+        kv=layout,
         interpreted=interpreted,
         **more,
     )
 
+
+paged_attention = _backend(PAGED_ATTENTION, "attention", invariant=True, refuses=_too_old)
+"""One shape of tile for prefill and decode, and KV cut at fixed positions: see `attention.py`."""
+
+rope_write = _backend(ROPE_WRITE, "rope", invariant=True, refuses=_too_old)
+"""Norm, rotation and KV write of all heads of a token, one launch."""
 
 copy_blocks = _backend(COPY_BLOCKS, "pool", invariant=True)
 quantized_linear = _backend(QUANTIZED_LINEAR, "quantized", invariant=False)
