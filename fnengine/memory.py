@@ -27,6 +27,7 @@ from fnengine.host.step import BLOCK
 from fnengine.kernels.layout import KVLayout, Tokens, block_bytes
 from fnengine.kernels.memory import HUGE
 from fnengine.kernels.quantized import GROUP
+from fnengine.kernels.truncation import AT_ONCE as RANKED_AT_ONCE
 from fnengine.leaves import QUANTIZED, Packing
 from fnengine.params import memory_plan
 from fnengine.program import PROGRAMS, RECORDED_TOKENS
@@ -59,9 +60,13 @@ CALLS = 12
 """Most native calls of a layer, and ..."""
 CALL_BYTES = 34 * 8 + 6 * 24
 """... bytes of one in a recording: its words and the addresses that move."""
-SORTED = 44
-"""Bytes a logit alive while processors sort all of a row (top_p of a flat distribution): probabilities, values, 64-bit
-ids, float64 sums, result."""
+PROCESSED = 16
+"""Bytes a logit alive while processors change some of the rows: what they got, a copy, the rows, what these become."""
+RANKED = 56
+"""Bytes a logit alive where truncation ranks whole rows, one at a time, for want of a compiler: values and 64-bit ids,
+weights, masses, and what they are made from."""
+SEARCHED = 8
+"""Bytes a token of the vocabulary of a thread that looks for where truncation cuts a row (`csrc/truncate.cpp`)."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,9 @@ def account(s: Shapes) -> Account:
     k = V if s.max_logprobs < 0 else min(s.max_logprobs, V)
     layers = len(spec.layers)
     code = CODE + (0 if s.how.kind in QUANTIZED else ONEDNN) + (COMPILING if s.compiling else 0)
-    workspace = max(layer_bytes(kind, spec.width, b.tokens, s) for kind in spec.layers) + s.threads * THREAD
+    workspace = max(layer_bytes(kind, spec.width, b.tokens, s) for kind in spec.layers) + s.threads * (
+        THREAD + SEARCHED * V
+    )
     narrow = item if item != 4 and s.how.kind in ("packed", "dense") else 0
     sampled = _sampling(b.rows, V, narrow, min(k, most_logprobs(b.rows)))
     scored = b.rows * V * 4 + _scoring(b.tokens, V, narrow, min(k, most_logprobs(b.tokens)))
@@ -185,7 +192,7 @@ def account(s: Shapes) -> Account:
         Line("KV pool", s.blocks * per_block, f"{s.blocks:,} blocks of {BLOCK} tokens, the null block included"),
     )
     passing = (
-        Line("sampling", sampled, f"logits and log-probabilities of {b.rows} rows x {V:,}, {AT_ONCE} rows sorted"),
+        Line("sampling", sampled, f"logits and log-probabilities of {b.rows} rows x {V:,}, {AT_ONCE} rows processed"),
         Line("scoring", scored, f"prompts, {SCORED_AT_ONCE} rows x {V:,} at a time"),
         Line("writing an answer", s.answer_bytes, "the largest, as objects and as JSON"),
     )
@@ -224,8 +231,8 @@ def _sampling(R: int, V: int, narrow: int, k: int) -> int:
     """Logits in float32 beside what they were widened from (`narrow` bytes each; 0: the head gives float32), or beside
     what processors or log-probabilities make of some of them."""
     head = R * V * (4 + narrow)
-    sorting = R * V * 4 + min(R, AT_ONCE) * V * SORTED
-    return max(head, sorting, R * V * 4 + _logprobs(min(R, rows_at_once(k)), V, k) + R * k * 16)
+    processing = R * V * 4 + min(R, AT_ONCE) * V * PROCESSED + max(V, RANKED_AT_ONCE) * RANKED
+    return max(head, processing, R * V * 4 + _logprobs(min(R, rows_at_once(k)), V, k) + R * k * 16)
 
 
 def _scoring(T: int, V: int, narrow: int, k: int) -> int:

@@ -25,7 +25,10 @@ SCHEMAS = {
     "linear": "(Tensor x, Tensor tiles, Tensor? bias, int n, bool wide=False) -> Tensor",
     "quantized_linear": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int n, bool dynamic=False, "
     "bool wide=False) -> Tensor",
-    "gumbel_argmax": "(Tensor logits, Tensor temperature, Tensor seed, Tensor position, int stream) -> Tensor",
+    "gumbel_argmax": "(Tensor logits, Tensor temperature, Tensor seed, Tensor position, int stream, "
+    "Tensor? last=None) -> Tensor",
+    "truncate": "(Tensor logits, Tensor temperature, Tensor min_p, Tensor top_k, Tensor top_p) -> Tensor",
+    "apply_mask": "(Tensor logits, Tensor mask) -> Tensor",
 }
 """op -> its signature with what it mutates; the same for every backend of the op."""
 
@@ -36,6 +39,10 @@ def _shape_of_attention(q: Tensor, *_: Any) -> Tensor:
 
 def _shape_of_choice(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty(logits.shape[:1], dtype=torch.int32, device=logits.device)
+
+
+def _shape_of_logits(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _shape_of_queries(
@@ -72,6 +79,8 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "linear": _shape_of_linear,
     "quantized_linear": _shape_of_quantized,
     "gumbel_argmax": _shape_of_choice,
+    "truncate": _shape_of_choice,
+    "apply_mask": _shape_of_logits,
 }
 """op -> what it gives back, without computing it (for tracing)."""
 

@@ -12,6 +12,7 @@ from fnengine.kernels.noise import GUMBEL_ARGMAX
 from fnengine.kernels.pool import COPY_BLOCKS
 from fnengine.kernels.quantized import QUANTIZED_LINEAR
 from fnengine.kernels.rope import ROPE_WRITE
+from fnengine.kernels.truncation import APPLY_MASK, TRUNCATE
 
 
 def _supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -31,3 +32,5 @@ linear = _backend(LINEAR, invariant=False)
 quantized_linear = _backend(QUANTIZED_LINEAR, invariant=False)
 """Not invariant, for the same reason; and it decodes the whole weight at every call."""
 gumbel_argmax = _backend(GUMBEL_ARGMAX, invariant=True)
+truncate = _backend(TRUNCATE, invariant=True)
+apply_mask = _backend(APPLY_MASK, invariant=True)

@@ -17,7 +17,9 @@ import torch
 from fnengine import environment
 from fnengine.kernels.contract import Backend, Contract
 from fnengine.kernels.library import register
+from fnengine.kernels.noise import GUMBEL_ARGMAX
 from fnengine.kernels.pool import COPY_BLOCKS
+from fnengine.kernels.truncation import APPLY_MASK, TRUNCATE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,3 +68,8 @@ def _backend(op: Contract, module: str, invariant: bool, **more: Any) -> Backend
 
 
 copy_blocks = _backend(COPY_BLOCKS, "pool", invariant=True)
+
+gumbel_argmax = _backend(GUMBEL_ARGMAX, "noise", invariant=True)
+truncate = _backend(TRUNCATE, "truncation", invariant=True)
+"""Where rows are cut, by integer sums, so that its tokens are the reference's."""
+apply_mask = _backend(APPLY_MASK, "truncation", invariant=True)
