@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
 # (Triton's functions take tensors and numbers for each other)
 """Where rows are cut, without a sort: four kernels, whose grids and memory follow from shapes.
 
@@ -20,8 +20,12 @@ from torch import Tensor
 from fnengine.kernels.triton.noise import FLOATS, MOST, log32, splits
 
 BINS = tl.constexpr(16)
-BLOCK = 512
-"""Tokens that a program bins at a time: [512, 16] counts and weights are 96 registers a thread of 8 warps."""
+BLOCK = 256
+"""Tokens that a program bins at a time: [256, 16] counts and weights are 48 registers a thread of 8 warps."""
+FOUND = 512
+"""The same where a row has one program."""
+INTERPRETED = 2048
+"""The same in the interpreter, which takes as long for few tokens as for many."""
 WORDS = 32
 
 
@@ -99,7 +103,7 @@ def _coarse(
     MOST: tl.constexpr,
 ):
     r, s, S = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    live, top, T, floor, _, _, _ = _wish(r, temperature, min_p, top_k, top_p, peaks, V, S, MOST)
+    live, top, T, floor, _k, _by_k, _by_mass = _wish(r, temperature, min_p, top_k, top_p, peaks, V, S, MOST)
     if live:
         bins = tl.arange(0, BINS)
         count = tl.zeros((BLOCK, BINS), tl.int32)
@@ -155,7 +159,7 @@ def _gather(
     r, s, S = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     live, top, T, floor, k, by_k, by_mass = _wish(r, temperature, min_p, top_k, top_p, peaks, V, S, MOST)
     if live:
-        cut, pieces, _, _ = _decide(r, S, counts, masses, top_p, k, by_k, by_mass, MOST)
+        cut, pieces, _total, _goal = _decide(r, S, counts, masses, top_p, k, by_k, by_mass, MOST)
         piece = tl.arange(0, MOST)
         to = r * V + tl.sum(tl.where(piece < s, pieces, 0), 0)
         if tl.sum(tl.where(piece == s, pieces, 0), 0) > 0:
@@ -182,10 +186,10 @@ def _descend(row, ids, n, low, high, goal, top, T, WEIGHED: tl.constexpr, BLOCK:
     measure of those above it. The measure is the number of tokens or their weight; keys lie in [low, high]."""
     bins = tl.arange(0, BINS)
     above = tl.zeros((), tl.int64)
+    shift = tl.full((), 28, tl.int64)
     while high > low:
-        shift = tl.zeros((), tl.int64)
-        while ((high - low) >> shift) >= BINS:
-            shift += 1
+        while ((high - low) >> shift) == 0:  # at 0 it is the difference itself
+            shift -= 4
         measure = tl.zeros((BLOCK, BINS), tl.int64)
         begin = tl.full((), 0, tl.int32)
         while begin < n:
@@ -204,6 +208,7 @@ def _descend(row, ids, n, low, high, goal, top, T, WEIGHED: tl.constexpr, BLOCK:
         above += tl.sum(tl.where(bins < here, part, 0), 0)
         high -= here.to(tl.int64) << shift
         low = tl.maximum(low, high - (tl.full((), 1, tl.int64) << shift) + 1)
+        shift -= 4
     return high, above
 
 
@@ -226,9 +231,9 @@ def _cut(
     MOST: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
-    live, top, T, _, k, by_k, by_mass = _wish(r, temperature, min_p, top_k, top_p, peaks, V, S, MOST)
+    live, top, T, _floor, k, by_k, by_mass = _wish(r, temperature, min_p, top_k, top_p, peaks, V, S, MOST)
     if live:
-        _, pieces, total, goal = _decide(r, S, counts, masses, top_p, k, by_k, by_mass, MOST)
+        _bin_of_cut, pieces, total, goal = _decide(r, S, counts, masses, top_p, k, by_k, by_mass, MOST)
         n = tl.sum(pieces, 0)
         row, own = logits + r * stride, ids + r * V
         high = _key(top)
@@ -292,7 +297,8 @@ def truncate(logits: Tensor, temperature: Tensor, min_p: Tensor, top_k: Tensor, 
     last = torch.empty(R, dtype=torch.int32, device=logits.device)
     if not R:
         return last
-    S, length = splits(R, V, BLOCK)
+    block, found = (INTERPRETED, INTERPRETED) if logits.device.type == "cpu" else (BLOCK, FOUND)
+    S, length = splits(R, V, block)
 
     def scratch(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
@@ -300,12 +306,12 @@ def truncate(logits: Tensor, temperature: Tensor, min_p: Tensor, top_k: Tensor, 
     peaks = scratch(R, S, dtype=torch.float32)
     counts, masses = scratch(R, S, BINS.value, dtype=torch.int32), scratch(R, S, BINS.value, dtype=torch.int64)
     ids = scratch(R, V, dtype=torch.int32)
-    sizes = {"BLOCK": BLOCK, "MOST": MOST, "num_warps": 8}
+    sizes = {"MOST": MOST, "num_warps": 8}
     tables, stride = (peaks, counts, masses), logits.stride(0)
-    _peaks[R, S](logits, peaks, V, stride, length, BLOCK=BLOCK, num_warps=4)
-    _coarse[R, S](logits, *wishes, *tables, V, stride, length, **sizes, **FLOATS)
-    _gather[R, S](logits, *wishes, *tables, ids, V, stride, length, **sizes, **FLOATS)
-    _cut[(R,)](logits, *wishes, *tables, ids, last, V, stride, S, **sizes, **FLOATS)
+    _peaks[R, S](logits, peaks, V, stride, length, BLOCK=block, num_warps=4)
+    _coarse[R, S](logits, *wishes, *tables, V, stride, length, BLOCK=block, **sizes, **FLOATS)
+    _gather[R, S](logits, *wishes, *tables, ids, V, stride, length, BLOCK=block, **sizes, **FLOATS)
+    _cut[(R,)](logits, *wishes, *tables, ids, last, V, stride, S, BLOCK=found, **sizes, **FLOATS)
     return last
 
 
