@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false
 # (Triton's functions take tensors and numbers for each other)
 """Choosing tokens: `philox.gumbel` step by step, so that tokens are the reference's.
 
