@@ -7,6 +7,7 @@ through a captured graph. The edits come seldom and in any number, so they stay 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fnengine import tree
+from fnengine import processors, tree
 from fnengine.graphs.bucket import Bucket, fit
 from fnengine.graphs.dispatch import Capturing, Choice, Graphs
 from fnengine.graphs.report import Usage
@@ -197,7 +198,8 @@ class TorchDevice:
 
     def _forward(self, params: object, state: State, packed: Packed) -> Out:
         here = dataclasses.replace(packed, ints=packed.ints.to(self.device, non_blocking=True))
-        same, out = self.step(params, state, here.batch())
+        with processors.captured() if self.graphs is not None else contextlib.nullcontext():
+            same, out = self.step(params, state, here.batch())
         assert same is state, "a step must return the state it was given"
         return out
 

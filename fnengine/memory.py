@@ -28,6 +28,7 @@ from fnengine.kernels.layout import KVLayout, Tokens, block_bytes
 from fnengine.kernels.memory import HUGE
 from fnengine.kernels.quantized import GROUP
 from fnengine.kernels.recording import RECORDED_TOKENS
+from fnengine.kernels.truncation import AT_ONCE as RANKED_AT_ONCE
 from fnengine.leaves import QUANTIZED, Packing
 from fnengine.params import memory_plan, products
 from fnengine.program import PROGRAMS
@@ -62,9 +63,13 @@ CALLS = 12
 """Most native calls of a layer, and ..."""
 CALL_BYTES = 34 * 8 + 6 * 24
 """... bytes of one in a recording: its words and the addresses that move."""
-SORTED = 44
-"""Bytes a logit alive while processors sort all of a row (top_p of a flat distribution): probabilities, values, 64-bit
-ids, float64 sums, result."""
+PROCESSED = 16
+"""Bytes a logit alive while processors change some of the rows: what they got, a copy, the rows, what these become."""
+RANKED = 56
+"""Bytes a logit alive where truncation ranks whole rows, one at a time, for want of a compiler: values and 64-bit ids,
+weights, masses, and what they are made from."""
+SEARCHED = 8
+"""Bytes a token of the vocabulary of a thread that looks for where truncation cuts a row (`csrc/truncate.cpp`)."""
 
 
 @dataclass(frozen=True)
@@ -176,9 +181,8 @@ def account(s: Shapes) -> Account:
     layers = len(spec.layers)
     code = CODE + (0 if s.how.kind in QUANTIZED else ONEDNN) + (COMPILING if s.compiling else 0)
     workspace = max(layer_bytes(kind, spec.width, b.tokens, s) for kind in spec.layers)
-    workspace += (
-        max(attention_bytes(kind.mixer, b.tokens, b.rows, s.threads) for kind in spec.layers) + s.threads * THREAD
-    )
+    workspace += max(attention_bytes(kind.mixer, b.tokens, b.rows, s.threads) for kind in spec.layers)
+    workspace += s.threads * (THREAD + SEARCHED * V)
     narrow = item if item != 4 and s.head in ("packed", "dense") else 0
     sampled = _sampling(b.rows, V, narrow, min(k, most_logprobs(b.rows)))
     scored = b.rows * V * 4 + _scoring(b.tokens, V, narrow, min(k, most_logprobs(b.tokens)))
@@ -201,7 +205,7 @@ def account(s: Shapes) -> Account:
         Line("KV pool", s.blocks * per_block, f"{s.blocks:,} blocks of {BLOCK} tokens, the null block included"),
     )
     passing = (
-        Line("sampling", sampled, f"logits and log-probabilities of {b.rows} rows x {V:,}, {AT_ONCE} rows sorted"),
+        Line("sampling", sampled, f"logits and log-probabilities of {b.rows} rows x {V:,}, {AT_ONCE} rows processed"),
         Line("scoring", scored, f"prompts, {SCORED_AT_ONCE} rows x {V:,} at a time"),
         Line("writing an answer", s.answer_bytes, "the largest, as objects and as JSON"),
     )
@@ -211,6 +215,10 @@ def account(s: Shapes) -> Account:
         Line("answers", 3 * s.answer_bytes, "and prompts held by the server, and what clients left unread"),
         Line("loading", max(plan.peak, plan.weights + V * TOKEN_READ), "weights, and one array in both of its forms"),
     )
+
+
+PACKED, TOGETHER = 4 << 20, 12
+"""Bytes of rows that a native product packs at a time, and how many rows it takes together (`csrc/linear.cpp`)."""
 
 
 def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
@@ -229,6 +237,9 @@ def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
         scratch = T * (-(-deepest // 32) * 32 * size + -(-deepest // group) * 8)  # integers, a factor and a sum a group
     elif "tiled" not in {*s.kinds, s.head} or s.how.atom == 2:
         scratch = 0
+    if "tiled" in {*s.kinds, s.head} and T > TOGETHER:
+        rows = -(-T // TOGETHER) * TOGETHER
+        scratch += min(PACKED, rows * deepest * (2 if s.how.atom == 2 else 4))
     angles = T * a.rope.width * 4
     live = T * max(widths) * s.dtype.itemsize
     if not s.compiled:  # SiLU in float32, and all scores of a row at once in the reference
@@ -254,8 +265,8 @@ def _sampling(R: int, V: int, narrow: int, k: int) -> int:
     """Logits in float32 beside what they were widened from (`narrow` bytes each; 0: the head gives float32), or beside
     what processors or log-probabilities make of some of them."""
     head = R * V * (4 + narrow)
-    sorting = R * V * 4 + min(R, AT_ONCE) * V * SORTED
-    return max(head, sorting, R * V * 4 + _logprobs(min(R, rows_at_once(k)), V, k) + R * k * 16)
+    processing = R * V * 4 + min(R, AT_ONCE) * V * PROCESSED + max(V, RANKED_AT_ONCE) * RANKED
+    return max(head, processing, R * V * 4 + _logprobs(min(R, rows_at_once(k)), V, k) + R * k * 16)
 
 
 def _scoring(T: int, V: int, narrow: int, k: int) -> int:

@@ -2,14 +2,16 @@
 
     raw logits -> bias -> penalties -> (temperature) -> min_p -> top_k -> top_p -> Gumbel noise -> argmax
 
-They take raw logits and give logits, a forbidden token being -inf; min_p and top_p look at softmax(logits / T), and the
-division itself happens where the noise is added. A row at T = 0 is left to the argmax of what bias and penalties leave.
-A row's result never depends on the rows beside it, bit for bit.
+They take raw logits and give logits, a forbidden token being -inf. The last five of the chain are ops
+(`kernels/truncation.py`, `kernels/noise.py`), which `sampling.choose` calls. A row's result never depends on the rows
+beside it, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +21,8 @@ from fnengine.host.step import PIPELINE
 from fnengine.state import Rows
 
 FEW = 1024
-"""On CPU, up to this many leading tokens come from a partial sort (0.2 ms a row for 50 of 151,936 against 12 ms)."""
+"""On CPU, up to four times as many leading tokens come from a partial sort (0.2 ms a row for 50 of 151,936 against
+12 ms)."""
 
 GROUP = 16
 """Logits in a group of `_topk`."""
@@ -43,10 +46,23 @@ class View:
         return View(self.rows, self.row_R[index], self.position_R[index])
 
 
+_CAPTURED: ContextVar[bool] = ContextVar("captured", default=False)
+
+
+@contextmanager
+def captured() -> Iterator[None]:
+    """While it is open, work is fixed on CPU, too: the eager twin of a graph runs what a GPU would."""
+    token = _CAPTURED.set(True)
+    try:
+        yield
+    finally:
+        _CAPTURED.reset(token)
+
+
 def fixed_work(x: Tensor) -> bool:
     """Whether the work may not depend on the data: away from the CPU, reading a value waits for the device, and a
     captured step must be the same each time. On CPU rows that need nothing cost nothing."""
-    return x.device.type != "cpu"
+    return x.device.type != "cpu" or _CAPTURED.get()
 
 
 Processor = Callable[[Tensor, View], Tensor]
@@ -86,94 +102,19 @@ def _penalize(logits_RV: Tensor, view: View) -> Tensor:
     seen = at_S < position
     token_RS = torch.where(seen, token_RS, token_RS[:, :1])  # beyond the end: the first token once more, count 0
     made = seen & (at_S >= view.of("prompt_len")[:, None])
-    count = torch.zeros_like(logits_RV).scatter_add_(1, token_RS, made.float()).gather(1, token_RS)
+    out_RV = torch.zeros_like(logits_RV)  # first the counts, then the logits: one copy of [R, V]
+    count = out_RV.scatter_add_(1, token_RS, made.float()).gather(1, token_RS)
     old = logits_RV.gather(1, token_RS)
     repetition, frequency, presence = (view.of(n)[:, None] for n in ("repetition", "frequency", "presence"))
     new = torch.where(old > 0, old / repetition, old * repetition) - frequency * count - presence * (count > 0)
     # A token that stands at several places is written several times, each time with the same value.
-    return logits_RV.scatter(1, token_RS, torch.where(position > 0, new, old))
+    return out_RV.copy_(logits_RV).scatter_(1, token_RS, torch.where(position > 0, new, old))
 
 
-def keep_min_p(logits_RV: Tensor, view: View) -> Tensor:
-    """Logits with -inf where softmax(logits / T) is below min_p times its maximum."""
-
-    def keep(logits: Tensor, v: View) -> Tensor:
-        floor = logits.amax(1) + v.of("temperature") * v.of("min_p").log()  # p / p_max = exp((x - x_max) / T)
-        if fixed_work(logits):
-            return torch.where(logits >= floor[:, None], logits, -torch.inf)
-        out = torch.empty_like(logits)  # `where` takes up to 0.6 ms a row of 151,936, `threshold` 0.03 ms
-        below = floor.nextafter(torch.tensor(-torch.inf)).tolist()
-        for r, t in enumerate(below):  # x <= t becomes -inf
-            torch.ops.aten.threshold.out(logits[r], t, -torch.inf, out=out[r])
-        return out
-
-    return _where((view.of("temperature") > 0) & (view.of("min_p") > 0), keep, logits_RV, view)
-
-
-def keep_top_k(logits_RV: Tensor, view: View) -> Tensor:
-    """Logits with -inf for all but the k largest, ties to the lowest id."""
-    V = logits_RV.shape[1]
-
-    def keep(logits: Tensor, v: View) -> Tensor:
-        k = v.of("top_k").clamp(max=V)[:, None]
-        n = int(k.max()) if not fixed_work(logits) else V
-        value, id = leading(logits, n)
-        return _only(logits, id, torch.where(torch.arange(n, device=k.device) < k, value, -torch.inf))
-
-    k = view.of("top_k")
-    active = (view.of("temperature") > 0) & (k > 0) & (k < V)
-    if fixed_work(logits_RV):
-        return _where(active, keep, logits_RV, view)
-    # One row with a large k must not make the others sort everything.
-    logits_RV = _where(active & (k <= FEW), keep, logits_RV, view)
-    return _where(active & (k > FEW), keep, logits_RV, view)
-
-
-def keep_top_p(logits_RV: Tensor, view: View) -> Tensor:
-    """Logits with -inf outside the smallest set of most likely tokens whose probability reaches top_p.
-
-    The token that crosses is kept, so at least one is; ties to the lowest id. Probabilities are softmax(logits / T) in
-    float32, added up in float64, most likely first.
-    """
-    return _where((view.of("temperature") > 0) & (view.of("top_p") < 1), _keep_top_p, logits_RV, view)
-
-
-def _keep_top_p(logits_RV: Tensor, view: View) -> Tensor:
-    T, top_p = view.of("temperature")[:, None], view.of("top_p").double()[:, None]
-    p_RV = (logits_RV / torch.where(T > 0, T, 1.0)).softmax(1)
-    R, V = logits_RV.shape
-
-    def keep(n: int, logits: Tensor, p: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(id, value) of the kept ones among the n leading tokens, and whether these were enough."""
-        value, id = leading(logits, n)
-        mass = p.gather(1, id).cumsum(1, dtype=torch.float64)
-        before = torch.nn.functional.pad(mass[:, :-1], (1, 0))
-        enough = (mass[:, -1:] >= top_p) | (value[:, -1:] == -torch.inf)
-        return id, torch.where(before < top_p, value, -torch.inf), enough[:, 0]
-
-    out = torch.full_like(logits_RV, -torch.inf)
-    if fixed_work(logits_RV):
-        id, value, _ = keep(V, logits_RV, p_RV, top_p)
-        return out.scatter_(1, id, value)
-    rest = torch.arange(R)
-    for n in (FEW // 16, FEW, V):  # a flat distribution needs more tokens, and pays for them alone
-        part = (logits_RV, p_RV, top_p) if len(rest) == R else (logits_RV[rest], p_RV[rest], top_p[rest])
-        id, value, enough = keep(min(n, V), *part)
-        out[rest[enough][:, None], id[enough]] = value[enough]
-        rest = rest[~enough]
-        if n >= V or len(rest) == 0:
-            break
-    return out
-
-
-PROCESSORS: dict[str, Processor] = {
-    "bias": add_bias,
-    "penalties": penalize,
-    "min_p": keep_min_p,
-    "top_k": keep_top_k,
-    "top_p": keep_top_p,
-}
-assert tuple(PROCESSORS) == PIPELINE
+PROCESSORS: dict[str, Processor] = {"bias": add_bias, "penalties": penalize}
+TRUNCATION = ("min_p", "top_k", "top_p")
+"""Fields of `Rows` that `Ops.truncate` reads, beside the temperature."""
+assert (*PROCESSORS, *TRUNCATION) == PIPELINE
 
 
 def leading(x_RV: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -182,7 +123,13 @@ def leading(x_RV: Tensor, n: int) -> tuple[Tensor, Tensor]:
     Shapes: [R, V] -> values [R, n], ids [R, n] int64.
     """
     V = x_RV.shape[1]
-    if fixed_work(x_RV) or n > 4 * FEW or n >= V // 4:
+    if fixed_work(x_RV):
+        # One integer for value and id, so that topk has no ties to break: a float's bits, in an order that is its own.
+        bits = (x_RV + 0.0).view(torch.int32).long()
+        ranked = (bits ^ (bits >> 63 & 0x7FFFFFFF)) << 32 | torch.arange(V - 1, -1, -1, device=x_RV.device)
+        id = V - 1 - (ranked.topk(n, dim=1).values & 0xFFFFFFFF)
+        return x_RV.gather(1, id), id
+    if n > 4 * FEW or n >= V // 4:
         value, id = x_RV.sort(dim=1, descending=True, stable=True)
         return value[:, :n], id[:, :n]
     if n == 0:
@@ -222,9 +169,9 @@ def _topk(x_RV: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _where(active_R: Tensor, fn: Processor, logits_RV: Tensor, view: View) -> Tensor:
-    """`fn` applied to active rows, the others as they are."""
+    """`fn` applied to active rows; `fn` itself leaves the others as they are, and here they cost nothing."""
     if fixed_work(logits_RV):
-        return torch.where(active_R[:, None], fn(logits_RV, view), logits_RV)
+        return fn(logits_RV, view)
     index = active_R.nonzero()[:, 0]
     if len(index) == 0:
         return logits_RV
@@ -233,8 +180,3 @@ def _where(active_R: Tensor, fn: Processor, logits_RV: Tensor, view: View) -> Te
     out = logits_RV.clone()
     out[index] = fn(logits_RV[index], view.take(index))
     return out
-
-
-def _only(logits_RV: Tensor, id_Rn: Tensor, value_Rn: Tensor) -> Tensor:
-    """Values at their ids and -inf everywhere else."""
-    return torch.full_like(logits_RV, -torch.inf).scatter_(1, id_Rn, value_Rn)

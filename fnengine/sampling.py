@@ -20,7 +20,7 @@ from fnengine.host.ask import pipeline_of
 from fnengine.host.request import Sampling
 from fnengine.host.step import Ask
 from fnengine.kernels import Ops
-from fnengine.processors import FEW, PROCESSORS, View, fixed_work, leading
+from fnengine.processors import FEW, PROCESSORS, TRUNCATION, View, fixed_work, leading
 from fnengine.state import Rows, Top
 
 STREAM = 0
@@ -41,12 +41,16 @@ def choose(ask: Ask, logits_RV: Tensor, rows: Rows, row_R: Tensor, position_R: T
 
     def tokens(part: slice) -> Tensor:
         logits, view = logits_RV[part], View(rows, row_R[part], position_R[part])
-        for name in ask.pipeline:
+        for name in processed:
             logits = PROCESSORS[name](logits, view)
-        return ops.gumbel_argmax(logits, temperature_R[part], seed_R[part], position_R[part], STREAM)
+        last_R = None
+        if ask.noise and len(processed) < len(ask.pipeline):  # the argmax of a row survives every truncation
+            last_R = ops.truncate(logits, temperature_R[part], *(view.of(name) for name in TRUNCATION))
+        return ops.gumbel_argmax(logits, temperature_R[part], seed_R[part], position_R[part], STREAM, last_R)
 
     R = len(logits_RV)
-    if not ask.pipeline or fixed_work(logits_RV) or R <= AT_ONCE:
+    processed = [name for name in ask.pipeline if name in PROCESSORS]
+    if not processed or fixed_work(logits_RV) or R <= AT_ONCE:
         return tokens(slice(R))
     return torch.cat([tokens(slice(i, i + AT_ONCE)) for i in range(0, R, AT_ONCE)])
 

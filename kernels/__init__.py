@@ -37,7 +37,9 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "paged_attention": (cpu.paged_attention, triton.paged_attention, reference.paged_attention),
     "rope_write": (cpu.rope_write, triton.rope_write, reference.rope_write),
     "copy_blocks": (cpu.copy_blocks, triton.copy_blocks, reference.copy_blocks),
-    "gumbel_argmax": (cpu.gumbel_argmax, reference.gumbel_argmax),
+    "gumbel_argmax": (cpu.gumbel_argmax, triton.gumbel_argmax, reference.gumbel_argmax),
+    "truncate": (cpu.truncate, triton.truncate, reference.truncate),
+    "apply_mask": (cpu.apply_mask, triton.apply_mask, reference.apply_mask),
     "linear": (cpu.linear, reference.linear),
     "quantized_linear": (cpu.quantized_linear, triton.quantized_linear, reference.quantized_linear),
     "fp8_linear": (vendor.fp8_linear, triton.fp8_linear, reference.fp8_linear),
@@ -50,13 +52,15 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
 class Ops:
     """The backends an engine uses, chosen once; model code gets it as an argument.
 
-    Products are not among them: how a weight is stored says how it is multiplied, and its leaf knows (`leaves.py`).
+    Products are not among them: how a weight is stored says how it is multiplied, and its leaf knows (`leaves.py`). Nor
+    is `apply_mask`, which no step calls yet.
     """
 
     paged_attention: Chosen
     rope_write: Chosen
     copy_blocks: Chosen
     gumbel_argmax: Chosen
+    truncate: Chosen
     kv: KVLayout
     """How KV lies in the pool: what `rope_write` writes and `paged_attention` reads."""
 
@@ -66,7 +70,7 @@ class Ops:
         return all(getattr(self, name).backend.invariant for name in CHOSEN)
 
 
-CHOSEN = ("paged_attention", "rope_write", "copy_blocks", "gumbel_argmax")
+CHOSEN = ("paged_attention", "rope_write", "copy_blocks", "gumbel_argmax", "truncate")
 """The ops of `Ops`, in its order."""
 
 

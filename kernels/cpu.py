@@ -27,6 +27,7 @@ from fnengine.kernels.pool import COPY_BLOCKS
 from fnengine.kernels.quantized import QUANTIZED_LINEAR, bits_of, shapes
 from fnengine.kernels.recording import bits, empty, invoke
 from fnengine.kernels.rope import ROPE_WRITE
+from fnengine.kernels.truncation import APPLY_MASK, TRUNCATE
 
 ELEMENT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """dtype -> the library that serves it."""
@@ -182,10 +183,18 @@ def _copy_blocks(pools: list[Tensor], pairs: Tensor) -> None:
     assert not bad, f"a block is out of range: {pairs=}"
 
 
-def _gumbel_argmax(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, stream: int) -> Tensor:
-    assert logits.dtype == temperature.dtype == torch.float32 and seed.dtype == torch.int64
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    temperature, seed, position = temperature.contiguous(), seed.contiguous(), _int32(position)
+def _float32(x: Tensor) -> Tensor:
+    """x with its last dimension contiguous."""
+    assert x.dtype == torch.float32, x.dtype
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _gumbel_argmax(
+    logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, stream: int, last: Tensor | None = None
+) -> Tensor:
+    assert seed.dtype == torch.int64, seed.dtype
+    logits, temperature = _float32(logits), _float32(temperature)
+    seed, position, last = seed.contiguous(), _int32(position), None if last is None else _int32(last)
     R, V = logits.shape
     token = torch.empty(R, dtype=torch.int32)
     _library().fn_gumbel_argmax(
@@ -193,6 +202,7 @@ def _gumbel_argmax(logits: Tensor, temperature: Tensor, seed: Tensor, position: 
         temperature.data_ptr(),
         seed.data_ptr(),
         position.data_ptr(),
+        None if last is None else last.data_ptr(),
         token.data_ptr(),
         R,
         V,
@@ -201,6 +211,44 @@ def _gumbel_argmax(logits: Tensor, temperature: Tensor, seed: Tensor, position: 
         torch.get_num_threads(),
     )
     return token
+
+
+def _truncate(logits: Tensor, temperature: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    logits, temperature, min_p, top_p = (_float32(x) for x in (logits, temperature, min_p, top_p))
+    top_k = _int32(top_k)
+    R, V = logits.shape
+    last = torch.empty(R, dtype=torch.int32)
+    _library().fn_truncate(
+        logits.data_ptr(),
+        temperature.data_ptr(),
+        min_p.data_ptr(),
+        top_k.data_ptr(),
+        top_p.data_ptr(),
+        last.data_ptr(),
+        R,
+        V,
+        logits.stride(0),
+        torch.get_num_threads(),
+    )
+    return last
+
+
+def _apply_mask(logits: Tensor, mask: Tensor) -> Tensor:
+    logits, mask = _float32(logits), _int32(mask)
+    R, V = logits.shape
+    assert mask.shape == (R, -(-V // 32)), (mask.shape, logits.shape)
+    out = torch.empty(R, V)
+    _library().fn_apply_mask(
+        logits.data_ptr(),
+        mask.data_ptr(),
+        out.data_ptr(),
+        R,
+        V,
+        logits.stride(0),
+        mask.shape[1],
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def _linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, wide: bool = False) -> Tensor:
@@ -349,3 +397,5 @@ quantized_linear = _backend(QUANTIZED_LINEAR, _quantized_linear, _of_quantized)
 rope_write = _backend(ROPE_WRITE, _rope_write, _of_element)
 copy_blocks = _backend(COPY_BLOCKS, _copy_blocks, _of_none)
 gumbel_argmax = _backend(GUMBEL_ARGMAX, _gumbel_argmax, _of_none)
+truncate = _backend(TRUNCATE, _truncate, _of_none)
+apply_mask = _backend(APPLY_MASK, _apply_mask, _of_none)

@@ -28,7 +28,10 @@ SCHEMAS = {
     "bool wide=False) -> Tensor",
     "fp8_linear": "(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int n, bool wide=False) -> Tensor",
     "grouped_linear": "(Tensor x, Tensor offsets, Tensor weight) -> Tensor",
-    "gumbel_argmax": "(Tensor logits, Tensor temperature, Tensor seed, Tensor position, int stream) -> Tensor",
+    "gumbel_argmax": "(Tensor logits, Tensor temperature, Tensor seed, Tensor position, int stream, "
+    "Tensor? last=None) -> Tensor",
+    "truncate": "(Tensor logits, Tensor temperature, Tensor min_p, Tensor top_k, Tensor top_p) -> Tensor",
+    "apply_mask": "(Tensor logits, Tensor mask) -> Tensor",
 }
 """op -> its signature with what it mutates; the same for every backend of the op."""
 
@@ -39,6 +42,10 @@ def _shape_of_attention(q: Tensor, *_: Any) -> Tensor:
 
 def _shape_of_choice(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty(logits.shape[:1], dtype=torch.int32, device=logits.device)
+
+
+def _shape_of_logits(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _shape_of_queries(
@@ -85,6 +92,8 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "fp8_linear": _shape_of_fp8,
     "grouped_linear": _shape_of_grouped,
     "gumbel_argmax": _shape_of_choice,
+    "truncate": _shape_of_choice,
+    "apply_mask": _shape_of_logits,
 }
 """op -> what it gives back, without computing it (for tracing)."""
 

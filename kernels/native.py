@@ -37,7 +37,7 @@ QUANTIZED = {element: f"quantized-{element}" for element in ELEMENTS}
 KV8 = {element: f"kv8-{element}" for element in ELEMENTS}
 """Type of element -> the library for KV rounded to 8 bits."""
 SOURCES = {
-    COMMON: ("noise.cpp", "pool.cpp", "program.cpp"),
+    COMMON: ("noise.cpp", "pool.cpp", "program.cpp", "truncate.cpp"),
     **dict.fromkeys(ELEMENTS, ("attention.cpp", "linear.cpp", "rope.cpp")),
     **dict.fromkeys(QUANTIZED.values(), ("quantized.cpp",)),
     **dict.fromkeys(KV8.values(), ("attention.cpp", "rope.cpp")),
@@ -210,7 +210,9 @@ _QUANTIZED = {
 _COMMON = {
     "fn_run_program": (N, [P, N, P, N, P]),
     "fn_copy_blocks": (I, [P, P, N, P, N, N, I]),
-    "fn_gumbel_argmax": (None, [P] * 5 + [N] * 4 + [I]),
+    "fn_gumbel_argmax": (None, [P] * 6 + [N] * 4 + [I]),
+    "fn_truncate": (None, [P] * 6 + [N] * 3 + [I]),
+    "fn_apply_mask": (None, [P] * 3 + [N] * 4 + [I]),
 }
 _KV = {name: _ELEMENT[name] for name in ("fn_paged_attention", "fn_rope_write")}
 SIGNATURES = {

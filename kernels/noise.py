@@ -37,7 +37,7 @@ def _first_word(c0: Tensor, c1: Tensor, c2: Tensor, k0: Tensor, k1: Tensor) -> T
     return c0
 
 
-def _log32(x: Tensor) -> Tensor:
+def log32(x: Tensor) -> Tensor:
     """`philox.log32`, step by step in torch."""
     bits = x.view(torch.int32)
     m = ((bits & 0x007FFFFF) | 0x3F000000).view(torch.float32)
@@ -61,13 +61,29 @@ def gumbel_noise(seed_R: Tensor, position_R: Tensor, stream: int, V: int) -> Ten
     other = torch.full_like(position, stream & _LOW)
     word = _first_word(ids, position, other, seed & _LOW, (seed >> 32) & _LOW)
     u = ((word >> 9).float() + 0.5) * 2.0**-23
-    return -_log32(-_log32(u))
+    return -log32(-log32(u))
 
 
-def gumbel_argmax(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, position_R: Tensor, stream: int) -> Tensor:
+def kept(logits_RV: Tensor, last_R: Tensor) -> Tensor:
+    """[R, V] whether truncation keeps a token: it is ranked no lower than `last_R`, ties going to the lowest id."""
+    least = logits_RV.gather(1, last_R.clamp(min=0).long()[:, None])
+    ids = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+    return (logits_RV > least) | (logits_RV == least) & (ids <= last_R[:, None]) | (last_R < 0)[:, None]
+
+
+def gumbel_argmax(
+    logits_RV: Tensor,
+    temperature_R: Tensor,
+    seed_R: Tensor,
+    position_R: Tensor,
+    stream: int,
+    last_R: Tensor | None = None,
+) -> Tensor:
     """See `GUMBEL_ARGMAX.doc`."""
     V = logits_RV.shape[1]
     logits = logits_RV.float()
+    if last_R is not None:
+        logits = torch.where(kept(logits, last_R), logits, -torch.inf)
     if logits.device.type == "cpu":
         token = logits.argmax(1)
         warm = (temperature_R > 0).nonzero()[:, 0]
@@ -95,16 +111,19 @@ def _examples(dtype: torch.dtype, seed: int) -> Iterator[dict[str, Any]]:
             "seed_R": torch.randint(-(2**62), 2**62, (R,), generator=g),
             "position_R": torch.randint(0, 5000, (R,), generator=g, dtype=torch.int32),
             "stream": int(R == 3),
+            "last_R": None if R == 1 else torch.arange(R, dtype=torch.int32) * 7 % V - 1,
         }
 
 
 GUMBEL_ARGMAX = Contract(
     name="gumbel_argmax",
-    doc="""(logits_RV float32, temperature_R float32, seed_R int64, position_R int32, stream int) -> token_R int32.
+    doc="""(logits_RV float32, temperature_R float32, seed_R int64, position_R int32, stream int, last_R int32 or None)
+    -> token_R int32.
 
     argmax over tokens of logits / T + Gumbel where T > 0, else argmax of logits; ties go to the lowest id. A logit of
     -inf wins only when all are -inf, then id 0. Noise is `philox.gumbel`, whose float32 steps a backend follows one
-    by one, hence equal tokens. Logits must not be NaN.""",
+    by one, hence equal tokens. Logits must not be NaN. Tokens ranked below token `last_R` (smaller logits, or equal
+    ones with higher ids: `kept`) count as -inf, unless it is -1: it is what `truncate` gives.""",
     reference=gumbel_argmax,
     mutates=(),
     examples=_examples,

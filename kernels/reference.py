@@ -14,6 +14,7 @@ from fnengine.kernels.noise import GUMBEL_ARGMAX
 from fnengine.kernels.pool import COPY_BLOCKS
 from fnengine.kernels.quantized import QUANTIZED_LINEAR
 from fnengine.kernels.rope import ROPE_WRITE
+from fnengine.kernels.truncation import APPLY_MASK, TRUNCATE
 
 
 def _supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -39,3 +40,5 @@ fp8_linear = _backend(FP8_LINEAR, invariant=False)
 grouped_linear = _backend(GROUPED_LINEAR, invariant=False)
 """Not invariant, for the same reason; and it waits for the offsets."""
 gumbel_argmax = _backend(GUMBEL_ARGMAX, invariant=True)
+truncate = _backend(TRUNCATE, invariant=True)
+apply_mask = _backend(APPLY_MASK, invariant=True)

@@ -904,6 +904,8 @@ def test_builds_for_lesser_processors_are_right_too(compiler, isa, monkeypatch):
         test_quantized.test_the_library_makes_the_same_codes(70, 300, dtype, 4)
     test_tokens_equal_the_numpy_definition(cpu.gumbel_argmax, 1000, 0.01)
     test_tokens_equal_the_numpy_definition(cpu.gumbel_argmax, 50_001, 3.0)
+    for backend in (cpu.gumbel_argmax, cpu.truncate, cpu.apply_mask):
+        test_backend_equals_reference_in_float32(backend, torch.float32)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")

@@ -52,7 +52,7 @@ def test_every_line_by_hand():
     eager = 32 * (2 * 96 * 4 + 2 * 4 * 512 * 4) + 2 * 512 * 32 * 4
     pair = 128 + 16 * 4  # of a softmax, and an output; twice, beside a query, scores, weights and three factors
     attention = 2 * (96 * (2 * pair + 16 * 4 + 2 * 64 * 4 + 12) + 16 * 4 + 11 * 128 + 512 * 1024) + 32 * 4 * 2 * pair
-    assert a.line("workspace").bytes == 32 * widths * 4 + 32 * 16 * 4 + eager + attention + 2 * MIB
+    assert a.line("workspace").bytes == 32 * widths * 4 + 32 * 16 * 4 + eager + attention + 2 * (MIB + 8 * 1000)
     loading = a.line("weights").bytes + 900_000  # dense weights are read into their place, then the tokenizer
     assert a.line("loading").bytes == loading
     assert a.at_rest == sum(x.bytes for x in a.rest)

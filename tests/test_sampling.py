@@ -26,14 +26,17 @@ from fnengine import kernels, processors
 from fnengine.errors import RequestError
 from fnengine.host.request import Sampling, fold_in
 from fnengine.host.step import PIPELINE, Ask
-from fnengine.kernels.noise import gumbel_noise
+from fnengine.kernels import BACKENDS, Backend
+from fnengine.kernels.noise import gumbel_noise, kept
 from fnengine.kernels.philox import gumbel
-from fnengine.processors import PROCESSORS, Processor, View, leading
+from fnengine.kernels.truncation import weights
+from fnengine.processors import TRUNCATION, Processor, View, leading
 from fnengine.sampling import choose, logprobs, sample, verify
 from fnengine.state import Rows
 from tests.models import tiny_model
 
 OPS = kernels.ops("cpu", torch.float32)
+TRUNCATE = [b for b in BACKENDS["truncate"] if b.supports(torch.device("cpu"), torch.float32) is None]
 FOREVER = 2**31 - 1
 
 # ---------------------------------------------------------------- material
@@ -89,6 +92,24 @@ def softmax64(x: np.ndarray) -> np.ndarray:
 def ranked(x: np.ndarray) -> list[int]:
     """Ids by falling value, ties by lowest id."""
     return sorted(range(len(x)), key=lambda i: (-x[i], i))
+
+
+NEUTRAL = {"min_p": 0, "top_k": 0, "top_p": 1}
+
+
+def truncation(name: str, truncate: Callable[..., torch.Tensor]) -> Processor:
+    """One parameter of `truncate` as a function of logits, -inf standing for what is not kept."""
+
+    def keep(logits: torch.Tensor, view: View) -> torch.Tensor:
+        given = [x if n == name else torch.full_like(x, NEUTRAL[n]) for n, x in ((n, view.of(n)) for n in TRUNCATION)]
+        last = truncate(logits, view.of("temperature"), *given)
+        return torch.where(kept(logits, last), logits, -torch.inf)
+
+    return keep
+
+
+PROCESSORS = {**processors.PROCESSORS, **{name: truncation(name, OPS.truncate) for name in TRUNCATION}}
+"""The whole pipeline, one function a name."""
 
 
 # ---------------------------------------------------------------- naive oracles: one row, plain loops
@@ -194,24 +215,99 @@ CHECKS: dict[str, Callable[[Processor], None]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_processor_equals_naive_numpy(name: str):
-    CHECKS[name](PROCESSORS[name])
+@pytest.mark.parametrize("backend", TRUNCATE, ids=lambda b: b.name)
+@pytest.mark.parametrize("name", TRUNCATION)
+def test_truncation_equals_naive_numpy(name: str, backend: Backend):
+    CHECKS[name](truncation(name, backend.fn))
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_processor_that_never_looks_at_the_data_equals_naive_numpy(name: str, monkeypatch: pytest.MonkeyPatch):
-    """The form that other devices run (no branch on values), run on CPU."""
-    monkeypatch.setattr(processors, "fixed_work", lambda x: True)
-    CHECKS[name](PROCESSORS[name])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_penalties_equal_naive_numpy(fixed: bool, monkeypatch: pytest.MonkeyPatch):
+    """Both as on CPU and in the form that other devices run (no branch on values)."""
+    monkeypatch.setattr(processors, "fixed_work", lambda x: fixed)
+    check_penalties(PROCESSORS["penalties"])
+
+
+def test_where_the_mass_lies_matches_float64():
+    """The law of the contract: integer weights are off by less than 1e-6 of a share, peaked, flat and in between."""
+    for scale in (0.0, 0.01, 1.0, 5.0, 40.0):
+        for T in (0.3, 1.0, 7.0):
+            x = random_logits(1, 50_000, 7) * scale
+            own = weights(x, torch.tensor([T]))[0].double().numpy()
+            exact = softmax64(x[0].numpy().astype(np.float64) / np.float64(np.float32(T)))
+            order = np.argsort(-exact)
+            off = np.abs(np.cumsum(own[order]) / own.sum() - np.cumsum(exact[order])).max()
+            assert off < 1e-6, f"{scale=} {T=} {off=}"
+
+
+def hard_rows() -> dict[str, tuple[torch.Tensor, dict[str, Any], list[int]]]:
+    """name -> (logits [V], parameters, the ids that are kept), worked out by hand."""
+    V = 1003
+    flat, steps = torch.full((V,), -2.5), -torch.arange(V).float()
+    one = torch.full((V,), -torch.inf)
+    one[517] = 3.0
+    zeros = torch.zeros(V)
+    zeros[::2] = -0.0
+    everything = list(range(V))
+    return {
+        "equal, k": (flat, {"top_k": 5}, [0, 1, 2, 3, 4]),
+        "equal, k = 1": (flat, {"top_k": 1}, [0]),
+        "equal, k = V - 1": (flat, {"top_k": V - 1}, everything[:-1]),
+        "equal, k = V": (flat, {"top_k": V}, everything),
+        "equal, k beyond V": (flat, {"top_k": 2**31 - 1}, everything),
+        "equal, half of them": (flat, {"top_p": 0.5}, everything[:502]),
+        "equal, a tiny share": (flat, {"top_p": 1e-30}, [0]),
+        "equal, all but a little": (flat, {"top_p": 1 - 2**-24}, everything),
+        "equal, min_p": (flat, {"min_p": 1.0}, everything),
+        "equal, k and half of these": (flat, {"top_k": 10, "top_p": 0.5}, [0, 1, 2, 3, 4]),
+        "both zeros are equal": (zeros, {"top_k": 3}, [0, 1, 2]),
+        "both zeros weigh the same": (zeros, {"top_p": 2.5 / V}, [0, 1, 2]),
+        "one, k": (one, {"top_k": 1}, [517]),
+        "one, p": (one, {"top_p": 1 - 2**-24}, [517]),
+        "one, min_p": (one, {"min_p": 1e-38}, [517]),
+        "none": (torch.full((V,), -torch.inf), {"top_k": 2, "top_p": 0.5, "min_p": 0.5}, []),
+        "falling, k": (steps, {"top_k": 7}, everything[:7]),
+        "rising, k": (steps.flip(0), {"top_k": 7}, everything[-7:]),
+        "falling, k of more than the peaks": (steps, {"top_k": 900}, everything[:900]),
+        "e^-j, p": (steps, {"top_p": 0.9}, [0, 1, 2]),  # 1 - e^-3 = 0.95, 1 - e^-2 = 0.86
+        "e^-j, min_p": (steps, {"min_p": 0.3}, [0, 1]),
+        "e^(-j / 2), min_p": (steps, {"min_p": 0.3, "temperature": 2.0}, [0, 1, 2]),
+        "hot, k": (steps, {"top_k": 3, "temperature": 1e30}, [0, 1, 2]),
+        "hot, p": (steps, {"top_p": 0.5, "temperature": 1e30}, everything[:502]),
+        "cold, p": (steps, {"top_p": 1 - 2**-24, "temperature": 1e-30}, [0]),
+        "T = 0": (steps, {"top_k": 3, "top_p": 0.1, "min_p": 0.5, "temperature": 0.0}, everything),
+        "min_p, then k, then p": (steps, {"min_p": 0.01, "top_k": 3, "top_p": 0.9}, [0, 1]),  # (1 + 1/e) / 1.503 = 0.91
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS["truncate"], ids=lambda b: b.name)
+def test_truncation_of_hard_rows(backend: Backend):
+    """By hand; and each row alone gives the token that it gives among the others."""
+    cpu = torch.device("cpu")
+    if backend not in TRUNCATE and (why := backend.interpreted(cpu, torch.float32) if backend.interpreted else "no"):
+        pytest.skip(why)
+    rows = hard_rows()
+    x = torch.stack([logits for logits, _, _ in rows.values()])
+    columns = [
+        torch.tensor([{**NEUTRAL, "temperature": 1.0, **given}[name] for _, given, _ in rows.values()], dtype=dtype)
+        for name, dtype in (("temperature", torch.float32), ("min_p", torch.float32), ("top_k", torch.int32))
+    ]
+    columns.append(torch.tensor([given.get("top_p", 1.0) for _, given, _ in rows.values()], dtype=torch.float32))
+    last = backend.fn(x, *columns)
+    keeps = kept(x, last) & (x > -torch.inf)
+    for r, (name, (_, _, want)) in enumerate(rows.items()):
+        assert keeps[r].nonzero()[:, 0].tolist() == want, name
+    some = range(len(rows)) if backend in TRUNCATE else (0, 19)
+    for r in some:
+        assert backend.fn(x[r : r + 1], *(c[r : r + 1] for c in columns)) == last[r]
 
 
 def one_too_many(logits: torch.Tensor, view: View) -> torch.Tensor:
     """Keeps the token after the one that crosses top_p as well."""
-    kept = PROCESSORS["top_p"](logits, view)
-    out = kept.clone()
+    right = PROCESSORS["top_p"](logits, view)
+    out = right.clone()
     for r in range(len(out)):
-        lost = torch.where(kept[r] == -torch.inf, logits[r], -torch.inf)
+        lost = torch.where(right[r] == -torch.inf, logits[r], -torch.inf)
         out[r, lost.argmax()] = lost.max()
     return out
 
@@ -220,9 +316,9 @@ def without_crossing(logits: torch.Tensor, view: View) -> torch.Tensor:
     """Drops the token that crosses top_p (all tokens but one, if it is the only one)."""
     out = PROCESSORS["top_p"](logits, view)
     for r in range(len(out)):
-        kept = (out[r] > -torch.inf).nonzero()[:, 0]
-        if 1 < len(kept) < out.shape[1]:
-            out[r, kept[out[r, kept].argmin()]] = -torch.inf
+        left = (out[r] > -torch.inf).nonzero()[:, 0]
+        if 1 < len(left) < out.shape[1]:
+            out[r, left[out[r, left].argmin()]] = -torch.inf
     return out
 
 
@@ -323,8 +419,8 @@ def test_truncation_equals_transformers(T: float):
             got = PROCESSORS[name](got, view)
         want = LogitsProcessorList([TemperatureLogitsWarper(T), *theirs])(ids, x.clone())
         assert torch.equal(got > -torch.inf, want > -torch.inf), fields
-        kept = got > -torch.inf
-        torch.testing.assert_close(got[kept] / T, want[kept])
+        left = got > -torch.inf
+        torch.testing.assert_close(got[left] / T, want[left])
 
 
 def test_repetition_penalty_equals_transformers():
@@ -392,23 +488,23 @@ def test_draws_follow_the_distribution(over: str, case: str):
     check_distribution(OPS.gumbel_argmax, over, case, draws=200_000)
 
 
-def uniform_for_gumbel(logits, temperature, seed, position, stream):
+def uniform_for_gumbel(logits, temperature, seed, position, stream, last):
     noise = torch.exp(-torch.exp(-gumbel_noise(seed, position, stream, logits.shape[1])))
     return (logits / temperature[:, None] + noise).argmax(1).int()
 
 
-def closed_interval(logits, temperature, seed, position, stream):
+def closed_interval(logits, temperature, seed, position, stream, last):
     """u rounded to 1/2^10, so that it can be 1 and its noise infinite: one token in 2048 wins whatever its logit."""
     u = torch.exp(-torch.exp(-gumbel_noise(seed, position, stream, logits.shape[1])))
     u = (u * 2**10).round() / 2**10
     return (logits / temperature[:, None] - torch.log(-torch.log(u))).argmax(1).int()
 
 
-def seed_ignored(logits, temperature, seed, position, stream):
+def seed_ignored(logits, temperature, seed, position, stream, last):
     return OPS.gumbel_argmax(logits, temperature, torch.zeros_like(seed), position, stream)
 
 
-def temperature_ignored(logits, temperature, seed, position, stream):
+def temperature_ignored(logits, temperature, seed, position, stream, last):
     return OPS.gumbel_argmax(logits, torch.ones_like(temperature), seed, position, stream)
 
 
@@ -492,9 +588,12 @@ def test_without_noise_or_at_temperature_zero_the_lowest_id_of_the_largest_wins(
 # ---------------------------------------------------------------- leading, logprobs
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("step", [0.0, 0.25, 4.0])
-def test_leading_is_sorted_with_ties_by_lowest_id(step: float):
-    """Oracle: Python's sort. step = 4: a few values only, so that ties run across every cut."""
+def test_leading_is_sorted_with_ties_by_lowest_id(step: float, fixed: bool, monkeypatch: pytest.MonkeyPatch):
+    """Oracle: Python's sort. step = 4: a few values only, so that ties run across every cut. Both as on CPU and in the
+    form that other devices run."""
+    monkeypatch.setattr(processors, "fixed_work", lambda x: fixed)
     for V, n in ((9, 4), (9, 9), (5000, 20), (50_001, 1), (50_001, 60), (50_001, 700), (50_001, 0)):
         x = random_logits(2, V, V + n)
         x = (x / step).round() * step if step else x

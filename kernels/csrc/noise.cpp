@@ -115,9 +115,18 @@ struct Best {
     int32_t id = 0;
 };
 
+// What truncation left of a row: the tokens above `least`, and those that equal it up to id `last`.
+struct Kept {
+    float least;
+    int32_t last;  // -1: every token
+    FN_INLINE vf only(vf x, int32_t id) const {
+        return (x > splat(least)) | ((x == splat(least)) & (lanes() <= splat(last - id))) ? x : splat(-INFINITY);
+    }
+};
+
 // Best of ids [from, to) of a row. `bound` is a value that some token of the row is known to reach.
-Best best_of(const float* logit, int32_t from, int32_t to, float T, uint32_t position, uint32_t stream, const Keys& key,
-             std::atomic<float>& bound) {
+Best best_of(const float* logit, int32_t from, int32_t to, const Kept& kept, float T, uint32_t position,
+             uint32_t stream, const Keys& key, std::atomic<float>& bound) {
     vf best = splat(-INFINITY);
     vi best_id = {};
     const bool warm = T > 0;
@@ -134,7 +143,9 @@ Best best_of(const float* logit, int32_t from, int32_t to, float T, uint32_t pos
         int lane = 0;
         for (int j = 1; j < W; j++) lane = top[j] > top[lane] ? j : lane;
         if (to - from >= W && top[lane] > -INFINITY) {
-            vf value = load<vf>(logit + top_id[lane]) / divisor + gumbel(uniform(top_id[lane], position, stream, key));
+            vf x = load<vf>(logit + top_id[lane]);
+            if (kept.last >= 0) x = kept.only(x, top_id[lane]);
+            vf value = x / divisor + gumbel(uniform(top_id[lane], position, stream, key));
             float reached = max_lane(value);
             if (reached > bound.load(std::memory_order_relaxed)) bound.store(reached, std::memory_order_relaxed);
         }
@@ -148,6 +159,10 @@ Best best_of(const float* logit, int32_t from, int32_t to, float T, uint32_t pos
             float a[W];
             for (int j = 0; j < W; j++) a[j] = i + j < to ? logit[i + j] : -INFINITY;
             x = load<vf>(a);
+        }
+        if (kept.last >= 0) {
+            if (!any((vi)(x >= splat(kept.least)))) continue;
+            x = kept.only(x, i);
         }
         if (warm) {
             x = x / divisor;
@@ -174,8 +189,8 @@ Best best_of(const float* logit, int32_t from, int32_t to, float T, uint32_t pos
 }  // namespace fn
 
 extern "C" void fn_gumbel_argmax(const float* logits, const float* temperature, const int64_t* seed,
-                                 const int32_t* position, int32_t* token, int64_t R, int64_t V, int64_t stride,
-                                 int64_t stream, int threads) {
+                                 const int32_t* position, const int32_t* last, int32_t* token, int64_t R, int64_t V,
+                                 int64_t stride, int64_t stream, int threads) {
     using namespace fn;
     constexpr int64_t CHUNK = 16384;  // tokens an item looks at: 64 KiB, read twice, the second time from cache
     const int64_t chunks = (V + CHUNK - 1) / CHUNK;
@@ -185,7 +200,10 @@ extern "C" void fn_gumbel_argmax(const float* logits, const float* temperature, 
     each(R * chunks, R * V > 8192 ? threads : 1, [&](int64_t i) {
         const int64_t r = i / chunks, c = i % chunks;
         const int64_t end = (c + 1) * CHUNK < V ? (c + 1) * CHUNK : V;
-        found[i] = best_of(logits + r * stride, int32_t(c * CHUNK), int32_t(end), temperature[r], uint32_t(position[r]),
+        const float* row = logits + r * stride;
+        const int32_t cut = last ? last[r] : -1;
+        const Kept kept{cut < 0 ? -INFINITY : row[cut], cut};
+        found[i] = best_of(row, int32_t(c * CHUNK), int32_t(end), kept, temperature[r], uint32_t(position[r]),
                            uint32_t(stream), Keys(uint64_t(seed[r])), bound[r]);
     });
     for (int64_t r = 0; r < R; r++) {

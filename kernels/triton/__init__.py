@@ -22,9 +22,11 @@ from fnengine.kernels.fp8 import FP8_LINEAR
 from fnengine.kernels.grouped import GROUPED_LINEAR
 from fnengine.kernels.layout import Codes, Fp8, KVLayout, Tokens
 from fnengine.kernels.library import register
+from fnengine.kernels.noise import GUMBEL_ARGMAX
 from fnengine.kernels.pool import COPY_BLOCKS
 from fnengine.kernels.quantized import QUANTIZED_LINEAR
 from fnengine.kernels.rope import ROPE_WRITE
+from fnengine.kernels.truncation import APPLY_MASK, TRUNCATE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP8_SINCE = (8, 9)
@@ -117,6 +119,10 @@ fp8_linear = _backend(FP8_LINEAR, "fp8", invariant=False, supports=unfit_for_fp8
 """Not invariant, for the same reason."""
 grouped_linear = _backend(GROUPED_LINEAR, "grouped", invariant=False)
 """Not invariant: the channels that are multiplied at once follow from the mean number of an expert's tokens."""
+gumbel_argmax = _backend(GUMBEL_ARGMAX, "noise", invariant=True)
+truncate = _backend(TRUNCATE, "truncation", invariant=True)
+"""Where rows are cut, by integer sums, so that its tokens are the reference's."""
+apply_mask = _backend(APPLY_MASK, "truncation", invariant=True)
 
 
 def round_rows(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
