@@ -138,6 +138,8 @@ def build(model: Model, settings: Settings, lazy: bool = True) -> Built:
     if execution.startswith("eager"):
         log.warning("steps run %s", execution)
     captured = captures.plan(settings, mode, ops, device, lazy)
+    if captured.capturing is not None and isinstance(run_layers, Recorded):
+        run_layers = run_layers.run  # a step is recorded once
     runner = TorchDevice(
         spec,
         model.params,

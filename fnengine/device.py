@@ -12,7 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -121,20 +121,20 @@ class Steps(Protocol):
 
     def choose(self, tokens: int, rows: int, ask: Ask) -> Choice[Ask]: ...
 
-    def run(self, choice: Choice[Ask], inputs: Packed) -> Out: ...
+    def run(self, choice: Choice[Ask], *args: Any) -> Out: ...
 
 
 @dataclass(frozen=True)
 class Direct:
     """Steps run as they are, of nearly exact sizes: on CPU, where there is nothing to capture."""
 
-    fn: Callable[[Packed], Out]
+    fn: Callable[..., Out]
 
     def choose(self, tokens: int, rows: int, ask: Ask) -> Choice[Ask]:
         return Choice(tokens, rows, fit(tokens, rows), ask)
 
-    def run(self, choice: Choice[Ask], inputs: Packed) -> Out:
-        return self.fn(inputs)
+    def run(self, choice: Choice[Ask], *args: Any) -> Out:
+        return self.fn(*args)
 
 
 class TorchDevice:
@@ -179,12 +179,10 @@ class TorchDevice:
         self.graphs = None
         self.usage = Usage() if capturing is not None else None
         """What ran in which graph, where steps are captured."""
-        self.steps: Steps = Direct(lambda packed: self._forward(self.params, self.state, packed))
+        self.steps: Steps = Direct(self._forward)
         if capturing is not None:
             assert self.usage is not None
-            self.steps = self.graphs = Graphs(
-                self._forward, (params, self.state), capturing, self._idle, self.usage.capture
-            )
+            self.steps = self.graphs = Graphs(self._forward, capturing, self._idle, self.usage.capture)
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None] = lambda _done, _all: None) -> None:
@@ -193,7 +191,7 @@ class TorchDevice:
             return
         keys = self.graphs.wanted()
         for i, key in enumerate(keys):
-            self.graphs.capture(key)
+            self.graphs.capture(key, self.params, self.state)
             progress(i + 1, len(keys))
 
     def _forward(self, params: object, state: State, packed: Packed) -> Out:
@@ -225,7 +223,7 @@ class TorchDevice:
         if len(step.copy):
             self.ops.copy_blocks([t for p in pool for t in (p.k, p.v)], self._stage(step.copy))
         choice = self.steps.choose(len(step.token), len(step.row), step.ask)
-        out = self.steps.run(choice, self._packed(step, choice.bucket, choice.ask))
+        out = self.steps.run(choice, self.params, self.state, self._packed(step, choice.bucket, choice.ask))
         all_logits = step.ask.logits == "all"
         done = None
         if self.depth:  # the next step may write where this one's results lie

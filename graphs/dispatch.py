@@ -89,14 +89,12 @@ class Graphs(Generic[Asked]):
     """A step, by its graphs: `choose` says which and how the step must be padded, `run` runs it.
 
     Args:
-        fn: `fn(*fixed, inputs) -> out`, pure but for writing to fixed arguments.
-        fixed: its first arguments, weights and state.
+        fn: `fn(*fixed, inputs) -> out`, pure but for writing to fixed arguments, which are weights and state.
         idle: (bucket, ask) -> inputs of a step that changes nothing, to capture with.
         spent: told the bucket, bytes and seconds of each graph that is captured.
     """
 
     fn: Callable[..., Any]
-    fixed: tuple[Any, ...]
     how: Capturing[Asked]
     idle: Callable[[Bucket, Asked], Any]
     spent: Callable[[Bucket, int, float], None] = lambda _bucket, _bytes, _seconds: None
@@ -145,21 +143,20 @@ class Graphs(Generic[Asked]):
         self._seen.add(key)
         return known
 
-    def run(self, choice: Choice[Asked], inputs: Any) -> Any:
-        """What the step gives: a graph's is valid until the next run."""
+    def run(self, choice: Choice[Asked], *args: Any) -> Any:
+        """What the step gives: a graph's is valid until the next run. `args` are those of `fn`."""
         if choice.key is None:
-            return self.fn(*self.fixed, inputs)
+            return self.fn(*args)
         graph = self.captured.get(choice.key)
-        return (self.capture(choice.key) if graph is None else graph)(*self.fixed, inputs)
+        return (self.capture(choice.key, *args[:-1]) if graph is None else graph)(*args)
 
-    def capture(self, key: Key[Asked]) -> Captured:
+    def capture(self, key: Key[Asked], *fixed: Any) -> Captured:
         """The key's graph, captured now, with a step that changes nothing."""
-        n = len(self.fixed)
         graph = capture(
             self.fn,
-            *self.fixed,
+            *fixed,
             self.idle(key.bucket, key.ask),
-            fixed=tuple(range(n)),
+            fixed=tuple(range(len(fixed))),
             recorder=self.how.recorders[key.kind],
         )
         self.captured[key] = graph

@@ -237,7 +237,7 @@ def graphs(mode: str, eager=("less", "more"), lazy=False) -> Graphs:
         relax=lambda ask: ("more",) if ask == "less" else (),
         lazy=lazy,
     )
-    return Graphs(lambda x: x + 1, (), how, lambda bucket, ask: torch.zeros(bucket.tokens))
+    return Graphs(lambda x: x + 1, how, lambda bucket, ask: torch.zeros(bucket.tokens))
 
 
 @pytest.mark.parametrize(

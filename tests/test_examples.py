@@ -39,10 +39,28 @@ def llm():
     return fn.LLM("demo", max_num_seqs=4)
 
 
-def test_there_are_four_examples_of_under_60_lines():
-    assert EXAMPLES == ["best_of_n.py", "greedy_loop.py", "offline_generate.py", "openai_client.py"]
+def test_there_are_five_examples_of_under_60_lines():
+    assert EXAMPLES == [
+        "best_of_n.py",
+        "capture_function.py",
+        "greedy_loop.py",
+        "offline_generate.py",
+        "openai_client.py",
+    ]
     for name in EXAMPLES:
         assert len((ROOT / "examples" / name).read_text().splitlines()) < 60
+
+
+def test_a_captured_function_is_the_function_whatever_its_padding():
+    """Oracle: the example's own comparison with torch's mean; its table counted by hand for steps of 3, 8, 1, 6, 3."""
+    lines = printed("capture_function.py").splitlines()
+    assert lines[0].startswith("mean of 21 rows")
+    assert [line.split()[:6] for line in lines[2:6]] == [
+        ["2", "x", "2", "1", "1", "2"],
+        ["4", "x", "4", "2", "6", "8"],
+        ["8", "x", "8", "2", "14", "16"],
+        ["all", "5", "21", "26", "19.2%", "-"],
+    ]
 
 
 def test_the_greedy_loop_is_what_generate_does(llm):
