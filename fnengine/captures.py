@@ -87,4 +87,4 @@ def plan(settings: Settings, mode: Mode, ops: Ops, device: torch.device, lazy: b
     lazy = settings.graph_capture == "lazy" or (settings.graph_capture is None and lazy)
     if lazy:
         reason += ", each captured when it is met for the second time"
-    return Plan(Capturing(ladder, name, wanted, () if lazy else AT_START, relaxed, lazy), reason)
+    return Plan(Capturing(ladder, name, wanted, () if lazy else AT_START, relaxed, 1 if lazy else None), reason)

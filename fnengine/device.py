@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -193,6 +193,19 @@ class TorchDevice:
         for i, key in enumerate(keys):
             self.graphs.capture(key, self.params, self.state)
             progress(i + 1, len(keys))
+
+    @contextlib.contextmanager
+    def running(self, capturing: Capturing[Ask] | None, usage: Usage) -> Iterator[None]:
+        """While it is open, steps run through graphs of another kind, or with None through none, and are counted apart:
+        to measure them."""
+        kept = self.graphs, self.usage, self.steps
+        self.graphs, self.usage, self.steps = None, usage, Direct(self._forward)
+        if capturing is not None:
+            self.steps = self.graphs = Graphs(self._forward, capturing, self._idle, usage.capture)
+        try:
+            yield
+        finally:
+            self.graphs, self.usage, self.steps = kept
 
     def _forward(self, params: object, state: State, packed: Packed) -> Out:
         here = dataclasses.replace(packed, ints=packed.ints.to(self.device, non_blocking=True))

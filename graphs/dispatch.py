@@ -7,6 +7,7 @@ else runs eagerly; a `Choice` says which, and why.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from fnengine.errors import ConfigError
 from fnengine.graphs.bucket import Bucket, fit
 from fnengine.graphs.captured import Captured, Recorder, capture
-from fnengine.graphs.ladder import Ladder
+from fnengine.graphs.ladder import Exact, Ladder
 
 FULL, PIECEWISE = "full", "piecewise"
 MODES: dict[str, tuple[str | None, str | None]] = {
@@ -72,7 +73,7 @@ def mode_of(name: str) -> tuple[str | None, str | None]:
 class Capturing(Generic[Asked]):
     """What is captured, and how."""
 
-    ladder: Ladder
+    ladder: Ladder | Exact
     mode: str
     recorders: dict[str, Recorder]
     """kind -> its recorder; a mode that uses a kind has one."""
@@ -80,8 +81,8 @@ class Capturing(Generic[Asked]):
     """What graphs captured at the start are asked, the least first."""
     relax: Callable[[Asked], Iterable[Asked]] = lambda _ask: ()
     """Other things that a step may be asked instead, as its host ignores what it did not want; the best first."""
-    lazy: bool = False
-    """Capture what is met for the second time."""
+    after: int | None = None
+    """Capture, when it is met, what was met so often before; None: nothing but at the start."""
 
 
 @dataclass
@@ -99,21 +100,21 @@ class Graphs(Generic[Asked]):
     idle: Callable[[Bucket, Asked], Any]
     spent: Callable[[Bucket, int, float], None] = lambda _bucket, _bytes, _seconds: None
     captured: dict[Key[Asked], Captured] = field(default_factory=dict)
-    _seen: set[Key[Asked]] = field(default_factory=set)
+    _met: Counter[Key[Asked]] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._decode, self._mixed = mode_of(self.how.mode)
-        buckets = self.how.ladder.buckets
-        same = self._decode == self._mixed
-        # Where decode is captured in another way than the rest, each has the buckets that are shaped like it.
-        self._for_decode = Ladder(tuple(b for b in buckets if same or b.tokens == b.rows))
-        self._for_mixed = Ladder(tuple(b for b in buckets if same or b.tokens != b.rows))
+        self._for_decode = self._for_mixed = ladder = self.how.ladder
+        if self._decode != self._mixed and isinstance(ladder, Ladder):
+            # Where decode is captured in another way than the rest, each has the buckets that are shaped like it.
+            self._for_decode = Ladder(tuple(b for b in ladder.buckets if b.tokens == b.rows))
+            self._for_mixed = Ladder(tuple(b for b in ladder.buckets if b.tokens != b.rows))
 
     def wanted(self) -> list[Key[Asked]]:
         """Everything that is captured at the start, in that order: the largest first, because what a large graph has
         freed serves the smaller ones."""
         kinds = {self._decode: self._for_decode, self._mixed: self._for_mixed}
-        pairs = [(kind, b) for kind, ladder in kinds.items() if kind is not None for b in ladder.largest_first]
+        pairs = [(kind, b) for kind, ladder in kinds.items() if kind is not None for b in ladder.buckets]
         pairs.sort(key=lambda pair: (-pair[1].tokens, -pair[1].rows))
         return [Key(kind, b, ask) for kind, b in pairs for ask in self.how.eager]
 
@@ -130,18 +131,19 @@ class Graphs(Generic[Asked]):
         for i, served in enumerate((ask, *self.how.relax(ask))):
             key = Key(kind, bucket, served)
             if key in self.captured:
-                if i and self.how.lazy and self._again(Key(kind, bucket, ask)):
+                if i and self._due(Key(kind, bucket, ask)):
                     key, served, i = Key(kind, bucket, ask), ask, 0
                 return Choice(tokens, rows, bucket, served, key, relaxed=i > 0)
-        if self.how.lazy and self._again(key := Key(kind, bucket, ask)):
+        if self._due(key := Key(kind, bucket, ask)):
             return Choice(tokens, rows, bucket, ask, key)
         return Choice(tokens, rows, exact, ask, why=f"nothing captured serves {ask}")
 
-    def _again(self, key: Key[Asked]) -> bool:
-        """Whether a key was met before."""
-        known = key in self._seen
-        self._seen.add(key)
-        return known
+    def _due(self, key: Key[Asked]) -> bool:
+        """Whether a key that is met now is to be captured."""
+        if self.how.after is None:
+            return False
+        self._met[key] += 1
+        return self._met[key] > self.how.after
 
     def run(self, choice: Choice[Asked], *args: Any) -> Any:
         """What the step gives: a graph's is valid until the next run. `args` are those of `fn`."""

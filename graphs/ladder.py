@@ -47,6 +47,17 @@ class Ladder:
         return self.buckets[::-1]
 
 
+@dataclass(frozen=True)
+class Exact:
+    """Every shape is its own bucket: for measuring what a graph of it takes."""
+
+    buckets: tuple[Bucket, ...] = ()
+
+    def fit(self, tokens: int, rows: int) -> Bucket | None:
+        """The step's own shape, but for `LEAST`."""
+        return Bucket(max(tokens, LEAST), max(rows, LEAST))
+
+
 MIXED = 2048
 """Tokens of the largest mixed step in the default ladder: above, the device is busy for longer than launches take."""
 

@@ -227,7 +227,7 @@ def test_a_bad_file_of_a_ladder_is_refused(tmp_path, text):
 BUCKETS = Ladder((Bucket(2, 2), Bucket(8, 8), Bucket(16, 5)))
 
 
-def graphs(mode: str, eager=("less", "more"), lazy=False) -> Graphs:
+def graphs(mode: str, eager=("less", "more"), after=None) -> Graphs:
     """Graphs that ask `less` or `more`, where more serves less, over a function that says what it was given."""
     how = Capturing(
         BUCKETS,
@@ -235,7 +235,7 @@ def graphs(mode: str, eager=("less", "more"), lazy=False) -> Graphs:
         {FULL: Twin(), PIECEWISE: Twin()},
         eager,
         relax=lambda ask: ("more",) if ask == "less" else (),
-        lazy=lazy,
+        after=after,
     )
     return Graphs(lambda x: x + 1, how, lambda bucket, ask: torch.zeros(bucket.tokens))
 
@@ -280,7 +280,7 @@ def test_each_fallback_is_chosen_in_turn_and_reported():
 
 
 def test_lazy_capture_waits_for_the_second_time():
-    g = graphs("FULL", eager=(), lazy=True)
+    g = graphs("FULL", eager=(), after=1)
     ran = [g.choose(2, 2, "less") for _ in range(2)]
     assert [c.key is None for c in ran] == [True, False] and not g.captured
     g.run(ran[1], torch.ones(2))

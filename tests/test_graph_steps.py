@@ -4,6 +4,7 @@ works because a row's result depends on neither its neighbours nor on padding. M
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from typing import Any
 
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from fnengine import captures, device
+from fnengine import arrivals, captures, device
 from fnengine import kernels as kernel_ops
 from fnengine.build import build
 from fnengine.captures import ANYTHING, AT_START, GREEDY, covers, relaxed
+from fnengine.cli import tune
 from fnengine.engine import Engine
 from fnengine.graphs import ladder as ladders
 from fnengine.graphs.bucket import Bucket
@@ -156,6 +158,24 @@ def test_a_loop_of_ones_own_through_graphs(model):
         if twin:
             assert rt.built.device.graphs is not None and len(rt.built.device.graphs.captured) >= 3
     assert all(torch.equal(a, b) for a, b in zip(*ran, strict=True))
+
+
+def test_the_tuner_measures_graphs_where_there_are_some(model):
+    """Oracle: what was captured is what was measured, at its own shape, and the engine's own graphs are as before."""
+    engine = Engine.build(
+        model, Settings(**SIZES, graph_twin=True, graph_capture="lazy"), tokenizer=byte_tokenizer(131)
+    )
+    assert engine.built is not None
+    runner = engine.built.device
+    own = runner.graphs, runner.usage, runner.steps
+    trace = arrivals.draw(arrivals.parse("requests=8,rate=50,prompt=20,output=5,seed=1"))
+    costs, how, notes = tune.measured(engine, trace, argparse.Namespace(seconds=0.2))
+    assert (runner.graphs, runner.usage, runner.steps) == own and runner.graphs is not None
+    assert not runner.graphs.captured and engine.graphs() is not None
+    assert f"captured {len({(max(t, 2), max(r, 2)) for t, r, _ in how['steps']})} shapes" in notes[1]
+    for t, r, seconds in how["steps"]:
+        assert min(seconds, costs.captured(Bucket(t, r)), costs.eager(t, r)) > 0
+    assert costs.bytes(Bucket(4, 4)) == how["graph_bytes"] > 0 and costs.capture(Bucket(4, 4)) > 0
 
 
 # ---- what stands for what -----------------------------------------------------------------------------------------

@@ -23,7 +23,9 @@ import openai
 import pytest
 
 import fnengine
+from fnengine.cli import main as cli
 from fnengine.errors import ConfigError
+from fnengine.graphs import Bucket, Usage, report
 from fnengine.serve.run import bind, serve
 
 if "scripted_engine" not in sys.modules:
@@ -865,6 +867,55 @@ def test_a13_keys():
             server.api.with_options(api_key="wrong").models.list()
 
 
+def test_graphs_are_reported_with_their_hits_padding_and_fallbacks(server, capsys, tmp_path):
+    """Oracle: sums by hand. Two steps in (4, 4), of 3 and 4 tokens, one in (64, 7), of 50; one that was too large."""
+    assert server.http.get("/debug/graphs").status_code == 404
+    assert "graph_hits" not in server.http.get("/metrics").text
+    usage = Usage()
+    for bucket, bytes in ((Bucket(4, 4), 1000), (Bucket(64, 7), 5000)):
+        usage.capture(bucket, bytes, 0.25)
+    usage.add(3, 3, bucket=Bucket(4, 4), seconds=0.01, relaxed="more was asked")
+    usage.add(4, 4, bucket=Bucket(4, 4), seconds=0.01)
+    usage.add(50, 6, bucket=Bucket(64, 7), seconds=0.02)
+    usage.add(900, 2, reason="beyond the ladder", seconds=0.1)
+    server.engine.captured = {"about": "FULL, by hand", **report.as_json(usage)}
+    try:
+        told = server.http.get("/debug/graphs").json()
+        assert told["about"] == "FULL, by hand" and told["steps"] == 4
+        assert [(b["bucket"], b["steps"], b["tokens"]) for b in told["buckets"]] == [([4, 4], 2, 7), ([64, 7], 1, 50)]
+        lines = set(server.http.get("/metrics").text.splitlines())
+        of = 'engine="0",model_name="tiny"'
+        assert lines >= {
+            f'fnengine:graph_hits_total{{bucket="4x4",{of}}} 2.0',
+            f'fnengine:graph_tokens_total{{bucket="64x7",{of}}} 50.0',
+            f'fnengine:graph_padding_tokens_total{{bucket="4x4",{of}}} 1.0',
+            f'fnengine:graph_padding_tokens_total{{bucket="64x7",{of}}} 14.0',
+            f'fnengine:graph_fallbacks_total{{{of},reason="beyond the ladder"}} 1.0',
+            f'fnengine:graph_relaxed_total{{{of},reason="more was asked"}} 1.0',
+            f"fnengine:graphs_captured{{{of}}} 2.0",
+            f"fnengine:graph_bytes{{{of}}} 6000.0",
+            f"fnengine:graph_capture_seconds{{{of}}} 0.5",
+        }
+        (tmp_path / "before.json").write_text(json.dumps(told))
+        page = tmp_path / "page.html"
+        words = [
+            "graphs",
+            "report",
+            "--url",
+            server.url,
+            "--html",
+            str(page),
+            "--before",
+            str(tmp_path / "before.json"),
+        ]
+        assert cli(words) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("FULL, by hand\n") and "beyond the ladder" in out and "64 x 7" in out
+        assert page.read_text().count("<svg") == 1 and "4 x 4" in page.read_text()
+    finally:
+        server.engine.captured = None
+
+
 def test_a13_metrics_without_a_key_by_option():
     engine = ScriptedEngine(SCRIPTS)
     with serving(engine, key="k", api_keys=["k"], metrics_open=True, metrics=("fnengine", "vllm")) as server:
@@ -1013,7 +1064,7 @@ def test_stream_interval_makes_fewer_chunks(server):
 
 def test_every_route_is_in_the_schema_with_its_body(server):
     paths = server.http.get("/openapi.json").json()["paths"]
-    assert len(paths) == 13
+    assert len(paths) == 14
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/abort_requests"):
         schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert schema["type"] == "object" and schema["properties"]

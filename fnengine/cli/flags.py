@@ -255,6 +255,12 @@ def _flags() -> tuple[Flag, ...]:
             ("eager", "lazy"),
         ),
         Flag(
+            ("--graph-twin",),
+            "engine.graph_twin",
+            "on CPU, run steps as CUDA graphs would, padded and one ahead: slower, for trying ladders",
+            steps,
+        ),
+        Flag(
             ("--threads",),
             "threads",
             "threads of a step on CPU (default: physical cores this process may run on, within its CPU quota)",

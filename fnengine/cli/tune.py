@@ -7,6 +7,7 @@ trace -> first half  -> the scheduler, replayed -> counts of (T, R) -> the tuner
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"there is no folder to write {path} to", where="--out" if path == args.out else "--html")
     from fnengine.cli.start import build_engine, facts, say
 
-    engine = build_engine(options)
+    # Nothing is captured at the start: what is measured is captured when its turn comes.
+    lazy = dataclasses.replace(options.engine, graph_capture="lazy")
+    engine = build_engine(dataclasses.replace(options, engine=lazy))
     say("\n".join(facts(engine)))
     say(f"trace: {of}, {len(trace)} requests in {trace[-1].arrival:.1f} s")
     costs, how, notes = measured(engine, trace, args)
@@ -129,45 +132,47 @@ def measured(engine: Engine, trace: Trace, args: argparse.Namespace) -> tuple[Co
     """Costs of steps and graphs here, how they were found, and what must be said about them."""
     from statistics import fmean
 
+    from fnengine.captures import AT_START
+    from fnengine.graphs.ladder import Exact
+    from fnengine.graphs.report import Usage
     from fnengine.graphs.tune import Costs
     from fnengine.measure import measure
 
     assert engine.built is not None
-    policy = engine.policy
+    policy, device = engine.policy, engine.built.device
     context = round(fmean(min(a.prompt + a.output // 2, policy.max_len) for a in trace))
-    found = measure(
-        engine.device,
-        budget=policy.budget,
-        rows=policy.rows,
-        vocab=policy.vocab,
-        context=context,
-        seconds=args.seconds,
+    sizes: dict[str, Any] = dict(budget=policy.budget, rows=policy.rows, vocab=policy.vocab, context=context)
+    how: dict[str, Any] = {"device": str(device.device), "context": context}
+    if device.graphs is None:
+        found = measure(device, **sizes, seconds=args.seconds)
+        overhead, each, spent = args.eager_overhead, float(args.graph_bytes), args.capture_seconds
+        eager, steps = (lambda t, r: found.surface(t, r) + overhead), found.surface
+        how |= {"eager_overhead": overhead, "steps": [list(m) for m in found.medians]}
+        notes = [
+            f"there are no CUDA graphs here ({device.device}): steps were timed as they run, and of graphs it is "
+            f"assumed, not measured, that one saves {1e3 * overhead:g} ms a step (--eager-overhead), weighs "
+            f"{each / 2**20:g} MiB (--graph-bytes) and takes {spent:g} s to capture (--capture-seconds)",
+        ]
+    else:
+        with device.running(None, Usage()):
+            plain = measure(device, **sizes, seconds=args.seconds / 2)
+        exact = dataclasses.replace(device.graphs.how, ladder=Exact(), after=0, eager=())
+        with device.running(exact, counted := Usage()):
+            found = measure(device, **sizes, seconds=args.seconds / 2)
+        eager, steps = plain.surface, found.surface
+        graphs = sum(s.graphs for s in counted.captured.values())
+        each = len(AT_START) * sum(s.bytes for s in counted.captured.values()) / graphs
+        spent = len(AT_START) * sum(s.seconds for s in counted.captured.values()) / graphs
+        how |= {"steps": [list(m) for m in found.medians], "eager_steps": [list(m) for m in plain.medians]}
+        notes = [
+            f"captured {graphs} shapes: a bucket has {len(AT_START)} graphs and takes {each / 2**20:.1f} MiB and "
+            f"{spent:.2f} s, on average",
+        ]
+    how |= {"shapes": len(found.medians), "rounds": found.rounds, "graph_bytes": each, "capture_seconds": spent}
+    notes.insert(
+        0, f"measured {len(found.medians)} shapes of step {found.rounds} times or more, rows at {context} tokens"
     )
-    steps = found.surface
-    device = str(engine.built.device.device)
-    how = {
-        "device": device,
-        "shapes": len(found.medians),
-        "rounds": found.rounds,
-        "context": found.context,
-        "steps": [list(m) for m in found.medians],
-        "eager_overhead": args.eager_overhead,
-        "graph_bytes": args.graph_bytes,
-        "capture_seconds": args.capture_seconds,
-    }
-    notes = [
-        f"measured {len(found.medians)} shapes of step {found.rounds} times or more, rows at {found.context} tokens",
-        f"there are no CUDA graphs here ({device}): steps were timed as they run, and of graphs it is assumed, not "
-        f"measured, that one saves {1e3 * args.eager_overhead:g} ms a step (--eager-overhead), weighs "
-        f"{args.graph_bytes / 2**20:g} MiB (--graph-bytes) and takes {args.capture_seconds:g} s to capture "
-        "(--capture-seconds)",
-    ]
-    costs = Costs(
-        lambda b: steps(b.tokens, b.rows),
-        lambda t, r: steps(t, r) + args.eager_overhead,
-        lambda b: float(args.graph_bytes),
-        lambda b: args.capture_seconds,
-    )
+    costs = Costs(lambda b: steps(b.tokens, b.rows), eager, lambda b: each, lambda b: spent)
     return costs, how, notes
 
 
