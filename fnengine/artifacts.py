@@ -21,6 +21,7 @@ from fnengine.graphs.compile import Traces
 from fnengine.kernels import KVLayout, native
 from fnengine.products import Measured
 from fnengine.program import Kind, wanted_layers
+from fnengine.settings import check_kv
 from fnengine.spec import ModelSpec
 
 
@@ -98,6 +99,7 @@ def needs(
         CheckpointError, SpecError, ConfigError: as `model.load`, but for the weights, which need not be there.
     """
     spec, on = checkpoint.read_spec(folder), checkpoint.pick_device(device)
+    check_kv(kv_cache_dtype, on.type)
     try:  # where no compiler can build native code, what is chosen now is what will be
         compiler, tiles, choose = native.find_compiler(), leaves.expected_tiles, kernels.expected
     except native.BuildFailed:

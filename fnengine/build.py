@@ -22,7 +22,7 @@ from fnengine.memory import Account, Shapes
 from fnengine.model import Model, one_by_one
 from fnengine.params import memory_plan
 from fnengine.program import Recorded, compiled_layers, wanted_layers
-from fnengine.settings import KV_DTYPES, Mode, PoolSize, Settings, size_pool
+from fnengine.settings import Mode, PoolSize, Settings, check_kv, size_pool
 from fnengine.step import make_step
 
 log = logging.getLogger("fnengine")
@@ -58,16 +58,7 @@ def build(model: Model, settings: Settings, lazy: bool = True) -> Built:
     """
     device, spec = model.device, model.spec
     mode = settings.mode(device.type)
-    if settings.kv_cache_dtype not in KV_DTYPES:
-        raise ConfigError(
-            f"{settings.kv_cache_dtype!r} is not implemented", where="--kv-cache-dtype", remedy=" or ".join(KV_DTYPES)
-        )
-    if settings.kv_cache_dtype == "int8" and device.type != "cpu":
-        raise ConfigError(
-            f"KV of 8 bits is read on cpu only, not on {device.type}",
-            where="--kv-cache-dtype",
-            remedy="leave it out, or use --device cpu",
-        )
+    check_kv(settings.kv_cache_dtype, device.type)
     kernels.start(device, model.dtype, model.quantization != "none", settings.kv_cache_dtype)
     compiling = not settings.enforce_eager
     why_not = missing_compiler() if compiling and device.type == "cpu" else None

@@ -29,7 +29,18 @@ MODES: dict[tuple[str, str], Mode] = {
 """(device type, mode) -> sizes. Interactivity bounds how long a step keeps others waiting; throughput fills steps."""
 
 
-KV_DTYPES = ("auto", "int8")
+KV_DTYPES = ("auto", "int8", "fp8")
+
+
+def check_kv(kind: str, device: str) -> None:
+    """Raises ConfigError if KV is not kept so on this type of device."""
+    where = "--kv-cache-dtype"
+    if kind not in KV_DTYPES:
+        raise ConfigError(f"{kind!r} is not implemented", where=where, remedy=" or ".join(KV_DTYPES))
+    if kind == "fp8" and device == "cpu":
+        raise ConfigError(
+            "KV in 8-bit floats is for GPUs, which read them", where=where, remedy="int8 is as small and runs here"
+        )
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,8 @@ class Settings:
     kv_cache_memory_bytes: int | None = None
     """Bytes of the KV pool; None derives it (see `size_pool`)."""
     kv_cache_dtype: str = "auto"
-    """auto: KV in the model's dtype; int8: rounded to 8 bits with a scale to each token and head (CPU only)."""
+    """auto: KV in the model's dtype; int8: rounded to 8 bits with a scale to each token and head; fp8: rounded to 8-bit
+    floats (GPUs only)."""
     gpu_memory_utilization: float = 0.9
     swap_space: float = 0.0
     """GiB of host memory for KV of preempted sequences."""

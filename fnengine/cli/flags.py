@@ -189,10 +189,10 @@ def _flags() -> tuple[Flag, ...]:
         Flag(
             ("--kv-cache-dtype",),
             "engine.kv_cache_dtype",
-            "int8 rounds KV to 8 bits (CPU): half of bfloat16's memory and traffic",
+            "int8 rounds KV to 8 bits, fp8 to 8-bit floats (GPUs): half of bfloat16's memory and traffic",
             memory,
             str,
-            ("auto", "int8"),
+            ("auto", "int8", "fp8"),
         ),
         Flag(("--block-size",), "-", "tokens of a KV block: 16", memory, read_block, (), "16"),
         Flag(("--swap-space",), "engine.swap_space", "GiB of host memory for preempted KV", memory, float, (), "GiB"),
