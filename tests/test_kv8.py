@@ -19,7 +19,7 @@ from fnengine.kernels.layout import Rounded, block_bytes, put, round_codes
 from fnengine.kernels.rope import ROPE_WRITE
 from fnengine.program import wanted_layers
 from fnengine.runtime import Runtime
-from fnengine.settings import check_kv
+from fnengine.settings import Settings, check_kv
 from tests import test_kernels
 from tests.models import tiny_model
 
@@ -180,7 +180,7 @@ def test_what_cannot_be_is_refused():
     model = tiny_model("qwen3")
     with pytest.raises(ConfigError, match="int4"):
         Runtime(model, kv_cache_dtype="int4")
-    with pytest.raises(ConfigError, match="for GPUs.*int8 is as small"):
+    with pytest.raises(ConfigError, match=r"for GPUs.*int8 is as small"):
         Runtime(model, kv_cache_dtype="fp8")
     check_kv("fp8", "cuda")
 
