@@ -8,13 +8,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_check, gpu_load, machine
+from benchmarks import gpu, gpu_check, gpu_load, gpu_peers, machine
 from benchmarks.gpu_results import Book, NotMeasured, Sizes, tables, verdict
 from fnengine import checkpoint, params
 from fnengine.graphs.bucket import Bucket
@@ -330,6 +331,113 @@ def test_dummy_weights_do_not_depend_on_where_they_lie():
         params.dummy_array("a.b", info, torch.bfloat16, params.noise(0), torch.device(d)) for d in ("cpu", "cuda")
     ]
     assert torch.equal(arrays[0], arrays[1].cpu())
+
+
+# ---- what only a card does, with its answers made up ----------------------------------------------------------------
+
+
+def seen(name: str, begin: float, end: float, **more) -> SimpleNamespace:
+    """An event of torch's profiler, in microseconds."""
+    from torch.autograd import DeviceType
+
+    span = SimpleNamespace(start=begin, end=end)
+    return SimpleNamespace(**{"name": name, "time_range": span, "device_type": DeviceType.CUDA, **more})
+
+
+def profiled() -> SimpleNamespace:
+    """Two steps: a matmul of 30 us and attention of 10 us in each, with gaps of 10 us; and what must not count."""
+    from torch.autograd import DeviceType
+
+    events = [seen("matmul", t, t + 30) for t in (0, 60)] + [seen("attention", t, t + 10) for t in (40, 100)]
+    events += [seen("a range", 0, 500, is_user_annotation=True), seen("launch", 0, 300, device_type=DeviceType.CPU)]
+    return SimpleNamespace(events=lambda: events)
+
+
+def test_only_what_ran_on_the_device_counts(monkeypatch):
+    """Oracle: by hand. 80 of 110 us are covered; the profile that warms the profiler up is not the one that counts."""
+    monkeypatch.setattr(gpu_load, "profile", lambda _device, run: (run(), profiled())[1])
+    steps = []
+    s = SimpleNamespace(device="cuda", sizes=SimpleNamespace(profiled=2), about=dict)
+    share = gpu_load._device_share(s, SimpleNamespace(step=lambda: steps.append(1)))  # type: ignore[arg-type]
+    assert len(steps) == 4 and share["idle"] == pytest.approx(30 / 110) and share["kernels_a_step"] == 2
+    assert share["busy_seconds_a_step"] == pytest.approx(40e-6)
+    top = gpu_load.top_kernels(s, profiled(), 2)  # type: ignore[arg-type]
+    assert [k["name"] for k in top["kernels"]] == ["matmul", "attention"]
+    assert top["kernels"][0]["share"] == pytest.approx(0.75) and top["kernels"][0]["calls_a_step"] == 1
+    assert top["device_seconds"] == pytest.approx(40e-6)
+
+
+def test_the_driver_is_asked_and_may_be_silent(tmp_path, monkeypatch):
+    command = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.smi("driver_version") == {}
+    command.write_text("#!/bin/sh\necho '580.1, 1980'\n")
+    command.chmod(0o755)
+    assert gpu.smi("driver_version,clocks.sm") == {"driver_version": "580.1", "clocks.sm": "1980"}
+    assert gpu.smi("driver_version") == {}, "another number of values than asked for"
+    command.write_text("#!/bin/sh\nexit 9\n")
+    assert gpu.smi("driver_version") == {}
+
+
+class Clock:
+    """Stands for torch.cuda.Event: every record is 2 ms after the one before."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        Clock.now += 2.0
+        self.at = Clock.now
+
+    def elapsed_time(self, other: Clock) -> float:
+        return other.at - self.at
+
+
+def test_a_card_is_timed_by_its_own_clock_and_named(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: waited.append(1))
+    ran: list[int] = []
+    assert gpu.times(ran.append, "cuda", repeats=4) == [0.002] * 4 and len(ran) == 7 and len(waited) == 2
+    card = SimpleNamespace(name="NVIDIA H200", total_memory=150 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(gpu, "smi", lambda query: {"driver_version": "580.1"} if query == "driver_version" else {})
+    args = SimpleNamespace(device="cuda", commit="c1", divide=1)
+    f = json.loads(json.dumps(gpu.facts(args, "a command")))  # type: ignore[arg-type]
+    assert (f["card"], f["driver"], f["capability"], f["commit"]) == ("NVIDIA H200", "580.1", [9, 0], "c1")
+    assert f["versions"]["torch"] == torch.__version__ and f["command"] == "a command" and "CUDA" in f["versions"]
+
+
+def test_a_card_is_started_cold_and_warm(tmp_path, monkeypatch):
+    """In one folder of its own, empty the first time; a resumed warm start fills the caches before."""
+    calls = []
+
+    def run(command, env, **_more):
+        folder = Path(env["FNENGINE_CACHE"])
+        calls.append("warm" if (folder / "filled").exists() else "cold")
+        (folder / "filled").write_text("")
+        return SimpleNamespace(returncode=0, stdout='noise\n{"first_token": 1.5}\n', stderr="")
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    s = SimpleNamespace(device="cuda", folder=tmp_path, dtype="bfloat16", name="m")
+    gpu.start(b := book(tmp_path, "start", divided_by=1), s)  # type: ignore[arg-type]
+    assert [(e["name"], e["value"]) for e in b.entries] == [(n, {"first_token": 1.5}) for n in ("cold", "warm")]
+    assert calls[0] == "cold" and calls[1:] == ["warm", "warm"]
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout="", stderr="why"))
+    gpu.start(b := book(tmp_path, "start", divided_by=1, again=True), s)  # type: ignore[arg-type]
+    assert b.failed == ["cold", "warm"] and "why" in b.entries[0]["error"]
+
+
+def test_a_peer_that_never_answers_is_given_up():
+    slow = gpu_peers.limited(lambda _prompts, _new: time.sleep(30) or [], 0.05)
+    with pytest.raises(RuntimeError, match="nothing came back"):
+        slow([[1]], 1)
+    assert gpu_peers.limited(lambda prompts, new: [[new]] * len(prompts), 60)([[1], [2]], 3) == [[3], [3]]
+    with pytest.raises(ZeroDivisionError):
+        gpu_peers.limited(lambda _prompts, new: [[1 // 0]], 60)([[1]], 3)
 
 
 # ---- all of it ----------------------------------------------------------------------------------------------------
