@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fnengine.host.request import Sampling
     from fnengine.host.step import Ask
     from fnengine.model import Model
-    from fnengine.state import Out, Packed
+    from fnengine.state import Out
 
 BLOCK = 16
 """Tokens of a block of KV."""
@@ -199,8 +199,8 @@ class Watched:
         self.choices.append(self.steps.choose(tokens, rows, ask))
         return self.choices[-1]
 
-    def run(self, choice: Choice[Ask], inputs: Packed) -> Out:
-        return self.steps.run(choice, inputs)
+    def run(self, choice: Choice[Ask], *given: Any) -> Out:
+        return self.steps.run(choice, *given)
 
 
 def watch(engine: Engine, choices: list[Any]) -> None:
