@@ -12,7 +12,7 @@ from benchmarks import machine, peers, report, shape, workloads
 from benchmarks.floor import Shape
 from benchmarks.workloads import Measured, Prompts, Side, Sizes
 
-SHAPE = "benchmarks/shapes/qwen3-0.6b"
+SHAPE = "benchmarks/configs/qwen3-0.6b"
 WORKLOADS = ("w1", "w2", "w3", "w4")
 
 

@@ -1,6 +1,6 @@
 """The workloads in this process, over `fnengine.LLM`, beside the machine's floor and beside other engines.
 
-    python -m benchmarks.engine --workload w1,w2,w3 [--model benchmarks/shapes/qwen3-0.6b] [--dtype bfloat16]
+    python -m benchmarks.engine --workload w1,w2,w3 [--model benchmarks/configs/qwen3-0.6b] [--dtype bfloat16]
         [--concurrency 1,8,32] [--repeats 3] [--quantization int8] [--peer vllm --peer openvino] [--json FILE]
     python -m benchmarks.engine --workload w4        process start to first token, cold and warm
 

@@ -207,7 +207,7 @@ def run_child(model: str, quantization: str, args: argparse.Namespace) -> dict[s
 
 def main() -> int:
     p = argparse.ArgumentParser(description="Predicted against measured memory.")
-    p.add_argument("--model", nargs="+", default=["demo", "benchmarks/shapes/qwen3-0.6b"])
+    p.add_argument("--model", nargs="+", default=["demo", "benchmarks/configs/qwen3-0.6b"])
     p.add_argument("--quantization", nargs="+", default=["none", "int4"])
     p.add_argument("--memory", default="3GiB")
     p.add_argument("--pool", help="bytes of KV instead, for a model that fills it slowly")

@@ -1,6 +1,6 @@
 """Makes what peers read the model from: OpenVINO's form and llama.cpp's, under `.peers/models/`.
 
-    python -m benchmarks.peer_models [openvino llama.cpp] [--model benchmarks/shapes/qwen3-0.6b] [--dtype bfloat16]
+    python -m benchmarks.peer_models [openvino llama.cpp] [--model benchmarks/configs/qwen3-0.6b] [--dtype bfloat16]
         [--quantization none,int8,int4]
 
 A folder without weights gets random ones first, of the size that training starts from, written by transformers.

@@ -165,7 +165,7 @@ def on_text(name: str, kinds: list[str], stories: int, questions: int, prompts: 
 
 def on_random(kinds: list[str], layers: int) -> dict[str, dict[str, float]]:
     """Relative logit error with random weights in the shape of Qwen3-0.6B cut to `layers`, and a smaller vocabulary."""
-    config = json.loads((ROOT / "benchmarks" / "shapes" / "qwen3-0.6b" / "config.json").read_text())
+    config = json.loads((ROOT / "benchmarks" / "configs" / "qwen3-0.6b" / "config.json").read_text())
     config |= {"num_hidden_layers": layers, "vocab_size": 8192, "max_window_layers": layers}
     config.pop("layer_types", None)
     out: dict[str, dict[str, float]] = {}

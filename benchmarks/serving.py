@@ -1,6 +1,6 @@
 """The workloads over HTTP: streaming /v1/completions with token-id prompts, beside the floor and beside other servers.
 
-    python -m benchmarks.serving --workload w1,w3 [--model benchmarks/shapes/qwen3-0.6b] [--concurrency 8,32]
+    python -m benchmarks.serving --workload w1,w3 [--model benchmarks/configs/qwen3-0.6b] [--concurrency 8,32]
         [--repeats 3] [--url http://127.0.0.1:8000] [--peer-url http://127.0.0.1:9000] [--json FILE]
     python -m benchmarks.serving --workload w4       process start to first token over HTTP, cold and warm
 

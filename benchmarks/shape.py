@@ -1,6 +1,6 @@
 """A model folder ready to be benchmarked, and its sizes.
 
-A folder under `benchmarks/shapes/` holds a config.json and nothing else. Serving needs a tokenizer too, and its cost
+A folder under `benchmarks/configs/` holds a config.json and nothing else. Serving needs a tokenizer too, and its cost
 should be that of a real one, so one is made: a byte-level BPE with as many tokens as the model has, whose longer
 tokens are strings of letters.
 """

@@ -238,7 +238,7 @@ def dummy(
 
     def make(path: str, info: ArrayInfo) -> Tensor:
         nonlocal done
-        out = dummy_array(path, info, dtype, base).to(device)
+        out = dummy_array(path, info, dtype, base, device)
         done += info.size * dtype.itemsize
         if progress is not None:
             progress(done, total)

@@ -104,13 +104,19 @@ def noise(seed: int) -> Tensor:
     return torch.randn(NOISE, generator=torch.Generator().manual_seed(seed))
 
 
-def dummy_array(path: str, info: ArrayInfo, dtype: torch.dtype, noise: Tensor) -> Tensor:
-    """A random array for `--load-format dummy`: the noise, scaled, from a place that depends on the path, repeated."""
-    out = torch.empty(info.shape, dtype=dtype)
+def dummy_array(
+    path: str, info: ArrayInfo, dtype: torch.dtype, noise: Tensor, device: torch.device | None = None
+) -> Tensor:
+    """A random array for `--load-format dummy`: the noise, scaled, from a place that depends on the path, repeated.
+
+    It is repeated where the array is to lie: a card copies its own memory at terabytes a second, and would else wait
+    for every byte to come over the bus.
+    """
+    out = torch.empty(info.shape, dtype=dtype, device=device)
     if info.std is None:
         return out.fill_(info.fill)
     start = int.from_bytes(hashlib.blake2b(path.encode(), digest_size=6).digest(), "little") % NOISE
-    period = (noise * info.std).to(dtype).roll(-start)
+    period = (noise * info.std).to(dtype).roll(-start).to(out.device)
     for chunk in out.view(-1).split(NOISE):
         chunk.copy_(period[: len(chunk)])
     return out

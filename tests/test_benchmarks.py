@@ -49,7 +49,7 @@ PAGE = Rates(read=46e9, matmul=900e9)
 
 @pytest.fixture(scope="module")
 def qwen():
-    return shape.measure(ROOT / "benchmarks" / "shapes" / "qwen3-0.6b", "bfloat16")
+    return shape.measure(ROOT / "benchmarks" / "configs" / "qwen3-0.6b", "bfloat16")
 
 
 # --- floors -----------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_a_made_tokenizer_has_every_token_and_reads_back(tmp_path):
 def test_a_shape_without_weights_becomes_a_folder_that_loads(tmp_path, monkeypatch):
     monkeypatch.setenv("FNENGINE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tiny").mkdir()
-    config = json.loads((ROOT / "benchmarks" / "shapes" / "qwen3-0.6b" / "config.json").read_text())
+    config = json.loads((ROOT / "benchmarks" / "configs" / "qwen3-0.6b" / "config.json").read_text())
     config |= {"vocab_size": 500, "bos_token_id": 1, "eos_token_id": 2}
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
     folder, load_format = shape.prepare(str(tmp_path / "tiny"))
@@ -438,7 +438,7 @@ def test_rounded_weights_have_a_floor_of_their_bytes():
     """Oracle: the bytes of codes and scales that the kernels' layout has for the shape's products."""
     from fnengine.kernels import quantized
 
-    folder = ROOT / "benchmarks" / "shapes" / "qwen3-0.6b"
+    folder = ROOT / "benchmarks" / "configs" / "qwen3-0.6b"
     products = ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072))
     for name, bits in (("int8", 8), ("int4", 4)):
         form = shape.measure(folder, "bfloat16", name)[0]

@@ -85,7 +85,7 @@ def test_old_and_new_spelling_agree(name: str):
 
 
 def test_the_benchmark_shape_is_the_published_one():
-    shape = Path(__file__).parents[1] / "benchmarks" / "shapes" / "qwen3-0.6b"
+    shape = Path(__file__).parents[1] / "benchmarks" / "configs" / "qwen3-0.6b"
     assert checkpoint.read_spec(shape) == spec_from_config(config("Qwen3-0.6B"))
 
 

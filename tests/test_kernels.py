@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import inspect
 import itertools
 import logging
 import math
@@ -37,6 +36,8 @@ from fnengine.kernels import (
     reference,
     triton,
 )
+from fnengine.kernels.checking import POOLS as KV
+from fnengine.kernels.checking import canonical, disagreement
 from fnengine.kernels.layout import Lanes
 from fnengine.kernels.rope import ROPE_WRITE
 from tests import test_kv8, test_quantized
@@ -70,63 +71,14 @@ def needs(b: Backend, dtype: torch.dtype = torch.float32) -> None:
         pytest.skip(why)
 
 
-KV = ("k_NBKC", "v_NBKC", "k_pool", "v_pool")
-
-
-def canonical(b: Backend, kind: str = "auto") -> Callable[..., Any]:
-    """The backend with the pools of its op, if it has any, token by token as in the contract. What it writes comes back
-    unless it is rounded."""
-    at = [i for i, name in enumerate(inspect.signature(b.op.reference).parameters) if name in KV]
-    if not at:
-        return b.fn
-
-    def fn(*given):
-        k, v = (given[i] for i in at)
-        layout, arguments = b.kv(k.dtype, kind), list(given)
-        pools = layout.pack(k, v)
-        arguments[at[0]], arguments[at[1]] = pools
-        out = b.fn(*arguments)
-        for pool, new in zip((k, v), layout.unpack(*pools), strict=True):
-            pool.copy_(new if kind == "auto" else pool)
-        return out
-
-    return fn
-
-
-def as_float32(x):
-    return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
-
 # ---- contracts --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend, dtype", every_backend_and_dtype())
 def test_backend_equals_reference_in_float32(backend: Backend, dtype: torch.dtype):
-    op = backend.op
     needs(backend, dtype)
-    rtol, atol = op.tolerance[dtype]
-    for seed in (0, 1) if backend.supports(CPU, dtype) is None else (0,):  # an interpreter is slow
-        for example in op.examples(dtype, seed):
-            wanted = {
-                k: [as_float32(y) for y in v] if isinstance(v, list) else as_float32(v) for k, v in example.items()
-            }
-            wanted = copy.deepcopy(wanted)
-            before = copy.deepcopy(example)
-            got, want = canonical(backend)(*example.values()), op.reference(*wanted.values())
-            if want is not None:
-                kept = want.is_floating_point() and not example.get("wide")
-                assert got.dtype == (dtype if kept else want.dtype)
-                torch.testing.assert_close(as_float32(got), want, rtol=rtol, atol=atol)
-            for name, value in example.items():
-                tensors = value if isinstance(value, list) else [value]
-                old = wanted[name] if name in op.mutates else before[name]
-                for new, ref in zip(tensors, old if isinstance(old, list) else [old], strict=True):
-                    if not isinstance(new, torch.Tensor):
-                        continue
-                    if name in op.mutates:
-                        torch.testing.assert_close(as_float32(new), as_float32(ref), rtol=rtol, atol=atol)
-                    else:
-                        assert torch.equal(new, ref), f"{name} was written"
+    seeds = (0, 1) if backend.supports(CPU, dtype) is None else (0,)  # an interpreter is slow
+    assert disagreement(backend, dtype, seeds=seeds) is None
 
 
 @pytest.mark.parametrize("backend", every_backend())

@@ -265,7 +265,7 @@ def test_plan_says_what_would_fit(capsys):
 
 
 def test_plan_needs_no_weights(tmp_path, capsys):
-    (tmp_path / "config.json").write_bytes((ROOT / "benchmarks/shapes/qwen3-0.6b/config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes((ROOT / "benchmarks/configs/qwen3-0.6b/config.json").read_bytes())
     assert main(["plan", str(tmp_path), "--memory", "4GiB", "--max-model-len", "1K", "-q", "int4", "--json"]) == 0
     lines = json.loads(capsys.readouterr().out)["lines"]
     # Bytes by hand: 4.5 bits a weight of the layers, 8.125 of the embedding, two bytes of 28 x 2,304 + 1,024 of norms.
