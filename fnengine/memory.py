@@ -184,7 +184,8 @@ def account(s: Shapes) -> Account:
     workspace += max(attention_bytes(kind.mixer, b.tokens, b.rows, s.threads) for kind in spec.layers)
     workspace += s.threads * (THREAD + SEARCHED * V)
     narrow = item if item != 4 and s.head in ("packed", "dense") else 0
-    sampled = _sampling(b.rows, V, narrow, min(k, most_logprobs(b.rows)))
+    ranked = max(V, RANKED_AT_ONCE) * RANKED if isinstance(s.kv, Tokens) else 0  # the reference's layout
+    sampled = _sampling(b.rows, V, narrow, min(k, most_logprobs(b.rows)), ranked)
     scored = b.rows * V * 4 + _scoring(b.tokens, V, narrow, min(k, most_logprobs(b.tokens)))
     programs = 0
     if s.compiled and s.kinds.isdisjoint(("packed", "dense")):
@@ -261,11 +262,11 @@ def attention_bytes(a: Attention, T: int, R: int, threads: int) -> int:
     return threads * (each + PARTIALS) + min(T, 4 * R) * a.heads * sums
 
 
-def _sampling(R: int, V: int, narrow: int, k: int) -> int:
+def _sampling(R: int, V: int, narrow: int, k: int, ranked: int) -> int:
     """Logits in float32 beside what they were widened from (`narrow` bytes each; 0: the head gives float32), or beside
-    what processors or log-probabilities make of some of them."""
+    what processors, truncation without native code (`ranked` bytes) or log-probabilities make of some of them."""
     head = R * V * (4 + narrow)
-    processing = R * V * 4 + min(R, AT_ONCE) * V * PROCESSED + max(V, RANKED_AT_ONCE) * RANKED
+    processing = R * V * 4 + min(R, AT_ONCE) * V * PROCESSED + ranked
     return max(head, processing, R * V * 4 + _logprobs(min(R, rows_at_once(k)), V, k) + R * k * 16)
 
 
