@@ -28,7 +28,7 @@ from fnengine.build import Built, build
 from fnengine.errors import ContextLengthError, OutOfBlocks, RequestError
 from fnengine.host.ask import pipeline_of
 from fnengine.host.blocks import Extension, Ledger, Path
-from fnengine.host.request import Sampling, fold_in
+from fnengine.host.request import Sampling, check_ids, fold_in
 from fnengine.host.step import BLOCK, Admission, Ask, StepInput
 from fnengine.model import Model
 from fnengine.settings import Settings
@@ -248,6 +248,10 @@ class Runtime:
         """Blocks and rows for every pair, all or nothing."""
         arrays = [self._check(s, t) for s, t in pairs]
         vocab = self.model.spec.vocab
+        for (seq, _), sampling in zip(pairs, samplings, strict=True):
+            held = self._rows.get(seq._row)
+            if sampling is not None and not (held is not None and held[0]() is seq and held[1] == sampling):
+                check_ids(sampling, vocab)
         if want == "all" and 4 * vocab * sum(map(len, arrays)) > ALL_LOGITS_BYTES:
             raise RequestError(
                 f"{sum(map(len, arrays))} x {vocab} logits take more than {ALL_LOGITS_BYTES} bytes",
