@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,15 +32,26 @@ from fnengine.step import Step
 
 
 def make_state(
-    spec: ModelSpec, kv: KVLayout, *, blocks: int, rows: int, max_len: int, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec,
+    kv: KVLayout,
+    *,
+    blocks: int,
+    rows: int,
+    max_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    own: int = 0,
 ) -> State:
-    """Empty state: `blocks` (N) blocks a layer laid out as `kv` says, `rows` (M) rows and the null row."""
+    """Empty state: `blocks` (N) blocks a layer laid out as `kv` says, `rows` (M) rows and the null row, with arguments
+    for `own` processors."""
     pool = tuple(
         Pool(*(_zeros(shape, kv.element(dtype), device) for shape in kv.shapes(blocks, BLOCK, a.kv_heads, a.width)))
         for a in (layer.mixer for layer in spec.layers)
     )
     columns = -(-max_len // BLOCK)
-    return State(pool, empty_rows(rows + 1, columns=columns, tokens=max_len + 1, vocab=spec.vocab, device=device))
+    return State(
+        pool, empty_rows(rows + 1, columns=columns, tokens=max_len + 1, vocab=spec.vocab, device=device, own=own)
+    )
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -122,6 +133,7 @@ class TorchDevice:
         rows: M, without the null row.
         max_len: longest sequence in tokens.
         host_slots: blocks of host memory for swapping.
+        processors: names of the engine's own logits processors, in the order in which the step has them.
         capturing: what of the steps is captured, and how; None runs them as they are.
         depth: steps the host may have in flight beside the one it reads; by default 1 where steps are captured or run
             on a GPU.
@@ -140,14 +152,24 @@ class TorchDevice:
         dtype: torch.dtype,
         device: torch.device,
         host_slots: int = 0,
+        processors: Sequence[str] = (),
         capturing: Capturing[Ask] | None = None,
         depth: int | None = None,
     ):
         self.spec, self.params, self.step, self.ops = spec, params, step, ops
         self.blocks, self.rows, self.max_len, self.host_slots = blocks, rows, max_len, host_slots
-        self.device = device
+        self.device, self.processors = device, tuple(processors)
         self.depth = int(capturing is not None or device.type != "cpu") if depth is None else depth
-        self.state = make_state(spec, ops.kv, blocks=blocks, rows=rows, max_len=max_len, dtype=dtype, device=device)
+        self.state = make_state(
+            spec,
+            ops.kv,
+            blocks=blocks,
+            rows=rows,
+            max_len=max_len,
+            dtype=dtype,
+            device=device,
+            own=len(processors),
+        )
         self._rare: set[int] = set()
         """Rows that hold parameters of rare processors."""
         self._pinned = device.type == "cuda"
@@ -268,7 +290,8 @@ class TorchDevice:
         edited = [a for a in admissions if asking[a.row] or a.row in self._rare]
         if edited:
             at = self._stage(np.array([a.row for a in edited], np.int64))
-            for name, values in rare_columns([a.sampling for a in edited], self.spec.vocab).items():
+            samplings = [a.sampling for a in edited]
+            for name, values in rare_columns(samplings, self.spec.vocab, self.processors).items():
                 getattr(rows, name)[at] = self._stage(values)
             self._rare = self._rare - asking.keys() | {row for row, rare in asking.items() if rare}
         bias = [_bias(a) for a in admissions]

@@ -99,6 +99,8 @@ class Shapes:
     """Bytes of a process that can serve and has no model yet (`base_now`)."""
     kv: KVLayout = Tokens()
     """How KV lies in the pool."""
+    own: int = 0
+    """Logits processors of the engine's own."""
 
     @property
     def kinds(self) -> set[str]:
@@ -176,7 +178,14 @@ def account(s: Shapes) -> Account:
     b = fit(s.mode.budget, s.mode.rows)
     plan = memory_plan(spec, s.dtype, s.how)
     state = make_state(
-        spec, s.kv, blocks=1, rows=s.mode.rows, max_len=s.max_len, dtype=s.dtype, device=torch.device("meta")
+        spec,
+        s.kv,
+        blocks=1,
+        rows=s.mode.rows,
+        max_len=s.max_len,
+        dtype=s.dtype,
+        device=torch.device("meta"),
+        own=s.own,
     )
     rows = sum(t.nbytes for t in tree.leaves(state.rows))
     per_block = s.per_block

@@ -1,6 +1,6 @@
 """Logits processors: pure functions of (logits, rows, position), each for a batch of rows at once.
 
-    raw logits -> allowed -> bias -> bad words -> n-grams -> penalties -> DRY
+    raw logits -> allowed -> bias -> bad words -> n-grams -> penalties -> DRY -> the engine's own
         -> (temperature) -> typical_p -> min_p -> top_k -> top_p -> XTC -> Gumbel noise -> argmax
 
 They take raw logits and give logits, a forbidden token being -inf. The first line goes for every row; the second is
@@ -11,7 +11,7 @@ beside it, bit for bit: what is summed over the vocabulary are integers, and pow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fnengine.host.request import MAX_REPEAT
+from fnengine.errors import ConfigError
+from fnengine.host.request import MAX_ARGUMENTS, MAX_REPEAT
 from fnengine.host.step import PIPELINE
 from fnengine.kernels.noise import kept, uniform
 from fnengine.kernels.truncation import AT_ONCE as RANKED_AT_ONCE
@@ -244,6 +245,59 @@ def _repeated(token_RS: Tensor, position_R: Tensor, most: int, breaker_RJ: Tenso
     return run_RS
 
 
+Own = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""A user's processor: (logits [r, V] float32, history [r, S] int32, -1 behind the end, length [r] int32, arguments
+[r, 8] float32) -> logits [r, V]. Pure, of torch operations, each row by itself; off the CPU without a look at values.
+Lengths are at least 1. The function runs inside the step, and is captured where steps are."""
+
+
+def in_turn(own: Sequence[Own]) -> Processor:
+    """The engine's own processors, one after the other, each for the rows that ask for it."""
+
+    def part(i: int) -> Processor:
+        def some(logits_RV: Tensor, view: View) -> Tensor:
+            history_RS = _so_far(view)
+            history_RS[:, 0].clamp_(min=0)  # rows that are padding are passed on, too, as rows of one token at least
+            length_R = view.position_R.clamp(1, history_RS.shape[1])
+            new = own[i](logits_RV, history_RS, length_R, view.of("own_args")[:, i])
+            return torch.where(view.of("own")[:, i : i + 1], new, logits_RV)
+
+        return some
+
+    def apply(logits_RV: Tensor, view: View) -> Tensor:
+        for i in range(len(own)):
+            logits_RV = _where(view.of("own")[:, i], part(i), logits_RV, view)
+        return logits_RV
+
+    return apply
+
+
+def check_own(name: str, own: Own, vocab: int, device: torch.device) -> None:
+    """Raises ConfigError if a processor breaks what a step relies on: shapes and dtype, inputs that are left alone, and
+    rows that give among others, bit for bit, what they give alone."""
+    g = torch.Generator().manual_seed(0)
+    logits = (torch.randn(3, vocab, generator=g) * 3).to(device)
+    length = torch.tensor([5, 1, 3], dtype=torch.int32)
+    history = torch.randint(0, vocab, (3, 5), generator=g, dtype=torch.int32)
+    history = torch.where(torch.arange(5) < length[:, None], history, -1)
+    given = [logits, history.to(device), length.to(device), torch.rand(3, MAX_ARGUMENTS, generator=g).to(device)]
+    before = [x.clone() for x in given]
+
+    def need(ok: bool, what: str) -> None:
+        if not ok:
+            raise ConfigError(what, where=f"processor {name!r}", remedy="see docs/api.md, Choosing tokens")
+
+    try:
+        together = own(*given)
+        alone = [own(*(x[r : r + 1] for x in given)) for r in range(3)]
+    except Exception as e:
+        raise ConfigError(f"{type(e).__name__}: {e}", where=f"processor {name!r}") from e
+    fine = isinstance(together, Tensor) and together.shape == logits.shape and together.dtype == torch.float32
+    need(fine, f"must give float32 logits of the shape that it was given, {list(logits.shape)}")
+    need(all(map(torch.equal, given, before)), "writes to what it was given")
+    need(torch.equal(together, torch.cat(alone)), "gives a row other logits among others than alone")
+
+
 def keep_typical(logits_RV: Tensor, view: View) -> Tensor:
     """Logits with -inf at all but the tokens whose surprise -log p is nearest to its mean, the entropy: as few as have
     typical_p of the probability, and what is as near as the last of them.
@@ -311,6 +365,7 @@ PROCESSORS: dict[str, Processor] = {
     "no_repeat_ngram": forbid_ngrams,
     "penalties": penalize,
     "dry": discourage_repeats,
+    "own": in_turn(()),
     "typical_p": keep_typical,
     "xtc": exclude_top,
 }

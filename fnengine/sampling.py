@@ -20,7 +20,7 @@ from fnengine.host.ask import is_rare, pipeline_of
 from fnengine.host.request import Sampling
 from fnengine.host.step import Ask
 from fnengine.kernels import Ops
-from fnengine.processors import FEW, PROCESSORS, TRUNCATION, View, fixed_work, leading
+from fnengine.processors import FEW, PROCESSORS, TRUNCATION, Processor, View, fixed_work, leading
 from fnengine.state import Rows, Top, common_columns, empty_rows, rare_columns
 
 STREAM = 0
@@ -31,7 +31,15 @@ AT_ONCE = 16
 rows of 151,936 (18 ms of one core against 35 ms for all five processors): fresh memory costs page faults."""
 
 
-def choose(ask: Ask, logits_RV: Tensor, rows: Rows, row_R: Tensor, position_R: Tensor, ops: Ops) -> Tensor:
+def choose(
+    ask: Ask,
+    logits_RV: Tensor,
+    rows: Rows,
+    row_R: Tensor,
+    position_R: Tensor,
+    ops: Ops,
+    processors: Mapping[str, Processor] = PROCESSORS,
+) -> Tensor:
     """[R] int32 token of each batch row, from raw logits.
 
     Shapes: logits_RV float32; row_R int64 state rows; position_R int32, the index of the token being chosen.
@@ -42,16 +50,16 @@ def choose(ask: Ask, logits_RV: Tensor, rows: Rows, row_R: Tensor, position_R: T
     def tokens(part: slice) -> Tensor:
         logits, view = logits_RV[part], View(rows, row_R[part], position_R[part])
         for name in processed:
-            logits = PROCESSORS[name](logits, view)
+            logits = processors[name](logits, view)
         last_R = None
         if cuts:
             last_R = ops.truncate(logits, temperature_R[part], *(view.of(name) for name in TRUNCATION))
         if after:
-            logits = PROCESSORS["xtc"](logits, replace(view, last_R=last_R))
+            logits = processors["xtc"](logits, replace(view, last_R=last_R))
         return ops.gumbel_argmax(logits, temperature_R[part], seed_R[part], position_R[part], STREAM, last_R)
 
     R = len(logits_RV)
-    processed = [name for name in ask.pipeline if name in PROCESSORS and name != "xtc"]
+    processed = [name for name in ask.pipeline if name in processors and name != "xtc"]
     # The argmax of a row survives every truncation.
     cuts = ask.noise and any(name in TRUNCATION for name in ask.pipeline)
     after = ask.noise and "xtc" in ask.pipeline

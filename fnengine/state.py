@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fnengine.graphs.bucket import Bucket
-from fnengine.host.request import MAX_BAD, MAX_BIAS, MAX_BREAKERS, Sampling
+from fnengine.host.request import MAX_ARGUMENTS, MAX_BAD, MAX_BIAS, MAX_BREAKERS, Sampling
 from fnengine.host.step import Ask
 from fnengine.tree import static
 
@@ -80,16 +80,29 @@ class Rows:
     """[M+1, 512] int32 tokens of bad words, one word behind the other."""
     bad_at: Tensor
     """[M+1, 512] int32: of a word's last token minus its length, of the others their distance to it; 0: unused."""
+    own: Tensor
+    """[M+1, U] bool: which of the engine's own U processors are asked for."""
+    own_args: Tensor
+    """[M+1, U, 8] float32"""
 
 
 def empty_rows(
-    M: int, *, columns: int, tokens: int, vocab: int, device: torch.device, biases: int = MAX_BIAS, lists: bool = True
+    M: int,
+    *,
+    columns: int,
+    tokens: int,
+    vocab: int,
+    device: torch.device,
+    biases: int = MAX_BIAS,
+    lists: bool = True,
+    own: int = 0,
 ) -> Rows:
     """M rows that hold nothing and ask for nothing.
 
     Args:
         columns, tokens: widths of block tables and histories.
         lists: whether there is room for allowed tokens, bad words and sequence breakers.
+        own: processors of the engine's own.
     """
 
     def full(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -125,6 +138,8 @@ def empty_rows(
         xtc_threshold=full(0, f32),
         bad_id=full(0, i32, some * MAX_BAD),
         bad_at=full(0, i32, some * MAX_BAD),
+        own=full(False, torch.bool, own),
+        own_args=full(0, f32, own, MAX_ARGUMENTS),
     )
 
 
@@ -142,13 +157,18 @@ def common_columns(samplings: Sequence[Sampling]) -> dict[str, np.ndarray]:
     }
 
 
-def rare_columns(samplings: Sequence[Sampling], vocab: int) -> dict[str, np.ndarray]:
-    """Field of `Rows` -> its values for these samplings, [n, ...] each: what only rare processors read."""
+def rare_columns(samplings: Sequence[Sampling], vocab: int, processors: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Field of `Rows` -> its values for these samplings, [n, ...] each: what only rare processors read. `processors`
+    are the names of the engine's own."""
     s, n, i32, f32 = samplings, len(samplings), np.int32, np.float32
     allowed = np.zeros((n, -(-vocab // 32)), np.uint32)
     breaker = np.full((n, MAX_BREAKERS), -1, i32)
     bad_id, bad_at = np.zeros((n, MAX_BAD), i32), np.zeros((n, MAX_BAD), i32)
+    own, own_args = np.zeros((n, len(processors)), np.bool_), np.zeros((n, len(processors), MAX_ARGUMENTS), f32)
     for r, x in enumerate(s):
+        for name, given in x.processors:
+            i = processors.index(name)
+            own[r, i], own_args[r, i, : len(given)] = True, given
         if x.allowed_token_ids is not None:
             ids = np.asarray(x.allowed_token_ids, np.int64)
             np.bitwise_or.at(allowed[r], ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
@@ -172,6 +192,8 @@ def rare_columns(samplings: Sequence[Sampling], vocab: int) -> dict[str, np.ndar
         "xtc_threshold": np.array([x.xtc_threshold for x in s], f32),
         "bad_id": bad_id,
         "bad_at": bad_at,
+        "own": own,
+        "own_args": own_args,
     }
 
 

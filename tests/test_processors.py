@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
 
 import fnengine as fn
 from fnengine import kernels, processors
-from fnengine.errors import RequestError
+from fnengine.errors import ConfigError, RequestError
 from fnengine.host.request import Sampling, fold_in
 from fnengine.host.step import Ask
 from fnengine.kernels.noise import uniform
@@ -34,6 +34,7 @@ from fnengine.sampling import choose, sample, verify
 from fnengine.state import Rows, rare_columns
 from tests.models import tiny_model
 from tests.test_sampling import chi_square, chi_square_critical, make_rows, random_logits, softmax64, toy_logits
+from tests.text_models import byte_tokenizer
 
 OPS = kernels.ops("cpu", torch.float32)
 V, S = 40, 30
@@ -466,3 +467,76 @@ def test_ids_outside_the_vocabulary_are_refused_before_a_step():
         with pytest.raises(RequestError) as e:
             rt.extend(rt.empty, [1, 2], sample=Sampling(**{name: value}))
         assert e.value.param == name and rt.free_blocks == free
+
+
+# ---------------------------------------------------------------- the engine's own
+
+
+def count_up(logits: torch.Tensor, history: torch.Tensor, length: torch.Tensor, args: torch.Tensor) -> torch.Tensor:
+    """args[0] more for the token after the newest one."""
+    newest = history.gather(1, length[:, None].long() - 1)
+    return logits.scatter_add(1, (newest.long() + 1) % logits.shape[1], args[:, :1])
+
+
+def halve(logits: torch.Tensor, history: torch.Tensor, length: torch.Tensor, args: torch.Tensor) -> torch.Tensor:
+    return logits * 0.5
+
+
+OWN = {"count up": count_up, "halve": halve}
+SIZES: dict[str, Any] = dict(max_num_seqs=4, max_model_len=64, kv_cache_memory_bytes=1 << 20, enforce_eager=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"graph_twin": True, "graph_capture": "lazy"}])
+def test_a_function_of_ones_own_runs_in_the_step(options: dict[str, Any]):
+    """Counting is worked out by hand; beside it rows that do not ask are as in an engine that has no such function."""
+    stop = fn.Stop(max_tokens=6, ignore_eos=True)
+    counting = Sampling(temperature=0, processors=(("count up", (1e4,)), ("halve", ())))
+    plain = [
+        Sampling(temperature=0),
+        Sampling(temperature=0.9, seed=3),
+        Sampling(temperature=0, no_repeat_ngram_size=1),
+    ]
+
+    def tokens(engine: fn.Engine, samplings: list[Sampling]) -> list[list[int]]:
+        made: list[list[int]] = [[] for _ in samplings]
+        for i, s in enumerate(samplings):
+            prompt = np.array([7, 9, 20 + i], np.int32)
+            engine.submit_to(fn.Request(f"r{i}", prompt, s, stop), lambda d, m=made[i]: m.extend(d.tokens))
+        while engine.turn():
+            pass
+        return made
+
+    engine = fn.Engine.build(tiny_model("qwen3"), tokenizer=byte_tokenizer(131), processors=OWN, **SIZES, **options)
+    got = tokens(engine, [counting, *plain])
+    assert got[0] == [21, 22, 23, 24, 25, 26]
+    bare = fn.Engine.build(tiny_model("qwen3"), tokenizer=byte_tokenizer(131), **SIZES)
+    assert got[1:] == tokens(bare, [plain[0], *plain])[1:]
+    with pytest.raises(RequestError, match="count up, halve") as e:
+        tokens(engine, [Sampling(processors=(("cuont up", ()),))])
+    assert e.value.param == "processors"
+    with pytest.raises(RequestError, match="start the engine with"):
+        tokens(bare, [counting])
+    for wrong in ((("a", (0.0,) * 9),), (("a", (math.nan,)),), (("a", ()), ("a", ()))):
+        with pytest.raises(RequestError) as e:
+            Sampling(processors=wrong)
+        assert e.value.param == "processors"
+
+
+def writes(logits, history, length, args):
+    return logits.mul_(2)
+
+
+WRONG = {
+    "among others": lambda logits, history, length, args: logits - logits.mean(0),
+    "writes to": writes,
+    "the shape": lambda logits, history, length, args: logits[:, :-1],
+    "float32": lambda logits, history, length, args: logits.double(),
+    "ZeroDivisionError": lambda logits, history, length, args: 1 // 0,
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_function_that_breaks_the_step_is_refused_at_the_start(what: str):
+    with pytest.raises(ConfigError, match=what) as e:
+        fn.Runtime(tiny_model("qwen3"), processors={"mine": WRONG[what]}, **SIZES)
+    assert "mine" in str(e.value)

@@ -46,7 +46,7 @@ def make_rows(R: int, history: Any = None, **fields: Any) -> Rows:
     """Rows with neutral parameters except for the given ones (scalars or sequences of R)."""
     history = torch.zeros(R, 4, dtype=torch.int32) if history is None else torch.as_tensor(history, dtype=torch.int32)
     rows = replace(
-        empty_rows(R, columns=0, tokens=0, vocab=50_304, device=torch.device("cpu"), biases=2),
+        empty_rows(R, columns=0, tokens=0, vocab=50_304, device=torch.device("cpu"), biases=2, own=1),
         history=history,
         temperature=torch.ones(R),
     )
@@ -95,7 +95,8 @@ def truncation(name: str, truncate: Callable[..., torch.Tensor]) -> Processor:
     return keep
 
 
-PROCESSORS = {**processors.PROCESSORS, **{name: truncation(name, OPS.truncate) for name in TRUNCATION}}
+OWN = processors.in_turn([lambda logits, history, length, args: logits + args[:, :1]])
+PROCESSORS = {**processors.PROCESSORS, "own": OWN, **{name: truncation(name, OPS.truncate) for name in TRUNCATION}}
 """The whole pipeline, one function a name."""
 
 
@@ -381,6 +382,8 @@ def test_processors_leave_their_input_and_neutral_rows_alone():
         typical_p=[0.5, 1, 1, 0.5],
         xtc_probability=[1, 0, 0, 1],
         xtc_threshold=0.001,
+        own=[[False], [False], [False], [True]],
+        own_args=torch.ones(4, 1, 8),
         bad_id=[[0], [0], [0], [3]],
         bad_at=[[0], [0], [0], [-1]],
     )
@@ -549,10 +552,11 @@ def rarer_rows(R: int, S: int, V: int) -> Rows:
             dry_sequence_breakers=(1, 2, 3)[: r % 4],
             xtc_probability=(0.0, 1.0, 0.5)[r % 3],
             xtc_threshold=(0.01, 0.05)[r % 2],
+            processors=(("own", (0.5,)),) if r % 3 == 1 else (),
         )
         for r in range(R)
     ]
-    columns = {name: torch.from_numpy(x) for name, x in rare_columns(samplings, V).items()}
+    columns = {name: torch.from_numpy(x) for name, x in rare_columns(samplings, V, ["own"]).items()}
     rows = mixed_rows(R, S, V)
     return replace(rows, history=rows.history % 6, **columns)
 
@@ -573,11 +577,11 @@ def test_a_row_does_not_depend_on_its_neighbours(V: int, made: Callable[[int, in
         return out
 
     together = torch.arange(R)
-    logits, tokens = processed(together), choose(ask, x, rows, together, position, OPS)
+    logits, tokens = processed(together), choose(ask, x, rows, together, position, OPS, PROCESSORS)
     order = torch.randperm(R, generator=torch.Generator().manual_seed(0))
     for index in (order, order[:4], *(torch.tensor([r]) for r in range(R))):
         assert torch.equal(processed(index), logits[index])
-        assert torch.equal(choose(ask, x[index], rows, index, position[index], OPS), tokens[index])
+        assert torch.equal(choose(ask, x[index], rows, index, position[index], OPS, PROCESSORS), tokens[index])
 
 
 def test_choose_is_processors_then_philox_gumbel():

@@ -510,6 +510,7 @@ RANGES = {
     "xtc_probability": (-0.1, 1.1),
     "xtc_threshold": (-0.1, 1.1),
     "bad_words": ("x", [""], [" "], [5], ["x" * 600], ["x"] * 600),
+    "processors": ("x", {"x": 1}, {"x": ["1"]}, {"x": [0] * 9}),
     "allowed_token_ids": ([], [260], [-1], "x", [1.5]),
     "seed": (2**64, -(2**63) - 1, 1.5, "1"),
     "n": (0, -1, 129, 1.5, "2"),
@@ -553,12 +554,14 @@ def test_a8_rare_values_reach_the_engine(server, path):
     values |= {"dry_allowed_length": 3, "dry_penalty_last_n": 64, "xtc_probability": 0.5, "xtc_threshold": 0.2}
     base = TEXT if path == "/v1/completions" else CHAT
     lists = {"bad_words": [" ab", "c"], "allowed_token_ids": [97, 98], "dry_sequence_breakers": [".", "xy"]}
+    lists["processors"] = {"mine": [1, 2.5], "other": []}
     r = server.post(path, {**base, **values, **lists})
     assert r.status_code == 200 and "x-fnengine-ignored" not in r.headers, r.text
     sampling = server.engine.requests[-1].sampling
     assert {k: getattr(sampling, k) for k in values} == values
     assert sampling.bad_words == ((97, 98), (99,)) and sampling.allowed_token_ids == (97, 98)
     assert sampling.dry_sequence_breakers == (46, 121)
+    assert sampling.processors == (("mine", (1, 2.5)), ("other", ()))
     assert server.post(path, {**base, "dry_multiplier": 1}).status_code == 200
     assert bytes(server.engine.requests[-1].sampling.dry_sequence_breakers) == b'\n:"*'
     for breakers in ([""], ["x"] * 33, "x"):

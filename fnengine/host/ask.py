@@ -26,6 +26,8 @@ def pipeline_of(rows: Iterable[tuple[Sampling, bool]]) -> tuple[tuple[str, ...],
             names.add("no_repeat_ngram")
         if s.dry_multiplier and s.dry_penalty_last_n:
             names.add("dry")
+        if s.processors:
+            names.add("own")
         if s.temperature > 0:
             noise = True
             if s.typical_p < 1:

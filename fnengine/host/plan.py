@@ -24,7 +24,7 @@ from fnengine.host.ask import pipeline_of
 from fnengine.host.blocks import Extension, Ledger, Path
 from fnengine.host.output import Gauges
 from fnengine.host.pack import Draft, add, ask, needs_of, pack
-from fnengine.host.request import MAX_BIAS, Request, check_ids, fold_in
+from fnengine.host.request import MAX_BIAS, Request, check_sampling, fold_in
 from fnengine.host.runs import Host, Policy, Run, end, enqueue, first_waiting, key_of, preempt
 from fnengine.host.step import NEWEST, Admission, StepInput
 
@@ -126,7 +126,7 @@ def _check(host: Host, request: Request) -> int:
     if prompt.min() < 0 or prompt.max() >= vocab:
         bad = int(prompt[(prompt < 0) | (prompt >= vocab)][0])
         raise RequestError(f"token {bad} is outside the vocabulary of {vocab}", param="prompt")
-    check_ids(request.sampling, vocab)
+    check_sampling(request.sampling, vocab, policy.processors)
     for i in stop.ids:
         if not 0 <= i < vocab:
             raise RequestError(f"token {i} is outside the vocabulary of {vocab}", param="stop_token_ids")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ MAX_BREAKERS = 32
 """Most sequence breakers of a row."""
 MAX_REPEAT = 50
 """Longest repetition that DRY tells from longer ones, and the largest n-gram that can be kept from repeating."""
+MAX_ARGUMENTS = 8
+"""Most arguments of a processor of the engine's own."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Sampling:
     """How often the likeliest tokens are left out: all that have at least xtc_threshold of the probability, except the
     least likely of these."""
     xtc_threshold: float = 0.1
+    processors: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    """(name, arguments) of functions that the engine was started with; arguments that are not given are 0."""
     seed: int | None = None
     """Any 64-bit integer; None draws one from the engine's root seed at submission."""
 
@@ -100,10 +105,25 @@ class Sampling:
         need(len(breakers) <= MAX_BREAKERS, "dry_sequence_breakers", f"at most {MAX_BREAKERS} tokens", len(breakers))
         need(0 <= self.xtc_probability <= 1, "xtc_probability", "in [0, 1]")
         need(0 <= self.xtc_threshold <= 1, "xtc_threshold", "in [0, 1]")
+        names = [name for name, _ in self.processors]
+        need(len(set(names)) == len(names), "processors", "of different names")
+        for name, given in self.processors:
+            most, n = MAX_ARGUMENTS, len(given)
+            need(n <= most, "processors", f"of at most {most} arguments each", f"{n} for {name[:80]!r}")
+            need(all(map(math.isfinite, given)), "processors", f"of finite arguments, for {name[:80]!r}", list(given))
 
 
-def check_ids(sampling: Sampling, vocab: int) -> None:
-    """Raises `RequestError` naming the field that holds a token outside the vocabulary."""
+def check_sampling(sampling: Sampling, vocab: int, processors: Sequence[str]) -> None:
+    """Raises `RequestError` naming the field that holds a token outside the vocabulary, or a processor that is not one
+    of the engine's own."""
+    for name, _ in sampling.processors:
+        if name not in processors:
+            known = ", ".join(processors)
+            raise RequestError(
+                f"no processor is called {name[:80]!r} here",
+                param="processors",
+                remedy=f"one of {known}" if known else "start the engine with processors={name: function}",
+            )
     fields = {
         "logit_bias": (i for i, _ in sampling.logit_bias),
         "allowed_token_ids": sampling.allowed_token_ids or (),

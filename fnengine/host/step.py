@@ -71,7 +71,7 @@ class Ask:
 
 
 PIPELINE = (
-    *("allowed", "bias", "bad_words", "no_repeat_ngram", "penalties", "dry"),
+    *("allowed", "bias", "bad_words", "no_repeat_ngram", "penalties", "dry", "own"),
     *("typical_p", "min_p", "top_k", "top_p", "xtc"),
 )
 """Every logits processor of the step in the order in which they apply: what forbids tokens or moves logits, then, after

@@ -64,6 +64,7 @@ class Generate(BaseModel):
     dry_sequence_breakers: list[str] | None = None
     xtc_probability: float | None = None
     xtc_threshold: float | None = None
+    processors: dict[str, list[float]] | None = None
     max_tokens: Int | None = None
     min_tokens: Int | None = None
     stop: str | list[str] | None = None

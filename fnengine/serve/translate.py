@@ -277,6 +277,8 @@ def _sampling(body: Generate, engine: EnginePort) -> Sampling:
             value = engine.defaults.get(name)
         if value is not None:
             values[name] = value
+    if body.processors:
+        values["processors"] = tuple((name, tuple(given)) for name, given in body.processors.items())
     text = engine.tokenizer
     if body.allowed_token_ids is not None:
         for i in body.allowed_token_ids:
