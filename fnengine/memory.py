@@ -68,7 +68,7 @@ PROCESSED = 16
 RANKED = 56
 """Bytes a logit alive where truncation ranks whole rows, one at a time, for want of a compiler, or where typical_p
 does: values and 64-bit ids, weights, masses, and what they are made from."""
-LOOKED_BACK = 40
+LOOKED_BACK = 48
 """Bytes a token of the history of rows whose processors look for repetitions: tokens in both widths, where they match,
 how far, and what that costs."""
 SEARCHED = 8
