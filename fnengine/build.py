@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import psutil
@@ -21,6 +22,7 @@ from fnengine.kernels.recording import RECORDED_TOKENS
 from fnengine.memory import Account, Shapes
 from fnengine.model import Model, one_by_one
 from fnengine.params import memory_plan
+from fnengine.processors import Own, check_own
 from fnengine.program import Recorded, compiled_layers, wanted_layers
 from fnengine.settings import Mode, PoolSize, Settings, check_kv, size_pool
 from fnengine.step import make_step
@@ -47,15 +49,19 @@ class Built:
     """(thread, processor) of those that are pinned"""
 
 
-def build(model: Model, settings: Settings, lazy: bool = True) -> Built:
+def build(model: Model, settings: Settings, lazy: bool = True, processors: Mapping[str, Own] | None = None) -> Built:
     """Sizes the pool, chooses kernels, compiles the layers, allocates the state and captures the steps.
 
     Args:
         lazy: whether steps are captured when they are met, where `settings.graph_capture` does not say.
+        processors: name -> logits processor that requests may ask for.
 
     Raises:
-        ConfigError: a setting is impossible, or the pool too small for `max_model_len`.
+        ConfigError: a setting is impossible, the pool too small for `max_model_len`, or a processor unfit for a step.
     """
+    own = dict(processors or {})
+    for name, processor in own.items():
+        check_own(name, processor, model.spec.vocab, model.device)
     device, spec = model.device, model.spec
     mode = settings.mode(device.type)
     check_kv(settings.kv_cache_dtype, device.type)
@@ -88,6 +94,7 @@ def build(model: Model, settings: Settings, lazy: bool = True) -> Built:
             compiling=any(kind.wanted.kept(folder()) is None for kind in kinds),
             base=model.before or max(accounting.base_now() - weights, 0),
             kv=ops.kv,
+            own=len(own),
         )
         pool, account = accounting.size(shapes, settings, *memory(device), now=accounting.base_now())
     else:
@@ -134,7 +141,7 @@ def build(model: Model, settings: Settings, lazy: bool = True) -> Built:
     runner = TorchDevice(
         spec,
         model.params,
-        make_step(spec, ops, run_layers),
+        make_step(spec, ops, run_layers, tuple(own.values())),
         ops,
         blocks=pool.blocks,
         rows=mode.rows,
@@ -142,6 +149,7 @@ def build(model: Model, settings: Settings, lazy: bool = True) -> Built:
         dtype=model.dtype,
         device=device,
         host_slots=slots,
+        processors=tuple(own),
         capturing=captured.capturing,
     )
     runner.capture()

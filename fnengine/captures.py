@@ -13,14 +13,16 @@ import torch
 from fnengine.graphs import ladder as ladders
 from fnengine.graphs.captured import CudaGraphs, Twin
 from fnengine.graphs.dispatch import FULL, PIECEWISE, Capturing, mode_of
-from fnengine.host.step import PIPELINE, Ask
+from fnengine.host.step import COMMON, Ask
 from fnengine.kernels import Ops, library
 from fnengine.settings import Mode, Settings
 
 GREEDY = Ask()
-ANYTHING = Ask(pipeline=PIPELINE, noise=True)
-"""Serves rows of any sampling parameters: a processor leaves a row alone that does not ask for it, and a row at
-temperature 0 gets no noise."""
+ANYTHING = Ask(pipeline=COMMON, noise=True)
+"""Serves rows of any common sampling parameters: a processor leaves a row alone that does not ask for it, and a row at
+temperature 0 gets no noise. The rare processors (`host.step.RARE`) are left out: every sampled step would pay for a
+sort of all rows' logits and for dozens of passes over their histories. A step with a row that wants one runs eagerly
+and is counted, as one with log-probabilities does, or has a graph of its own where capture is lazy."""
 AT_START = (GREEDY, ANYTHING)
 """What graphs captured at the start compute; other questions are captured when asked twice, or run eagerly."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,47 +22,35 @@ from fnengine import processors, tree
 from fnengine.graphs.bucket import Bucket, fit
 from fnengine.graphs.dispatch import Capturing, Choice, Graphs
 from fnengine.graphs.report import Usage
+from fnengine.host.ask import is_rare
 from fnengine.host.request import MAX_BIAS
 from fnengine.host.step import BLOCK, Admission, Ask, Scores, StepInput, StepOutput, Ticket
 from fnengine.kernels import KVLayout, Ops, memory
 from fnengine.spec import ModelSpec
-from fnengine.state import Out, Packed, Pool, Rows, State, Top, packed_sizes
+from fnengine.state import Out, Packed, Pool, State, Top, common_columns, empty_rows, packed_sizes, rare_columns
 from fnengine.step import Step
 
 
 def make_state(
-    spec: ModelSpec, kv: KVLayout, *, blocks: int, rows: int, max_len: int, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec,
+    kv: KVLayout,
+    *,
+    blocks: int,
+    rows: int,
+    max_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    own: int = 0,
 ) -> State:
-    """Empty state: `blocks` (N) blocks a layer laid out as `kv` says, `rows` (M) rows and the null row."""
-    M, P = rows + 1, -(-max_len // BLOCK)
-
-    def full(value: float, dt: torch.dtype, *shape: int) -> Tensor:
-        return torch.full((M, *shape), value, dtype=dt, device=device)
-
-    f32, i32 = torch.float32, torch.int32
+    """Empty state: `blocks` (N) blocks a layer laid out as `kv` says, `rows` (M) rows and the null row, with arguments
+    for `own` processors."""
     pool = tuple(
         Pool(*(_zeros(shape, kv.element(dtype), device) for shape in kv.shapes(blocks, BLOCK, a.kv_heads, a.width)))
         for a in (layer.mixer for layer in spec.layers)
     )
+    columns = -(-max_len // BLOCK)
     return State(
-        pool,
-        Rows(
-            length=full(0, i32),
-            table=full(0, i32, P),
-            history=full(0, i32, max_len + 1),
-            prompt_len=full(0, i32),
-            temperature=full(0, f32),
-            top_k=full(0, i32),
-            top_p=full(1, f32),
-            min_p=full(0, f32),
-            frequency=full(0, f32),
-            presence=full(0, f32),
-            repetition=full(1, f32),
-            seed=full(0, torch.int64),
-            bias_id=full(-1, i32, MAX_BIAS),
-            bias=full(0, f32, MAX_BIAS),
-            bias_until=full(0, i32, MAX_BIAS),
-        ),
+        pool, empty_rows(rows + 1, columns=columns, tokens=max_len + 1, vocab=spec.vocab, device=device, own=own)
     )
 
 
@@ -145,6 +133,7 @@ class TorchDevice:
         rows: M, without the null row.
         max_len: longest sequence in tokens.
         host_slots: blocks of host memory for swapping.
+        processors: names of the engine's own logits processors, in the order in which the step has them.
         capturing: what of the steps is captured, and how; None runs them as they are.
         depth: steps the host may have in flight beside the one it reads; by default 1 where steps are captured or run
             on a GPU.
@@ -163,14 +152,26 @@ class TorchDevice:
         dtype: torch.dtype,
         device: torch.device,
         host_slots: int = 0,
+        processors: Sequence[str] = (),
         capturing: Capturing[Ask] | None = None,
         depth: int | None = None,
     ):
         self.spec, self.params, self.step, self.ops = spec, params, step, ops
         self.blocks, self.rows, self.max_len, self.host_slots = blocks, rows, max_len, host_slots
-        self.device = device
+        self.device, self.processors = device, tuple(processors)
         self.depth = int(capturing is not None or device.type != "cpu") if depth is None else depth
-        self.state = make_state(spec, ops.kv, blocks=blocks, rows=rows, max_len=max_len, dtype=dtype, device=device)
+        self.state = make_state(
+            spec,
+            ops.kv,
+            blocks=blocks,
+            rows=rows,
+            max_len=max_len,
+            dtype=dtype,
+            device=device,
+            own=len(processors),
+        )
+        self._rare: set[int] = set()
+        """Rows that hold parameters of rare processors."""
         self._pinned = device.type == "cuda"
         self._host = tuple(
             Pool(*(torch.zeros(host_slots, *t.shape[1:], dtype=t.dtype, pin_memory=self._pinned) for t in (p.k, p.v)))
@@ -279,17 +280,20 @@ class TorchDevice:
         def put(name: str, dtype: type, values: list) -> None:
             getattr(rows, name)[index] = self._stage(np.array(values, dtype))
 
-        s = [a.sampling for a in admissions]
         put("length", np.int32, [a.length for a in admissions])
         put("prompt_len", np.int32, [a.prompt_len for a in admissions])
-        put("temperature", np.float32, [x.temperature for x in s])
-        put("top_k", np.int32, [max(x.top_k, 0) for x in s])
-        put("top_p", np.float32, [x.top_p for x in s])
-        put("min_p", np.float32, [x.min_p for x in s])
-        put("frequency", np.float32, [x.frequency_penalty for x in s])
-        put("presence", np.float32, [x.presence_penalty for x in s])
-        put("repetition", np.float32, [x.repetition_penalty for x in s])
         put("seed", np.int64, [_signed(a.seed) for a in admissions])
+        for name, values in common_columns([a.sampling for a in admissions]).items():
+            getattr(rows, name)[index] = self._stage(values)
+        # What rare processors read is written where it is asked for, and undone when the row goes to somebody else.
+        asking = {a.row: is_rare(a.sampling) for a in admissions}
+        edited = [a for a in admissions if asking[a.row] or a.row in self._rare]
+        if edited:
+            at = self._stage(np.array([a.row for a in edited], np.int64))
+            samplings = [a.sampling for a in edited]
+            for name, values in rare_columns(samplings, self.spec.vocab, self.processors).items():
+                getattr(rows, name)[at] = self._stage(values)
+            self._rare = self._rare - asking.keys() | {row for row, rare in asking.items() if rare}
         bias = [_bias(a) for a in admissions]
         put("bias_id", np.int32, [b[0] for b in bias])
         put("bias", np.float32, [b[1] for b in bias])

@@ -16,7 +16,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +37,7 @@ from fnengine.host.step import BLOCK, Device, Ticket
 from fnengine.host.text import Piece, TextStream
 from fnengine.host.tokenizer import Tokenizer
 from fnengine.model import Model
+from fnengine.processors import Own
 from fnengine.settings import Settings
 
 log = logging.getLogger("fnengine")
@@ -170,11 +171,17 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         names: tuple[str, ...] = (),
         generation_config: str = "auto",
+        processors: Mapping[str, Own] | None = None,
         **options: Any,
     ) -> Engine:
-        """An engine for a loaded model. `generation_config="vllm"` ignores the model's own sampling defaults."""
+        """An engine for a loaded model.
+
+        Args:
+            generation_config: `vllm` ignores the model's own sampling defaults.
+            processors: name -> function of logits that requests may ask for, `Sampling(processors=...)`.
+        """
         settings = settings or Settings(**options)
-        built = build(model, settings, lazy=False)
+        built = build(model, settings, lazy=False, processors=processors)
         device = built.device
         tokenizer = tokenizer or model.tokenizer
         environment.trim()  # what reading it took
@@ -187,6 +194,7 @@ class Engine:
             eos=tuple(sorted({*model.spec.eos, *(() if tokenizer.eos is None else (tokenizer.eos,))})),
             caching=settings.enable_prefix_caching,
             chunked=settings.enable_chunked_prefill,
+            processors=device.processors,
         )
         return cls(
             device,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from fnengine.host.output import Delta, TokenLogprob, Usage
 from fnengine.host.request import Request, Sampling, Stop
 from fnengine.load import load
 from fnengine.model import Model
+from fnengine.processors import Own
 from fnengine.settings import Settings
 
 Prompt = str | list[int]
@@ -52,6 +53,7 @@ class LLM:
     Args:
         model: a directory, a Hugging Face name, `demo` (the bundled model), or a loaded `Model`.
         dtype, load_format, quantization, revision, device: as in `fnengine.load`.
+        processors: as in `Engine.build`.
         options: fields of `Settings`.
 
     Example:
@@ -68,6 +70,7 @@ class LLM:
         quantization: str = "none",
         revision: str | None = None,
         device: str = "auto",
+        processors: Mapping[str, Own] | None = None,
         **options: Any,
     ):
         if not isinstance(model, Model):
@@ -80,7 +83,7 @@ class LLM:
                 device=device,
             )
         self.model = model
-        self.engine = Engine.build(model, Settings(**options))
+        self.engine = Engine.build(model, Settings(**options), processors=processors)
         self._numbers = itertools.count()
 
     def generate(

@@ -66,8 +66,11 @@ CALL_BYTES = 34 * 8 + 6 * 24
 PROCESSED = 16
 """Bytes a logit alive while processors change some of the rows: what they got, a copy, the rows, what these become."""
 RANKED = 56
-"""Bytes a logit alive where truncation ranks whole rows, one at a time, for want of a compiler: values and 64-bit ids,
-weights, masses, and what they are made from."""
+"""Bytes a logit alive where truncation ranks whole rows, one at a time, for want of a compiler, or where typical_p
+does: values and 64-bit ids, weights, masses, and what they are made from."""
+LOOKED_BACK = 48
+"""Bytes a token of the history of rows whose processors look for repetitions: tokens in both widths, where they match,
+how far, and what that costs."""
 SEARCHED = 8
 """Bytes a token of the vocabulary of a thread that looks for where truncation cuts a row (`csrc/truncate.cpp`)."""
 
@@ -96,6 +99,8 @@ class Shapes:
     """Bytes of a process that can serve and has no model yet (`base_now`)."""
     kv: KVLayout = Tokens()
     """How KV lies in the pool."""
+    own: int = 0
+    """Logits processors of the engine's own."""
 
     @property
     def kinds(self) -> set[str]:
@@ -173,7 +178,14 @@ def account(s: Shapes) -> Account:
     b = fit(s.mode.budget, s.mode.rows)
     plan = memory_plan(spec, s.dtype, s.how)
     state = make_state(
-        spec, s.kv, blocks=1, rows=s.mode.rows, max_len=s.max_len, dtype=s.dtype, device=torch.device("meta")
+        spec,
+        s.kv,
+        blocks=1,
+        rows=s.mode.rows,
+        max_len=s.max_len,
+        dtype=s.dtype,
+        device=torch.device("meta"),
+        own=s.own,
     )
     rows = sum(t.nbytes for t in tree.leaves(state.rows))
     per_block = s.per_block
@@ -185,7 +197,7 @@ def account(s: Shapes) -> Account:
     workspace += s.threads * (THREAD + SEARCHED * V)
     narrow = item if item != 4 and s.head in ("packed", "dense") else 0
     ranked = max(V, RANKED_AT_ONCE) * RANKED if isinstance(s.kv, Tokens) else 0  # the reference's layout
-    sampled = _sampling(b.rows, V, narrow, min(k, most_logprobs(b.rows)), ranked)
+    sampled = _sampling(b.rows, V, narrow, min(k, most_logprobs(b.rows)), s.max_len, ranked)
     scored = b.rows * V * 4 + _scoring(b.tokens, V, narrow, min(k, most_logprobs(b.tokens)))
     programs = 0
     if s.compiled and s.kinds.isdisjoint(("packed", "dense")):
@@ -262,11 +274,12 @@ def attention_bytes(a: Attention, T: int, R: int, threads: int) -> int:
     return threads * (each + PARTIALS) + min(T, 4 * R) * a.heads * sums
 
 
-def _sampling(R: int, V: int, narrow: int, k: int, ranked: int) -> int:
+def _sampling(R: int, V: int, narrow: int, k: int, S: int, ranked: int) -> int:
     """Logits in float32 beside what they were widened from (`narrow` bytes each; 0: the head gives float32), or beside
     what processors, truncation without native code (`ranked` bytes) or log-probabilities make of some of them."""
     head = R * V * (4 + narrow)
-    processing = R * V * 4 + min(R, AT_ONCE) * V * PROCESSED + ranked
+    some = min(R, AT_ONCE)
+    processing = R * V * 4 + some * V * PROCESSED + max(ranked, some * S * LOOKED_BACK)
     return max(head, processing, R * V * 4 + _logprobs(min(R, rows_at_once(k)), V, k) + R * k * 16)
 
 

@@ -16,7 +16,7 @@ import contextlib
 import gc
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,9 +28,10 @@ from fnengine.build import Built, build
 from fnengine.errors import ContextLengthError, OutOfBlocks, RequestError
 from fnengine.host.ask import pipeline_of
 from fnengine.host.blocks import Extension, Ledger, Path
-from fnengine.host.request import Sampling, fold_in
+from fnengine.host.request import Sampling, check_sampling, fold_in
 from fnengine.host.step import BLOCK, Admission, Ask, StepInput
 from fnengine.model import Model
+from fnengine.processors import Own
 from fnengine.settings import Settings
 
 Logits = Literal["last", "all"] | None
@@ -139,16 +140,24 @@ class Runtime:
     Args:
         model: from `fnengine.load`.
         settings: sizes; keyword arguments of `Settings` may be given instead.
+        processors: name -> function of logits that `Sampling(processors=...)` may ask for.
 
     Example:
         >>> rt = Runtime(model, kv_cache_memory_bytes=1 << 20)
         >>> seq, logits = rt.extend(rt.empty, [1, 2, 3])
     """
 
-    def __init__(self, model: Model, settings: Settings | None = None, **options: Any):
+    def __init__(
+        self,
+        model: Model,
+        settings: Settings | None = None,
+        *,
+        processors: Mapping[str, Own] | None = None,
+        **options: Any,
+    ):
         self.model = model
         self.settings = settings or Settings(**options)
-        self.built: Built = build(model, self.settings)
+        self.built: Built = build(model, self.settings, processors=processors)
         self._device = self.built.device
         self._ledger = Ledger(self._device.blocks, BLOCK, caching=self.settings.enable_prefix_caching)
         self._dropped: deque[Path] = deque()
@@ -248,6 +257,10 @@ class Runtime:
         """Blocks and rows for every pair, all or nothing."""
         arrays = [self._check(s, t) for s, t in pairs]
         vocab = self.model.spec.vocab
+        for (seq, _), sampling in zip(pairs, samplings, strict=True):
+            held = self._rows.get(seq._row)
+            if sampling is not None and not (held is not None and held[0]() is seq and held[1] == sampling):
+                check_sampling(sampling, vocab, self._device.processors)
         if want == "all" and 4 * vocab * sum(map(len, arrays)) > ALL_LOGITS_BYTES:
             raise RequestError(
                 f"{sum(map(len, arrays))} x {vocab} logits take more than {ALL_LOGITS_BYTES} bytes",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from fnengine import kernels
 from fnengine.errors import RequestError
-from fnengine.host.ask import pipeline_of
+from fnengine.host.ask import is_rare, pipeline_of
 from fnengine.host.request import Sampling
 from fnengine.host.step import Ask
 from fnengine.kernels import Ops
-from fnengine.processors import FEW, PROCESSORS, TRUNCATION, View, fixed_work, leading
-from fnengine.state import Rows, Top
+from fnengine.processors import FEW, PROCESSORS, TRUNCATION, Processor, View, fixed_work, leading
+from fnengine.state import Rows, Top, common_columns, empty_rows, rare_columns
 
 STREAM = 0
 """Noise stream of the target's own draws; other uses of a seed take other streams."""
@@ -31,7 +31,15 @@ AT_ONCE = 16
 rows of 151,936 (18 ms of one core against 35 ms for all five processors): fresh memory costs page faults."""
 
 
-def choose(ask: Ask, logits_RV: Tensor, rows: Rows, row_R: Tensor, position_R: Tensor, ops: Ops) -> Tensor:
+def choose(
+    ask: Ask,
+    logits_RV: Tensor,
+    rows: Rows,
+    row_R: Tensor,
+    position_R: Tensor,
+    ops: Ops,
+    processors: Mapping[str, Processor] = PROCESSORS,
+) -> Tensor:
     """[R] int32 token of each batch row, from raw logits.
 
     Shapes: logits_RV float32; row_R int64 state rows; position_R int32, the index of the token being chosen.
@@ -42,15 +50,20 @@ def choose(ask: Ask, logits_RV: Tensor, rows: Rows, row_R: Tensor, position_R: T
     def tokens(part: slice) -> Tensor:
         logits, view = logits_RV[part], View(rows, row_R[part], position_R[part])
         for name in processed:
-            logits = PROCESSORS[name](logits, view)
+            logits = processors[name](logits, view)
         last_R = None
-        if ask.noise and len(processed) < len(ask.pipeline):  # the argmax of a row survives every truncation
+        if cuts:
             last_R = ops.truncate(logits, temperature_R[part], *(view.of(name) for name in TRUNCATION))
+        if after:
+            logits = processors["xtc"](logits, replace(view, last_R=last_R))
         return ops.gumbel_argmax(logits, temperature_R[part], seed_R[part], position_R[part], STREAM, last_R)
 
     R = len(logits_RV)
-    processed = [name for name in ask.pipeline if name in PROCESSORS]
-    if not processed or fixed_work(logits_RV) or R <= AT_ONCE:
+    processed = [name for name in ask.pipeline if name in processors and name != "xtc"]
+    # The argmax of a row survives every truncation.
+    cuts = ask.noise and any(name in TRUNCATION for name in ask.pipeline)
+    after = ask.noise and "xtc" in ask.pipeline
+    if not (processed or after) or fixed_work(logits_RV) or R <= AT_ONCE:
         return tokens(slice(R))
     return torch.cat([tokens(slice(i, i + AT_ONCE)) for i in range(0, R, AT_ONCE)])
 
@@ -92,6 +105,17 @@ def sample(
     presence_penalty: Any = 0.0,
     repetition_penalty: Any = 1.0,
     logit_bias: Any = None,
+    allowed_token_ids: Any = None,
+    bad_words: Any = None,
+    no_repeat_ngram_size: Any = 0,
+    typical_p: Any = 1.0,
+    dry_multiplier: Any = 0.0,
+    dry_base: Any = 1.75,
+    dry_allowed_length: Any = 2,
+    dry_penalty_last_n: Any = -1,
+    dry_sequence_breakers: Any = None,
+    xtc_probability: Any = 0.0,
+    xtc_threshold: Any = 0.1,
     tokens: Any = None,
     prompt_len: Any = None,
 ) -> Any:
@@ -107,6 +131,10 @@ def sample(
         temperature, top_k, top_p, min_p: see `Sampling`.
         frequency_penalty, presence_penalty, repetition_penalty: see `Sampling`; they need `tokens`.
         logit_bias: {token id: bias}, clamped to [-100, 100]; for [R, V] one for all or a list of R (None: no bias).
+        typical_p, dry_*, xtc_*: see `Sampling`; DRY needs `tokens`.
+        no_repeat_ngram_size, bad_words: see `Sampling`; they need `tokens`, unless all words have one token.
+        allowed_token_ids, bad_words, dry_sequence_breakers: a list of ids, of lists of ids, of ids; for [R, V] one for
+            all or a list of R of them (None: nothing).
         tokens: the sequence so far, `seq.tokens`; for [R, V] a list of R of them.
         prompt_len: how many of `tokens` are the prompt, which frequency and presence penalties do not count.
 
@@ -131,13 +159,24 @@ def sample(
         frequency_penalty=frequency_penalty,
         presence_penalty=presence_penalty,
         repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        typical_p=typical_p,
+        dry_multiplier=dry_multiplier,
+        dry_base=dry_base,
+        dry_allowed_length=dry_allowed_length,
+        dry_penalty_last_n=dry_penalty_last_n,
+        xtc_probability=xtc_probability,
+        xtc_threshold=xtc_threshold,
+        allowed_token_ids=allowed_token_ids,
+        bad_words=bad_words,
+        dry_sequence_breakers=dry_sequence_breakers,
+        logit_bias=logit_bias,
         seed=seed,
         position=position,
         prompt_len=prompt_len,
     )
-    columns = {name: _per_row(value, R, name) for name, value in values.items()}
+    columns = {name: _column(value, R, name) for name, value in values.items()}
     columns["tokens"] = [tokens] if one else _per_row(tokens, R, "tokens", nested=True)
-    columns["logit_bias"] = _per_row(logit_bias, R, "logit_bias")
     wishes = [_wish(logits_RV.shape[1], **{n: c[r] for n, c in columns.items()}) for r in range(R)]
     chosen = _draw(logits_RV, wishes)
     return chosen[0] if one else chosen
@@ -170,7 +209,8 @@ def verify(logits: Tensor, draft: Any, *, position: Any, tokens: Any = None, **p
     one = logits.dim() == 2
     if one:
         logits, draft, tokens = logits[None], [draft], [tokens]
-        parameters = {n: [v] if n == "logit_bias" else v for n, v in parameters.items()}
+        lists = {n for n in DEPTH if parameters.get(n) is not None and len(parameters[n])}
+        parameters = {n: [v] if n == "logit_bias" or n in lists else v for n, v in parameters.items()}
     R, W, V = logits.shape
     drafts = [_ids(d, V, "draft") for d in _per_row(draft, R, "draft", nested=True)]
     for d in drafts:
@@ -181,7 +221,7 @@ def verify(logits: Tensor, draft: Any, *, position: Any, tokens: Any = None, **p
     before = [
         None if h is None else [*_list(h), *d[:i]] for h, d in zip(histories, drafts, strict=True) for i in range(W)
     ]
-    spread = {n: [x for x in _per_row(v, R, n) for _ in range(W)] for n, v in parameters.items()}
+    spread = {n: [x for x in _column(v, R, n) for _ in range(W)] for n, v in parameters.items()}
     drawn = sample(
         logits.reshape(R * W, V),
         position=[p + i for p in positions for i in range(W)],
@@ -207,25 +247,38 @@ class _Wish:
     prompt_len: int
 
 
-def _wish(
-    vocab: int, *, position: Any, tokens: Any, prompt_len: Any, logit_bias: Any, top_k: Any, seed: Any, **floats: Any
-) -> _Wish:
+DEPTH = {"allowed_token_ids": 1, "dry_sequence_breakers": 1, "bad_words": 2}
+"""Parameters that are lists of token ids, or lists of such lists."""
+INTEGERS = ("top_k", "no_repeat_ngram_size", "dry_allowed_length", "dry_penalty_last_n")
+
+
+def _wish(vocab: int, *, position: Any, tokens: Any, prompt_len: Any, logit_bias: Any, seed: Any, **rest: Any) -> _Wish:
     bias = dict(logit_bias or {})
     for id in bias:
         if not 0 <= _integer(id, "logit_bias") < vocab:
             raise RequestError(f"token {id} is outside the vocabulary of {vocab}", param="logit_bias")
     pairs = tuple((int(id), max(-100.0, min(100.0, _number(b, "logit_bias")))) for id, b in bias.items())
-    numbers = {name: _number(value, name) for name, value in floats.items()}
+    lists = {name: rest.pop(name) for name in DEPTH}
+    numbers = {n: _integer(v, n) if n in INTEGERS else _number(v, n) for n, v in rest.items()}
     seed = _integer(seed, "seed")
-    s = Sampling(top_k=_integer(top_k, "top_k"), seed=seed, logit_bias=pairs, **numbers)
+    given: dict[str, Any] = {n: tuple(_ids(v, vocab, n)) for n, v in lists.items() if v is not None and DEPTH[n] == 1}
+    words = lists["bad_words"]
+    if words is not None:
+        given["bad_words"] = tuple(tuple(_ids(w, vocab, "bad_words")) for w in _list(words))
+    s = Sampling(seed=seed, logit_bias=pairs, **numbers, **given)
     position = _integer(position, "position")
     if not 0 <= position < 2**31:
         raise RequestError(f"position must be at least 0, got {position}", param="position")
     counts = s.frequency_penalty != 0 or s.presence_penalty != 0
-    if not counts and s.repetition_penalty == 1:
+    looks_back = s.no_repeat_ngram_size or s.dry_multiplier or any(len(word) > 1 for word in s.bad_words)
+    if not counts and not looks_back and s.repetition_penalty == 1:
         return _Wish(s, seed, position, [], 0)
     if tokens is None:
-        raise RequestError("penalties need the sequence so far", param="tokens", remedy="pass tokens=seq.tokens")
+        raise RequestError(
+            "penalties, n-grams and bad words need the sequence so far",
+            param="tokens",
+            remedy="pass tokens=seq.tokens",
+        )
     ids = _ids(tokens, vocab, "tokens")
     if len(ids) != position:
         raise RequestError(f"{len(ids)} tokens come before position {position}", param="tokens")
@@ -248,10 +301,10 @@ def _draw(logits_RV: Tensor, wishes: list[_Wish]) -> list[int]:
     def put(values: list, dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(device)
 
-    def column(name: str, dtype: torch.dtype) -> Tensor:
-        return put([getattr(w.sampling, name) for w in wishes], dtype)
-
-    i32, f32, R = torch.int32, torch.float32, len(wishes)
+    i32, R, V = torch.int32, len(wishes), logits_RV.shape[1]
+    samplings = [w.sampling for w in wishes]
+    rare = any(map(is_rare, samplings))
+    columns = common_columns(samplings) | (rare_columns(samplings, V) if rare else {})
     history = np.zeros((R, 1 + max((len(w.tokens) for w in wishes), default=0)), np.int32)
     J = max((len(w.sampling.logit_bias) for w in wishes), default=0)
     bias_id, bias = np.full((R, J), -1, np.int32), np.zeros((R, J), np.float32)
@@ -260,24 +313,18 @@ def _draw(logits_RV: Tensor, wishes: list[_Wish]) -> list[int]:
         for j, (id, value) in enumerate(w.sampling.logit_bias):
             bias_id[r, j], bias[r, j] = id, value
     position = put([w.position for w in wishes], i32)
-    rows = Rows(
+    rows = replace(
+        empty_rows(R, columns=0, tokens=0, vocab=V, device=device, biases=0, lists=False),
         length=position,
-        table=torch.zeros(R, 0, dtype=i32, device=device),
         history=torch.from_numpy(history).to(device),
         prompt_len=put([w.prompt_len for w in wishes], i32),
-        temperature=column("temperature", f32),
-        top_k=column("top_k", torch.int64).clamp(0, 2**31 - 1).int(),
-        top_p=column("top_p", f32),
-        min_p=column("min_p", f32),
-        frequency=column("frequency_penalty", f32),
-        presence=column("presence_penalty", f32),
-        repetition=column("repetition_penalty", f32),
         seed=put([(w.seed + 2**63) % 2**64 - 2**63 for w in wishes], torch.int64),
         bias_id=torch.from_numpy(bias_id).to(device),
         bias=torch.from_numpy(bias).to(device),
         bias_until=torch.full((R, J), 2**31 - 1, dtype=i32, device=device),
+        **{name: torch.from_numpy(values).to(device) for name, values in columns.items()},
     )
-    names, noise = pipeline_of((w.sampling, False) for w in wishes)
+    names, noise = pipeline_of((s, False) for s in samplings)
     ops = kernels.ops(device, torch.float32)
     row_R = torch.arange(R, device=device)
     return choose(Ask(pipeline=names, noise=noise), logits_RV.detach().float(), rows, row_R, position, ops).tolist()
@@ -298,6 +345,28 @@ def _per_row(value: Any, R: int, name: str, nested: bool = False) -> list:
     if len(value) != R:
         raise RequestError(f"{name} has {len(value)} entries for {R} rows of logits", param=name)
     return _list(value)
+
+
+def _column(value: Any, R: int, name: str) -> list:
+    """One value per row of any parameter. If a value is a list, one that is nested deeper has a value for each row, and
+    no words or breakers are None."""
+    if value is None or name not in DEPTH:
+        return _per_row(value, R, name)
+    if not isinstance(value, (Sequence, Tensor, np.ndarray)):
+        raise RequestError(f"{name} must be a list, got {value!r}", param=name)
+    values = _list(value)
+    deep = any(x is None for x in values) or _depth(values) > DEPTH[name]
+    rows = _per_row(values, R, name) if deep else [values] * R
+    return rows if name == "allowed_token_ids" else [None if x is None or len(x) == 0 else x for x in rows]
+
+
+def _depth(value: Any) -> int:
+    """How deep lists of lists go."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.ndim
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return 0
+    return 1 + max(map(_depth, value), default=0)
 
 
 def _integer(value: Any, name: str) -> int:

@@ -7,12 +7,15 @@ row and block 0 is the null block, so padding needs no branch: it reads and writ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fnengine.graphs.bucket import Bucket
+from fnengine.host.request import MAX_ARGUMENTS, MAX_BAD, MAX_BIAS, MAX_BREAKERS, Sampling
 from fnengine.host.step import Ask
 from fnengine.tree import static
 
@@ -51,6 +54,147 @@ class Rows:
     """[M+1, J] float32 added to that token's logit ..."""
     bias_until: Tensor
     """[M+1, J] int32 ... while choosing positions before this one."""
+    restricted: Tensor
+    """[M+1] bool: only allowed tokens may be chosen ..."""
+    allowed: Tensor
+    """[M+1, ceil(V / 32)] int32 ... which have bit v % 32 of word v // 32: 19 KB a row at V = 151,936."""
+    ngram: Tensor
+    """[M+1] int32; no n tokens in a row come twice; 0 lets them."""
+    dry_multiplier: Tensor
+    """[M+1] float32; 0 turns DRY off."""
+    dry_base: Tensor
+    """[M+1] float32"""
+    dry_allowed: Tensor
+    """[M+1] int32"""
+    dry_range: Tensor
+    """[M+1] int32 last tokens that are looked at; -1 means all."""
+    dry_breaker: Tensor
+    """[M+1, 32] int32 token ids, -1 where unused."""
+    typical_p: Tensor
+    """[M+1] float32"""
+    xtc_probability: Tensor
+    """[M+1] float32"""
+    xtc_threshold: Tensor
+    """[M+1] float32"""
+    bad_id: Tensor
+    """[M+1, 512] int32 tokens of bad words, one word behind the other."""
+    bad_at: Tensor
+    """[M+1, 512] int32: of a word's last token minus its length, of the others their distance to it; 0: unused."""
+    own: Tensor
+    """[M+1, U] bool: which of the engine's own U processors are asked for."""
+    own_args: Tensor
+    """[M+1, U, 8] float32"""
+
+
+def empty_rows(
+    M: int,
+    *,
+    columns: int,
+    tokens: int,
+    vocab: int,
+    device: torch.device,
+    biases: int = MAX_BIAS,
+    lists: bool = True,
+    own: int = 0,
+) -> Rows:
+    """M rows that hold nothing and ask for nothing.
+
+    Args:
+        columns, tokens: widths of block tables and histories.
+        lists: whether there is room for allowed tokens, bad words and sequence breakers.
+        own: processors of the engine's own.
+    """
+
+    def full(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.full((M, *shape), value, dtype=dtype, device=device)
+
+    f32, i32, some = torch.float32, torch.int32, int(lists)
+    return Rows(
+        length=full(0, i32),
+        table=full(0, i32, columns),
+        history=full(0, i32, tokens),
+        prompt_len=full(0, i32),
+        temperature=full(0, f32),
+        top_k=full(0, i32),
+        top_p=full(1, f32),
+        min_p=full(0, f32),
+        frequency=full(0, f32),
+        presence=full(0, f32),
+        repetition=full(1, f32),
+        seed=full(0, torch.int64),
+        bias_id=full(-1, i32, biases),
+        bias=full(0, f32, biases),
+        bias_until=full(0, i32, biases),
+        restricted=full(False, torch.bool),
+        allowed=full(0, i32, some * -(-vocab // 32)),
+        ngram=full(0, i32),
+        dry_multiplier=full(0, f32),
+        dry_base=full(1, f32),
+        dry_allowed=full(1, i32),
+        dry_range=full(-1, i32),
+        dry_breaker=full(-1, i32, some * MAX_BREAKERS),
+        typical_p=full(1, f32),
+        xtc_probability=full(0, f32),
+        xtc_threshold=full(0, f32),
+        bad_id=full(0, i32, some * MAX_BAD),
+        bad_at=full(0, i32, some * MAX_BAD),
+        own=full(False, torch.bool, own),
+        own_args=full(0, f32, own, MAX_ARGUMENTS),
+    )
+
+
+def common_columns(samplings: Sequence[Sampling]) -> dict[str, np.ndarray]:
+    """Field of `Rows` -> its values for these samplings, [n] each: what every request has."""
+    s, f32 = samplings, np.float32
+    return {
+        "temperature": np.array([x.temperature for x in s], f32),
+        "top_k": np.array([min(max(x.top_k, 0), 2**31 - 1) for x in s], np.int32),
+        "top_p": np.array([x.top_p for x in s], f32),
+        "min_p": np.array([x.min_p for x in s], f32),
+        "frequency": np.array([x.frequency_penalty for x in s], f32),
+        "presence": np.array([x.presence_penalty for x in s], f32),
+        "repetition": np.array([x.repetition_penalty for x in s], f32),
+    }
+
+
+def rare_columns(samplings: Sequence[Sampling], vocab: int, processors: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Field of `Rows` -> its values for these samplings, [n, ...] each: what only rare processors read. `processors`
+    are the names of the engine's own."""
+    s, n, i32, f32 = samplings, len(samplings), np.int32, np.float32
+    allowed = np.zeros((n, -(-vocab // 32)), np.uint32)
+    breaker = np.full((n, MAX_BREAKERS), -1, i32)
+    bad_id, bad_at = np.zeros((n, MAX_BAD), i32), np.zeros((n, MAX_BAD), i32)
+    own, own_args = np.zeros((n, len(processors)), np.bool_), np.zeros((n, len(processors), MAX_ARGUMENTS), f32)
+    for r, x in enumerate(s):
+        for name, given in x.processors:
+            i = processors.index(name)
+            own[r, i], own_args[r, i, : len(given)] = True, given
+        if x.allowed_token_ids is not None:
+            ids = np.asarray(x.allowed_token_ids, np.int64)
+            np.bitwise_or.at(allowed[r], ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
+        breaker[r, : len(x.dry_sequence_breakers)] = x.dry_sequence_breakers
+        end = 0
+        for word in x.bad_words:
+            begin, end = end, end + len(word)
+            bad_id[r, begin:end] = word
+            bad_at[r, begin:end] = [*range(len(word) - 1, 0, -1), -len(word)]
+    return {
+        "restricted": np.array([x.allowed_token_ids is not None for x in s], np.bool_),
+        "allowed": allowed.view(i32),
+        "ngram": np.array([x.no_repeat_ngram_size for x in s], i32),
+        "dry_multiplier": np.array([x.dry_multiplier for x in s], f32),
+        "dry_base": np.array([x.dry_base for x in s], f32),
+        "dry_allowed": np.array([x.dry_allowed_length for x in s], i32),
+        "dry_range": np.array([x.dry_penalty_last_n for x in s], i32),
+        "dry_breaker": breaker,
+        "typical_p": np.array([x.typical_p for x in s], f32),
+        "xtc_probability": np.array([x.xtc_probability for x in s], f32),
+        "xtc_threshold": np.array([x.xtc_threshold for x in s], f32),
+        "bad_id": bad_id,
+        "bad_at": bad_at,
+        "own": own,
+        "own_args": own_args,
+    }
 
 
 @dataclass(frozen=True)

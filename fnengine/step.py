@@ -6,7 +6,7 @@ through ops whose schema declares it, nothing else is. Noise depends on (seed, p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from fnengine import sampling
 from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops
 from fnengine.model import RunLayers, body, embed, head_logits
+from fnengine.processors import PROCESSORS, Own, in_turn
 from fnengine.spec import ModelSpec
 from fnengine.state import Batch, Out, State, Top, locate
 
@@ -25,8 +26,10 @@ SCORED_AT_ONCE = 64
 """Rows of logits [n, V] alive at once while prompts are scored: 39 MB for a vocabulary of 151,936."""
 
 
-def make_step(spec: ModelSpec, ops: Ops, run_layers: RunLayers) -> Step:
-    """The step of a model. `run_layers` is `model.one_by_one()`, or a compiled and recorded form of it."""
+def make_step(spec: ModelSpec, ops: Ops, run_layers: RunLayers, own: Sequence[Own] = ()) -> Step:
+    """The step of a model. `run_layers` is `model.one_by_one()`, or a compiled and recorded form of it; `own` are
+    logits processors that rows may ask for beside the usual ones."""
+    processors = {**PROCESSORS, "own": in_turn(own)}
 
     def step(params: Any, state: State, batch: Batch) -> tuple[State, Out]:
         rows, ask = state.rows, batch.ask
@@ -51,7 +54,7 @@ def make_step(spec: ModelSpec, ops: Ops, run_layers: RunLayers) -> Step:
         logprobs = None
         if ask.sample:
             assert logits_RV is not None
-            token_R = sampling.choose(ask, logits_RV, rows, row_R, where.length, ops)
+            token_R = sampling.choose(ask, logits_RV, rows, row_R, where.length, ops, processors)
             at_R = where.length.long().clamp(max=rows.history.shape[1] - 1)
             rows.history[row_R, at_R] = torch.where(count_R > 0, token_R, rows.history[row_R, at_R])
             if ask.logprobs is not None:

@@ -54,6 +54,14 @@ def log32(x: Tensor) -> Tensor:
     return (f + y) + e * LN2_HIGH
 
 
+def uniform(seed_R: Tensor, position_R: Tensor, stream: int) -> Tensor:
+    """One float32 in (0, 1) a row, `philox.philox_uniform` of token id 0."""
+    seed, position = seed_R.long(), position_R.long() & _LOW
+    other = torch.full_like(position, stream & _LOW)
+    word = _first_word(torch.zeros_like(position), position, other, seed & _LOW, (seed >> 32) & _LOW)
+    return ((word >> 9).float() + 0.5) * 2.0**-23
+
+
 def gumbel_noise(seed_R: Tensor, position_R: Tensor, stream: int, V: int) -> Tensor:
     """Gumbel noise [R, V] float32, equal bit for bit to `philox.gumbel` row by row."""
     ids = torch.arange(V, device=seed_R.device, dtype=torch.int64)[None, :]

@@ -22,7 +22,7 @@ from fnengine.graphs import ladder as ladders
 from fnengine.graphs.bucket import Bucket
 from fnengine.graphs.ladder import Ladder
 from fnengine.host.request import Request, Sampling, Stop
-from fnengine.host.step import PIPELINE, Ask
+from fnengine.host.step import COMMON, RARE, Ask
 from fnengine.runtime import Runtime
 from fnengine.settings import Settings
 from tests.models import tiny_model
@@ -119,6 +119,43 @@ def test_a_ladder_from_a_file_is_used(model, plain, tmp_path):
     assert told is not None and [b["bucket"] for b in told["buckets"]] == [[3, 3], [6, 6], [64, 7]]
 
 
+RARER = (
+    Sampling(temperature=0, no_repeat_ngram_size=2),
+    Sampling(temperature=0, dry_multiplier=5.0, dry_sequence_breakers=(9,)),
+    Sampling(temperature=0.9, typical_p=0.5, seed=3),
+    Sampling(temperature=1.1, xtc_probability=0.7, xtc_threshold=0.001, top_p=0.9, seed=4),
+    Sampling(temperature=0.8, bad_words=((5,), (7, 8), (40, 41, 42)), seed=5),
+    Sampling(temperature=0.8, allowed_token_ids=tuple(range(20, 60)), seed=6),
+)
+
+
+def rarer(n: int = 16) -> list[Request]:
+    """Every second request asks for a rare processor, in turn; rows go from the one kind to the other."""
+    return [
+        dataclasses.replace(r, sampling=RARER[i // 2 % len(RARER)], stop=Stop(max_tokens=9, ignore_eos=True))
+        if i % 2
+        else r
+        for i, r in enumerate(requests(n))
+    ]
+
+
+@pytest.mark.parametrize("capture", ["eager", "lazy"])
+def test_rare_processors_run_beside_graphs_or_in_their_own(model, capture):
+    """Oracle: each request alone, in an engine of its own row, without graphs."""
+    asked = rarer()
+    got, engine = served(model, asked, graph_twin=True, graph_capture=capture)
+    alone = Engine.build(model, Settings(**SIZES | {"max_num_seqs": 1}), tokenizer=byte_tokenizer(131))
+    for r in asked:
+        assert got[r.id] == answers(alone, [r])[r.id], r.sampling
+    told = engine.graphs()
+    assert told is not None
+    own = [ask for key in engine.built.device.graphs.captured for ask in [key.ask] if set(ask.pipeline) & set(RARE)]
+    if capture == "eager":
+        assert not own and any("nothing captured serves" in why for why in told["eager"])
+    else:
+        assert own
+
+
 def test_log_probabilities_run_beside_graphs_and_are_counted(model):
     asked = requests(6, logprobs=3)
     got, engine = served(model, asked, graph_twin=True)
@@ -187,7 +224,10 @@ def test_what_covers_an_ask():
     assert relaxed(Ask(sample=False)) == AT_START
     assert relaxed(Ask(logprobs=2)) == () and relaxed(Ask(logits="last")) == () and relaxed(Ask(score=0)) == ()
     assert covers(Ask(logprobs=20), Ask(logprobs=5)) and not covers(Ask(logprobs=5), Ask(logprobs=20))
-    assert not covers(GREEDY, top_p) and set(ANYTHING.pipeline) == set(PIPELINE)
+    assert not covers(GREEDY, top_p) and set(ANYTHING.pipeline) == set(COMMON)
+    for name in RARE:  # computed by no graph captured at the start, so such a step must not run in one
+        assert relaxed(Ask(pipeline=(name,), noise=True)) == ()
+    assert covers(Ask(pipeline=("dry", "top_p"), noise=True), top_p)
 
 
 def test_attention_that_a_graph_cannot_hold_is_left_out(model):

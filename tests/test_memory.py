@@ -44,8 +44,10 @@ def test_every_line_by_hand():
     assert a.line("weights").bytes == 4 * (1000 * 64 + 2 * layer + 64)
     block = 16 * 2 * 2 * 2 * 16 * 4  # tokens, k and v, layers, KV heads, channels, bytes
     assert a.line("KV pool").bytes == 5 * block and a.line("swap space").bytes == 3 * block
-    # 9 rows of 12 one-word fields but for the seed's two, 32 blocks, 513 tokens, 3 x 512 words of bias
-    assert a.line("rows").bytes == 9 * (4 * 9 + 8 + 4 * 32 + 4 * 513 + 3 * 4 * 512)
+    # 9 rows of 12 one-word fields but for the seed's two, 32 blocks, 513 tokens, 3 x 512 words of bias; and of rare
+    # parameters: 8 words, a flag, 32 words of allowed tokens (1,000 bits), 32 breakers, 2 x 512 words of bad words
+    rare = 4 * 8 + 1 + 4 * 32 + 4 * 32 + 2 * 4 * 512
+    assert a.line("rows").bytes == 9 * (4 * 9 + 8 + 4 * 32 + 4 * 513 + 3 * 4 * 512 + rare)
     assert a.line("base").bytes == 100 * MIB and a.line("code").bytes == 28 * MIB
     assert a.line("tokenizer").bytes == 620_000 and a.line("recorded steps").bytes == 0
     widths = max(64 + 128 + 128, 128 + 128, 128 + 192, 64 + 288)

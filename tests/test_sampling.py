@@ -25,14 +25,14 @@ import fnengine as fn
 from fnengine import kernels, processors
 from fnengine.errors import RequestError
 from fnengine.host.request import Sampling, fold_in
-from fnengine.host.step import PIPELINE, Ask
+from fnengine.host.step import COMMON, PIPELINE, Ask
 from fnengine.kernels import BACKENDS, Backend
 from fnengine.kernels.noise import gumbel_noise, kept
 from fnengine.kernels.philox import gumbel
 from fnengine.kernels.truncation import weights
 from fnengine.processors import TRUNCATION, Processor, View, leading
 from fnengine.sampling import choose, logprobs, sample, verify
-from fnengine.state import Rows
+from fnengine.state import Rows, empty_rows, rare_columns
 from tests.models import tiny_model
 
 OPS = kernels.ops("cpu", torch.float32)
@@ -45,33 +45,20 @@ FOREVER = 2**31 - 1
 def make_rows(R: int, history: Any = None, **fields: Any) -> Rows:
     """Rows with neutral parameters except for the given ones (scalars or sequences of R)."""
     history = torch.zeros(R, 4, dtype=torch.int32) if history is None else torch.as_tensor(history, dtype=torch.int32)
-    neutral: dict[str, tuple[float, torch.dtype]] = {
-        "length": (0, torch.int32),
-        "prompt_len": (0, torch.int32),
-        "temperature": (1, torch.float32),
-        "top_k": (0, torch.int32),
-        "top_p": (1, torch.float32),
-        "min_p": (0, torch.float32),
-        "frequency": (0, torch.float32),
-        "presence": (0, torch.float32),
-        "repetition": (1, torch.float32),
-        "seed": (0, torch.int64),
-    }
-    made = {
-        name: torch.as_tensor(fields.get(name, default)).to(dtype).expand(R).clone()
-        for name, (default, dtype) in neutral.items()
-    }
-    bias_id = torch.as_tensor(fields.get("bias_id", torch.full((R, 2), -1)), dtype=torch.int32)
-    bias = torch.as_tensor(fields.get("bias", torch.zeros(bias_id.shape)), dtype=torch.float32)
-    until = torch.as_tensor(fields.get("bias_until", torch.full(bias_id.shape, FOREVER)), dtype=torch.int32)
-    return Rows(
-        table=torch.zeros(R, 0, dtype=torch.int32),
+    rows = replace(
+        empty_rows(R, columns=0, tokens=0, vocab=50_304, device=torch.device("cpu"), biases=2, own=1),
         history=history,
-        bias_id=bias_id,
-        bias=bias,
-        bias_until=until,
-        **made,
+        temperature=torch.ones(R),
     )
+    made = {}
+    for name, value in fields.items():
+        like = getattr(rows, name)
+        value = torch.as_tensor(value).to(like.dtype)
+        made[name] = value if value.dim() > 1 else value.expand(R).clone()
+    if "bias_id" in made:
+        made = {"bias": torch.zeros(made["bias_id"].shape)} | made
+        made = {"bias_until": torch.full(made["bias_id"].shape, FOREVER, dtype=torch.int32)} | made
+    return replace(rows, **made)
 
 
 def view_of(rows: Rows, position: Any) -> View:
@@ -108,7 +95,8 @@ def truncation(name: str, truncate: Callable[..., torch.Tensor]) -> Processor:
     return keep
 
 
-PROCESSORS = {**processors.PROCESSORS, **{name: truncation(name, OPS.truncate) for name in TRUNCATION}}
+OWN = processors.in_turn([lambda logits, history, length, args: logits + args[:, :1]])
+PROCESSORS = {**processors.PROCESSORS, "own": OWN, **{name: truncation(name, OPS.truncate) for name in TRUNCATION}}
 """The whole pipeline, one function a name."""
 
 
@@ -387,6 +375,17 @@ def test_processors_leave_their_input_and_neutral_rows_alone():
         repetition=[1, 1, 1, 2.0],
         bias_id=[[-1, -1]] * 3 + [[1, 2]],
         bias=[[5.0, 5.0]] * 4,
+        history=[[7, 7, 7, 7]] * 4,
+        restricted=[False, False, False, True],
+        ngram=[0, 0, 0, 1],
+        dry_multiplier=[0, 0, 0, 1],
+        typical_p=[0.5, 1, 1, 0.5],
+        xtc_probability=[1, 0, 0, 1],
+        xtc_threshold=0.001,
+        own=[[False], [False], [False], [True]],
+        own_args=torch.ones(4, 1, 8),
+        bad_id=[[0], [0], [0], [3]],
+        bad_at=[[0], [0], [0], [-1]],
     )
     for name, processor in PROCESSORS.items():
         got = processor(x, view_of(rows, 3))
@@ -540,11 +539,34 @@ def mixed_rows(R: int, S: int, V: int) -> Rows:
     )
 
 
+def rarer_rows(R: int, S: int, V: int) -> Rows:
+    """The same with rare parameters, and histories that repeat themselves."""
+    samplings = [
+        Sampling(
+            allowed_token_ids=tuple(range(r % 7, V, 3)) if r % 4 == 1 else None,
+            bad_words=((5 + r,), (3, 4, 9)) if r % 3 else (),
+            no_repeat_ngram_size=(0, 2, 0, 1, 4)[r % 5],
+            typical_p=(1.0, 0.6, 0.95)[r % 3],
+            dry_multiplier=(0.0, 0.8, 3.0, 0.0)[r % 4],
+            dry_penalty_last_n=(-1, 12)[r % 2],
+            dry_sequence_breakers=(1, 2, 3)[: r % 4],
+            xtc_probability=(0.0, 1.0, 0.5)[r % 3],
+            xtc_threshold=(0.01, 0.05)[r % 2],
+            processors=(("own", (0.5,)),) if r % 3 == 1 else (),
+        )
+        for r in range(R)
+    ]
+    columns = {name: torch.from_numpy(x) for name, x in rare_columns(samplings, V, ["own"]).items()}
+    rows = mixed_rows(R, S, V)
+    return replace(rows, history=rows.history % 6, **columns)
+
+
+@pytest.mark.parametrize("made", [mixed_rows, rarer_rows])
 @pytest.mark.parametrize("V", [53, 20_000])
-def test_a_row_does_not_depend_on_its_neighbours(V: int):
+def test_a_row_does_not_depend_on_its_neighbours(V: int, made: Callable[[int, int, int], Rows]):
     """Law: processed logits bit for bit, and tokens, of a row alone = in any batch, in any order."""
     R, S = 19, 30
-    rows, x = mixed_rows(R, S, V), random_logits(R, V, 31)
+    rows, x = made(R, S, V), random_logits(R, V, 31)
     position = torch.arange(R, dtype=torch.int32) + 10
     ask = Ask(pipeline=PIPELINE, noise=True)
 
@@ -555,11 +577,11 @@ def test_a_row_does_not_depend_on_its_neighbours(V: int):
         return out
 
     together = torch.arange(R)
-    logits, tokens = processed(together), choose(ask, x, rows, together, position, OPS)
+    logits, tokens = processed(together), choose(ask, x, rows, together, position, OPS, PROCESSORS)
     order = torch.randperm(R, generator=torch.Generator().manual_seed(0))
     for index in (order, order[:4], *(torch.tensor([r]) for r in range(R))):
         assert torch.equal(processed(index), logits[index])
-        assert torch.equal(choose(ask, x[index], rows, index, position[index], OPS), tokens[index])
+        assert torch.equal(choose(ask, x[index], rows, index, position[index], OPS, PROCESSORS), tokens[index])
 
 
 def test_choose_is_processors_then_philox_gumbel():
@@ -581,7 +603,7 @@ def test_without_noise_or_at_temperature_zero_the_lowest_id_of_the_largest_wins(
     x = torch.tensor([[1.0, 5.0, 5.0, 2.0], [5.0, 1.0, 5.0, 5.0]])
     rows, at = make_rows(2, temperature=[0.0, 1.0]), torch.tensor([3, 3], dtype=torch.int32)
     assert choose(Ask(noise=False), x, rows, torch.arange(2), at, OPS).tolist() == [1, 0]
-    cold = make_rows(2, temperature=0.0, top_k=1, top_p=0.1, min_p=1.0)
+    cold = make_rows(2, temperature=0.0, top_k=1, top_p=0.1, min_p=1.0, typical_p=0.1, xtc_probability=1)
     assert choose(Ask(PIPELINE, noise=True), x, cold, torch.arange(2), at, OPS).tolist() == [1, 0]
 
 
@@ -641,7 +663,7 @@ def test_sample_gives_the_tokens_of_the_step():
     )  # a dict's keys differ
     rows = replace(rows, bias_id=torch.where(torch.arange(3) < 1, rows.bias_id.roll(1, 1), -1))
     position = torch.arange(R, dtype=torch.int32) + 8
-    want = choose(Ask(PIPELINE, noise=True), x, rows, torch.arange(R), position, OPS).tolist()
+    want = choose(Ask(COMMON, noise=True), x, rows, torch.arange(R), position, OPS).tolist()
     assert len(set(want)) > R // 2
     parameters = {
         "position": position.tolist(),

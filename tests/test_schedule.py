@@ -342,6 +342,11 @@ def test_a_step_computes_no_more_than_some_row_needs():
     both = ask_of(greedy | {"presence_penalty": 0.5}, {"top_p": 0.9}, {"top_k": 4, "logit_bias": ((3, 1.0),)})
     assert both == Ask(("bias", "penalties", "top_k", "top_p"), noise=True)
     assert ask_of(greedy | {"min_tokens": 2}) == Ask(("bias",))
+    assert ask_of(greedy | {"typical_p": 0.5, "xtc_probability": 0.5}) == Ask(), "neither is about the likeliest token"
+    rare = {"allowed_token_ids": (1,), "bad_words": ((2,),), "no_repeat_ngram_size": 3, "dry_multiplier": 1.0}
+    assert ask_of(greedy | rare) == Ask(("allowed", "bad_words", "no_repeat_ngram", "dry"))
+    assert ask_of(greedy | {"dry_multiplier": 1.0, "dry_penalty_last_n": 0}) == Ask()
+    assert ask_of({"typical_p": 0.5, "top_k": 3}, {"xtc_probability": 0.5}) == Ask(("typical_p", "top_k", "xtc"), True)
     assert ask_of(greedy, greedy | {"logprobs": 0}, greedy | {"logprobs": 3}).logprobs == 3
     assert ask_of(greedy, greedy | {"prompt_logprobs": 2}).score == 2
 

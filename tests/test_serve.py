@@ -501,6 +501,17 @@ RANGES = {
     "frequency_penalty": (-2.1, 2.1),
     "presence_penalty": (-2.1, 2.1),
     "repetition_penalty": (0, -1),
+    "typical_p": (0, 1.1, "x"),
+    "no_repeat_ngram_size": (-1, 51, 1.5),
+    "dry_multiplier": (-1, "x"),
+    "dry_base": (0.5,),
+    "dry_allowed_length": (0, 1.5),
+    "dry_penalty_last_n": (-2,),
+    "xtc_probability": (-0.1, 1.1),
+    "xtc_threshold": (-0.1, 1.1),
+    "bad_words": ("x", [""], [" "], [5], ["x" * 600], ["x"] * 600),
+    "processors": ("x", {"x": 1}, {"x": ["1"]}, {"x": [0] * 9}),
+    "allowed_token_ids": ([], [260], [-1], "x", [1.5]),
     "seed": (2**64, -(2**63) - 1, 1.5, "1"),
     "n": (0, -1, 129, 1.5, "2"),
     "max_tokens": (-1, 1.5, "16"),
@@ -534,6 +545,28 @@ def test_a8_values_reach_the_engine(server):
     assert (request.priority, request.salt, request.n, request.stop.max_tokens) == (-2, "s", 2, 16)
     assert server.post("/v1/completions", {**TEXT, "seed": None}).status_code == 200
     assert server.engine.requests[-1].sampling.seed is None
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a8_rare_values_reach_the_engine(server, path):
+    """Tokens are bytes here, so " ab" ends like "ab" and is not listed beside it."""
+    values = {"typical_p": 0.5, "no_repeat_ngram_size": 3, "dry_multiplier": 0.8, "dry_base": 1.5}
+    values |= {"dry_allowed_length": 3, "dry_penalty_last_n": 64, "xtc_probability": 0.5, "xtc_threshold": 0.2}
+    base = TEXT if path == "/v1/completions" else CHAT
+    lists = {"bad_words": [" ab", "c"], "allowed_token_ids": [97, 98], "dry_sequence_breakers": [".", "xy"]}
+    lists["processors"] = {"mine": [1, 2.5], "other": []}
+    r = server.post(path, {**base, **values, **lists})
+    assert r.status_code == 200 and "x-fnengine-ignored" not in r.headers, r.text
+    sampling = server.engine.requests[-1].sampling
+    assert {k: getattr(sampling, k) for k in values} == values
+    assert sampling.bad_words == ((97, 98), (99,)) and sampling.allowed_token_ids == (97, 98)
+    assert sampling.dry_sequence_breakers == (46, 121)
+    assert sampling.processors == (("mine", (1, 2.5)), ("other", ()))
+    assert server.post(path, {**base, "dry_multiplier": 1}).status_code == 200
+    assert bytes(server.engine.requests[-1].sampling.dry_sequence_breakers) == b'\n:"*'
+    for breakers in ([""], ["x"] * 33, "x"):
+        bad = server.post(path, {**base, "dry_multiplier": 1, "dry_sequence_breakers": breakers})
+        problem(bad, 400, "dry_sequence_breakers")
 
 
 def test_a8_temperature_zero_with_n_gives_equal_choices(server):
@@ -652,7 +685,7 @@ CHAT_REFUSED = [
     ("audio", {"voice": "x"}),
     ("modalities", ["text", "audio"]),
     ("logits_processors", ["x"]),
-    ("bad_words", ["x"]),
+    ("top_n_sigma", 1.5),
     ("chat_template", "{{ 1 }}"),
     ("reasoning_effort", "high"),
     ("echo", True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -15,7 +16,11 @@ from fnengine.host.step import NEWEST, PIPELINE, Admission, Ask, StepInput
 BIT = {name: 1 << i for i, name in enumerate(PIPELINE)}
 NOISE = 1 << len(PIPELINE)
 
-_ASKS = {bits: (tuple(name for name in PIPELINE if bits & BIT[name]), bool(bits & NOISE)) for bits in range(2 * NOISE)}
+
+@cache
+def _asked(bits: int) -> tuple[tuple[str, ...], bool]:
+    """(names of processors in order, whether any row samples)"""
+    return tuple(name for name in PIPELINE if bits & BIT[name]), bool(bits & NOISE)
 
 
 def needs_of(sampling: Sampling) -> int:
@@ -107,7 +112,7 @@ def pack(draft: Draft, leaving: list[tuple[Run, np.ndarray, tuple[int, ...]]]) -
         for t, run in enumerate(draft.runs):
             if _targets(run, run.path.length - 1, 1) > 0:
                 target[t] = run.tokens[run.path.length]
-    names, noise = _ASKS[draft.needs]
+    names, noise = _asked(draft.needs)
     return StepInput(
         row=row,
         start=start,

@@ -24,7 +24,7 @@ from fnengine.host.ask import pipeline_of
 from fnengine.host.blocks import Extension, Ledger, Path
 from fnengine.host.output import Gauges
 from fnengine.host.pack import Draft, add, ask, needs_of, pack
-from fnengine.host.request import MAX_BIAS, Request, fold_in
+from fnengine.host.request import MAX_BIAS, Request, check_sampling, fold_in
 from fnengine.host.runs import Host, Policy, Run, end, enqueue, first_waiting, key_of, preempt
 from fnengine.host.step import NEWEST, Admission, StepInput
 
@@ -126,10 +126,10 @@ def _check(host: Host, request: Request) -> int:
     if prompt.min() < 0 or prompt.max() >= vocab:
         bad = int(prompt[(prompt < 0) | (prompt >= vocab)][0])
         raise RequestError(f"token {bad} is outside the vocabulary of {vocab}", param="prompt")
-    for name, ids in (("logit_bias", [i for i, _ in request.sampling.logit_bias]), ("stop_token_ids", stop.ids)):
-        for i in ids:
-            if not 0 <= i < vocab:
-                raise RequestError(f"token {i} is outside the vocabulary of {vocab}", param=name)
+    check_sampling(request.sampling, vocab, policy.processors)
+    for i in stop.ids:
+        if not 0 <= i < vocab:
+            raise RequestError(f"token {i} is outside the vocabulary of {vocab}", param="stop_token_ids")
     if stop.min_tokens and len(request.sampling.logit_bias) + len(_ending(policy, request)) > MAX_BIAS:
         raise RequestError(
             f"logit_bias, stop ids and end-of-sequence ids make more than {MAX_BIAS} entries", param="stop_token_ids"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,14 @@ from fnengine.errors import RequestError
 
 MAX_BIAS = 512
 """Most (token id, bias) entries a row can hold: logit_bias plus what min_tokens forbids."""
+MAX_BAD = 512
+"""Most tokens of all bad words of a row together."""
+MAX_BREAKERS = 32
+"""Most sequence breakers of a row."""
+MAX_REPEAT = 50
+"""Longest repetition that DRY tells from longer ones, and the largest n-gram that can be kept from repeating."""
+MAX_ARGUMENTS = 8
+"""Most arguments of a processor of the engine's own."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +46,38 @@ class Sampling:
     """Divides positive and multiplies negative logits of tokens seen in prompt or output; > 0."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, bias) pairs, added to the logits; clamped to [-100, 100]."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """No other token is chosen; None means all are allowed."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of token ids: the last token of one is not chosen where the tokens before it stand at the end."""
+    no_repeat_ngram_size: int = 0
+    """No so many tokens in a row come a second time, in prompt and output together; 0 lets them."""
+    typical_p: float = 1.0
+    """Keep the tokens whose surprise is nearest to the expected one until their probability reaches typical_p, in
+    (0, 1]; 1 keeps all."""
+    dry_multiplier: float = 0.0
+    """A token that would make a repetition of n tokens one longer loses dry_multiplier * dry_base^(n -
+    dry_allowed_length), if n is at least that length; 0 turns it off."""
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    """Repetitions are looked for among so many of the last tokens; -1 means all, 0 none."""
+    dry_sequence_breakers: tuple[int, ...] = ()
+    """Token ids over which no repetition goes on, and which are not penalised."""
+    xtc_probability: float = 0.0
+    """How often the likeliest tokens are left out: all that have at least xtc_threshold of the probability, except the
+    least likely of these."""
+    xtc_threshold: float = 0.1
+    processors: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    """(name, arguments) of functions that the engine was started with; arguments that are not given are 0."""
     seed: int | None = None
     """Any 64-bit integer; None draws one from the engine's root seed at submission."""
 
     def __post_init__(self):
-        def need(ok: bool, name: str, rule: str):
+        def need(ok: bool, name: str, rule: str, got: Any = None):
             if not ok:
-                raise RequestError(f"{name} must be {rule}, got {getattr(self, name)}", param=name)
+                got = getattr(self, name) if got is None else got
+                raise RequestError(f"{name} must be {rule}, got {got}", param=name)
 
         need(math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "temperature", "between 0 and 100")
         need(self.top_k >= -1, "top_k", "-1, 0 or a positive integer")
@@ -55,6 +90,50 @@ class Sampling:
         need(len(self.logit_bias) <= MAX_BIAS // 2, "logit_bias", f"at most {MAX_BIAS // 2} entries")
         for _, bias in self.logit_bias:
             need(math.isfinite(bias), "logit_bias", "finite")
+        allowed, words, breakers = self.allowed_token_ids, self.bad_words, self.dry_sequence_breakers
+        need(allowed is None or len(allowed) > 0, "allowed_token_ids", "at least one id", "none")
+        need(all(len(w) > 0 for w in words), "bad_words", "sequences of at least one token", "an empty one")
+        n = sum(len(w) for w in words)
+        need(n <= MAX_BAD, "bad_words", f"at most {MAX_BAD} tokens together", n)
+        size = self.no_repeat_ngram_size
+        need(0 <= size <= MAX_REPEAT, "no_repeat_ngram_size", f"between 0 and {MAX_REPEAT}")
+        need(0 < self.typical_p <= 1, "typical_p", "in (0, 1]")
+        need(0 <= self.dry_multiplier <= 1e6, "dry_multiplier", "between 0 and 1e6")
+        need(1 <= self.dry_base <= 100, "dry_base", "between 1 and 100")
+        need(1 <= self.dry_allowed_length < 2**31, "dry_allowed_length", "at least 1")
+        need(-1 <= self.dry_penalty_last_n < 2**31, "dry_penalty_last_n", "-1, 0 or a positive integer")
+        need(len(breakers) <= MAX_BREAKERS, "dry_sequence_breakers", f"at most {MAX_BREAKERS} tokens", len(breakers))
+        need(0 <= self.xtc_probability <= 1, "xtc_probability", "in [0, 1]")
+        need(0 <= self.xtc_threshold <= 1, "xtc_threshold", "in [0, 1]")
+        names = [name for name, _ in self.processors]
+        need(len(set(names)) == len(names), "processors", "of different names")
+        for name, given in self.processors:
+            most, n = MAX_ARGUMENTS, len(given)
+            need(n <= most, "processors", f"of at most {most} arguments each", f"{n} for {name[:80]!r}")
+            need(all(map(math.isfinite, given)), "processors", f"of finite arguments, for {name[:80]!r}", list(given))
+
+
+def check_sampling(sampling: Sampling, vocab: int, processors: Sequence[str]) -> None:
+    """Raises `RequestError` naming the field that holds a token outside the vocabulary, or a processor that is not one
+    of the engine's own."""
+    for name, _ in sampling.processors:
+        if name not in processors:
+            known = ", ".join(processors)
+            raise RequestError(
+                f"no processor is called {name[:80]!r} here",
+                param="processors",
+                remedy=f"one of {known}" if known else "start the engine with processors={name: function}",
+            )
+    fields = {
+        "logit_bias": (i for i, _ in sampling.logit_bias),
+        "allowed_token_ids": sampling.allowed_token_ids or (),
+        "bad_words": (i for word in sampling.bad_words for i in word),
+        "dry_sequence_breakers": sampling.dry_sequence_breakers,
+    }
+    for name, ids in fields.items():
+        for i in ids:
+            if not 0 <= i < vocab:
+                raise RequestError(f"token {i} is outside the vocabulary of {vocab}", param=name)
 
 
 @dataclass(frozen=True)

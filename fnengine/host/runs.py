@@ -53,6 +53,8 @@ class Policy:
     swap_seconds_per_block: float = 2e-4
     """Cost of moving a block one way. The default is no measurement: 1.8 MB (16 tokens of 112 KiB, the
     same model) at 9 GB/s."""
+    processors: tuple[str, ...] = ()
+    """Names of the engine's own logits processors."""
 
     def __post_init__(self):
         assert self.budget >= 1 and self.rows >= 1 and self.queue >= 0 and self.max_len >= 2 and self.vocab >= 1

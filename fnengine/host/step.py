@@ -70,8 +70,17 @@ class Ask:
     """`none`, `last` ([R, V], one per batch row) or `all` ([T, V]): raw float32 logits in the output."""
 
 
-PIPELINE = ("bias", "penalties", "min_p", "top_k", "top_p")
-"""Every logits processor of the step in the order in which they apply (temperature stands before min_p)."""
+PIPELINE = (
+    *("allowed", "bias", "bad_words", "no_repeat_ngram", "penalties", "dry", "own"),
+    *("typical_p", "min_p", "top_k", "top_p", "xtc"),
+)
+"""Every logits processor of the step in the order in which they apply: what forbids tokens or moves logits, then, after
+the temperature, what leaves tokens out. Source: transformers, vLLM and llama.cpp agree on the first group before the
+second; min_p first of the truncations is vLLM's, xtc last is llama.cpp's."""
+COMMON = ("bias", "penalties", "min_p", "top_k", "top_p")
+"""Those that many requests ask for. The others are `RARE`: a graph that is to serve any request does not compute them,
+because typical_p sorts the vocabulary and dry goes over the history in 50 passes."""
+RARE = tuple(name for name in PIPELINE if name not in COMMON)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,18 @@ class Generate(BaseModel):
     repetition_penalty: float | None = None
     seed: Int | None = None
     logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[Int] | None = None
+    bad_words: list[str] | None = None
+    no_repeat_ngram_size: Int | None = None
+    typical_p: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: Int | None = None
+    dry_penalty_last_n: Int | None = None
+    dry_sequence_breakers: list[str] | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    processors: dict[str, list[float]] | None = None
     max_tokens: Int | None = None
     min_tokens: Int | None = None
     stop: str | list[str] | None = None
@@ -163,11 +175,8 @@ REFUSED: dict[str, tuple] = {
     "modalities": (None, [], ["text"]),
     "mm_processor_kwargs": (None, {}),
     "media_io_kwargs": (None, {}),
-    "allowed_token_ids": _NONE,
-    "bad_words": (None, []),
     "logprob_token_ids": (None, []),
     "logprobs_mode": (None, "raw_logprobs"),
-    "no_repeat_ngram_size": (None, 0),
     "stop_regex": (None, []),
     "repetition_detection": _NONE,
     "thinking_token_budget": _NONE,
@@ -179,10 +188,7 @@ REFUSED: dict[str, tuple] = {
     "web_search_options": _NONE,
     "kv_transfer_params": _NONE,
     "lora": _NONE,
-    "typical_p": (None, 1),
     "top_n_sigma": (None, -1, 0),
-    "xtc_probability": (None, 0),
-    "dry_multiplier": (None, 0),
     "mirostat": (None, 0),
     "repeat_penalty": (None, 1),
     "min_new_tokens": (None, 0),

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fnengine.errors import ContextLengthError, RequestError
-from fnengine.host.request import Request, Sampling, Stop
+from fnengine.host.request import MAX_BAD, MAX_BREAKERS, Request, Sampling, Stop
 from fnengine.serve.engine_port import EnginePort, Text
 from fnengine.serve.protocol import ChatBody, CompletionBody, Generate, TokenizeBody
 
@@ -18,6 +18,8 @@ COMPLETION_TOKENS = 16
 """max_tokens of a completion that names none (OpenAI's legacy default)."""
 MOST_CHOICES = 128
 """Largest n, as OpenAI's."""
+BREAKERS = ("\n", ":", '"', "*")
+"""Sequence breakers of DRY where a request names none. Source: llama.cpp and text-generation-webui."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _RESERVED = frozenset(
     {
@@ -261,13 +263,58 @@ def _sampling(body: Generate, engine: EnginePort) -> Sampling:
         "frequency_penalty",
         "presence_penalty",
         "repetition_penalty",
+        "no_repeat_ngram_size",
+        "typical_p",
+        "dry_multiplier",
+        "dry_base",
+        "dry_allowed_length",
+        "dry_penalty_last_n",
+        "xtc_probability",
+        "xtc_threshold",
     ):
         value = getattr(body, name)
         if value is None:
             value = engine.defaults.get(name)
         if value is not None:
             values[name] = value
-    return Sampling(logit_bias=_bias(body.logit_bias, engine.tokenizer.vocab_size), seed=body.seed, **values)
+    if body.processors:
+        values["processors"] = tuple((name, tuple(given)) for name, given in body.processors.items())
+    text = engine.tokenizer
+    if body.allowed_token_ids is not None:
+        for i in body.allowed_token_ids:
+            if not 0 <= i < text.vocab_size:
+                _refuse("allowed_token_ids", f"holds token id {i}, the vocabulary has {text.vocab_size} tokens")
+        values["allowed_token_ids"] = tuple(body.allowed_token_ids)
+    if values.get("dry_multiplier"):
+        strings = BREAKERS if body.dry_sequence_breakers is None else body.dry_sequence_breakers
+        values["dry_sequence_breakers"] = _breakers(strings, text)
+    bias = _bias(body.logit_bias, text.vocab_size)
+    return Sampling(logit_bias=bias, bad_words=_bad_words(body.bad_words or (), text), seed=body.seed, **values)
+
+
+def _bad_words(words: Sequence[str], text: Text) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each word as it begins a text and as it follows a space, which are other tokens in most
+    vocabularies. Source: vLLM."""
+    if len(words) > MAX_BAD:
+        _refuse("bad_words", f"must be at most {MAX_BAD} words, got {len(words)}")
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        if not word.strip():
+            _refuse("bad_words", "words must not be empty")
+        plain, spaced = (tuple(text.encode(s + word.lstrip(), add_special=False)) for s in ("", " "))
+        found[plain] = None
+        if spaced[-len(plain) :] != plain:  # else whatever ends like the one ends like the other
+            found[spaced] = None
+    return tuple(found)
+
+
+def _breakers(strings: Sequence[str], text: Text) -> tuple[int, ...]:
+    """The last token of each string behind a letter. Source: text-generation-webui."""
+    if len(strings) > MAX_BREAKERS:
+        _refuse("dry_sequence_breakers", f"must be at most {MAX_BREAKERS} strings, got {len(strings)}")
+    if not all(strings):
+        _refuse("dry_sequence_breakers", "strings must not be empty")
+    return tuple(dict.fromkeys(text.encode("a" + s, add_special=False)[-1] for s in strings))
 
 
 def _bias(bias: Mapping[str, float] | None, vocab: int) -> tuple[tuple[int, float], ...]:
