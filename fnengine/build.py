@@ -24,7 +24,8 @@ from fnengine.model import Model, one_by_one
 from fnengine.params import memory_plan
 from fnengine.processors import Own, check_own
 from fnengine.program import Recorded, compiled_layers, wanted_layers
-from fnengine.settings import Mode, PoolSize, Settings, check_kv, size_pool
+from fnengine.settings import Mode, PoolSize, Settings, check_kv, size_pool, wanted_len
+from fnengine.spec import ModelSpec
 from fnengine.step import make_step
 
 log = logging.getLogger("fnengine")
@@ -76,6 +77,7 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
     kinds = []
     if compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu"):
         kinds = wanted_layers(spec, model.params, ops, model.dtype, device)
+    captured = captures.plan(settings, mode, ops, device, lazy)
     account = None
     if device.type == "cpu":
         weights = memory_plan(spec, model.dtype, model.how).weights
@@ -104,7 +106,18 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
                 where="--memory",
                 remedy="--gpu-memory-utilization says how much of a card is used",
             )
+        if kinds:
+            check_indices(spec, mode.budget)
         available, total = memory(device)
+        ladder = () if captured.capturing is None else captured.capturing.ladder.buckets
+        beside = accounting.on_card(
+            spec,
+            model.dtype,
+            mode,
+            wanted_len(settings, spec.max_len) or spec.max_len,
+            graphs=len(ladder) * len(captures.AT_START),
+            compiled=bool(kinds),
+        )
         pool = size_pool(
             settings=settings,
             model_len=spec.max_len,
@@ -113,6 +126,7 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
             device=device.type,
             available=available,
             total=total,
+            beside=beside,
         )
     threads = team.members(torch.get_num_threads()) if device.type == "cpu" else []
     pinned = team.pin(threads, environment.processors()) if settings.pin_threads else {}
@@ -135,7 +149,6 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
             execution = f"eager: {type(e).__name__} while layers were compiled for {device}"
     if execution.startswith("eager"):
         log.warning("steps run %s", execution)
-    captured = captures.plan(settings, mode, ops, device, lazy)
     if captured.capturing is not None and isinstance(run_layers, Recorded):
         run_layers = run_layers.run  # a step is recorded once
     runner = TorchDevice(
@@ -167,9 +180,24 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
     )
 
 
+def check_indices(spec: ModelSpec, budget: int) -> None:
+    """Raises ConfigError if a step's largest buffer has more elements than compiled code counts on a GPU: Inductor
+    takes 32 bits where its example was small, and the guard that would notice is not run."""
+    widest = max(
+        max(2 * x.mlp.width, (x.mixer.heads + 2 * x.mixer.kv_heads) * x.mixer.width, spec.width) for x in spec.layers
+    )
+    if budget * widest >= 2**31:
+        raise ConfigError(
+            f"{budget} tokens of {widest} elements are too many for compiled layers, which count with 32 bits",
+            where="--max-num-batched-tokens",
+            remedy=f"at most {(2**31 - 1) // widest}",
+        )
+
+
 def memory(device: torch.device) -> tuple[int, int]:
     """(available, total) bytes of the device's memory; on CPU a cgroup's limit counts where it is lower."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading and compiling have freed is in use only by name
         return torch.cuda.mem_get_info(device)
     vm = psutil.virtual_memory()
     available, total = vm.available, vm.total

@@ -26,8 +26,9 @@ from fnengine.host.ask import is_rare
 from fnengine.host.request import MAX_BIAS
 from fnengine.host.step import BLOCK, Admission, Ask, Scores, StepInput, StepOutput, Ticket
 from fnengine.kernels import KVLayout, Ops, memory
+from fnengine.kernels.layout import movable
 from fnengine.spec import ModelSpec
-from fnengine.state import Out, Packed, Pool, State, Top, common_columns, empty_rows, packed_sizes, rare_columns
+from fnengine.state import Out, Packed, Pool, State, Top, common_columns, empty_rows, packed_parts, rare_columns
 from fnengine.step import Step
 
 
@@ -191,9 +192,10 @@ class TorchDevice:
         if self.graphs is None:
             return
         keys = self.graphs.wanted()
-        for i, key in enumerate(keys):
-            self.graphs.capture(key, self.params, self.state)
-            progress(i + 1, len(keys))
+        with self._current():
+            for i, key in enumerate(keys):
+                self.graphs.capture(key, self.params, self.state)
+                progress(i + 1, len(keys))
 
     @contextlib.contextmanager
     def running(self, capturing: Capturing[Ask] | None, usage: Usage) -> Iterator[None]:
@@ -207,6 +209,10 @@ class TorchDevice:
             yield
         finally:
             self.graphs, self.usage, self.steps = kept
+
+    def _current(self) -> contextlib.AbstractContextManager[object]:
+        """While it is open, this device is the thread's current one, where events are recorded and kernels launched."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def _forward(self, params: object, state: State, packed: Packed) -> Out:
         here = dataclasses.replace(packed, ints=packed.ints.to(self.device, non_blocking=True))
@@ -224,6 +230,10 @@ class TorchDevice:
     @torch.inference_mode()
     def launch(self, step: StepInput) -> Ticket:
         """Edits rows, stages the batch and runs the step; on CUDA it returns before the step is done."""
+        with self._current():
+            return self._launch(step)
+
+    def _launch(self, step: StepInput) -> Launched:
         pool = self.state.pool
         if step.swap_out is not None and len(step.swap_out):
             _move(pool, step.swap_out[:, 0], self._host, step.swap_out[:, 1])
@@ -258,9 +268,10 @@ class TorchDevice:
     def _packed(self, step: StepInput, bucket: Bucket, ask: Ask) -> Packed:
         """The batch, padded, still on the host: the last padding row owns the padding tokens."""
         T, R = len(step.token), len(step.row)
-        sizes = packed_sizes(bucket, ask)
-        ints = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self._pinned)
-        row, start, token, emit, target = np.split(ints.numpy(), np.cumsum(sizes[:-1]))
+        parts = packed_parts(bucket, ask)
+        ints = torch.empty(parts[-1].stop, dtype=torch.int32, pin_memory=self._pinned)
+        array = ints.numpy()
+        row, start, token, emit, target = (array[part] for part in parts)
         row[:R], row[R:] = step.row, self.rows
         start[: R + 1], start[R + 1 :] = step.start, T
         start[-1] = bucket.tokens
@@ -327,7 +338,7 @@ def _move(source: tuple[Pool, ...], at: np.ndarray, target: tuple[Pool, ...], to
     """Copies blocks between pools that may live on different devices, layer by layer."""
     i, j = torch.from_numpy(at.astype(np.int64)), torch.from_numpy(to.astype(np.int64))
     for s, t in zip(source, target, strict=True):
-        for a, b in ((s.k, t.k), (s.v, t.v)):
+        for a, b in ((movable(s.k), movable(t.k)), (movable(s.v), movable(t.v))):
             b[j.to(b.device)] = a[i.to(a.device)].to(b.device)
 
 

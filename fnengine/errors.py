@@ -98,5 +98,12 @@ class OutOfBlocks(FnError):
         )
 
 
+class KeptError(FnError):
+    """A file of a sequence cannot be read or written, is damaged, or was made by other weights, code or another
+    machine; the message names the fields that differ."""
+
+    code, type = 400, "BadRequestError"
+
+
 class DeviceFault(FnError):
     """A step failed on the device; the requests in it were ended, the engine went on."""

@@ -22,6 +22,7 @@ from fnengine import tree
 from fnengine.device import make_state
 from fnengine.errors import ConfigError
 from fnengine.graphs.bucket import fit
+from fnengine.graphs.ladder import MIXED
 from fnengine.host.answers import most_logprobs
 from fnengine.host.step import BLOCK
 from fnengine.kernels.layout import KVLayout, Tokens, block_bytes
@@ -177,17 +178,7 @@ def account(s: Shapes) -> Account:
     spec, item, V = s.spec, s.dtype.itemsize, s.spec.vocab
     b = fit(s.mode.budget, s.mode.rows)
     plan = memory_plan(spec, s.dtype, s.how)
-    state = make_state(
-        spec,
-        s.kv,
-        blocks=1,
-        rows=s.mode.rows,
-        max_len=s.max_len,
-        dtype=s.dtype,
-        device=torch.device("meta"),
-        own=s.own,
-    )
-    rows = sum(t.nbytes for t in tree.leaves(state.rows))
+    rows = _rows(spec, s.dtype, s.mode.rows, s.max_len, s.own)
     per_block = s.per_block
     k = V if s.max_logprobs < 0 else min(s.max_logprobs, V)
     layers = len(spec.layers)
@@ -228,6 +219,39 @@ def account(s: Shapes) -> Account:
         Line("answers", 3 * s.answer_bytes, "and prompts held by the server, and what clients left unread"),
         Line("loading", max(plan.peak, plan.weights + V * TOKEN_READ), "weights, and one array in both of its forms"),
     )
+
+
+LIBRARIES = 256 * MIB
+"""On a GPU: 32 MiB of cuBLAS for each of three streams, and 64 MiB of parts of attention in steps and in graphs."""
+GRAPH = 4 * MIB
+"""Of one graph outside of its tensors: some 400 kernels with their arguments. Assumed, no card has been measured."""
+
+
+def on_card(spec: ModelSpec, dtype: torch.dtype, mode: Mode, max_len: int, *, graphs: int, compiled: bool) -> int:
+    """Bytes that an engine takes on a GPU beside weights and KV: rows, the buffers of the largest step run directly and
+    those of the largest one in a graph, which are kept apart, and what libraries and graphs hold. On paper: it keeps
+    the pool from taking what steps need."""
+    item, V, D, R = dtype.itemsize, spec.vocab, spec.width, mode.rows
+
+    def step(T: int) -> int:
+        layer = 0
+        for kind in spec.layers:
+            a, F = kind.mixer, kind.mlp.width
+            live = item * (4 * D + max(3 * F, (2 * a.heads + 2 * a.kv_heads) * a.width)) + a.rope.width * 4
+            layer = max(layer, T * (live if compiled else live + 16 * F))  # SiLU in float32, operator by operator
+        # Logits, in both dtypes; what a bias, penalties and truncation each make of them; a row's tokens for penalties:
+        # ids of 4 and 8 bytes, twice, and five values.
+        return layer + R * V * (16 + item) + R * max_len * 44
+
+    captured = step(min(mode.budget, MIXED)) + graphs * GRAPH if graphs else 0
+    return _rows(spec, dtype, R, max_len) + step(mode.budget) + captured + LIBRARIES
+
+
+def _rows(spec: ModelSpec, dtype: torch.dtype, rows: int, max_len: int, own: int = 0) -> int:
+    """Bytes of what a device knows of its rows, which no layout of KV changes."""
+    meta = torch.device("meta")
+    state = make_state(spec, Tokens(), blocks=1, rows=rows, max_len=max_len, dtype=dtype, device=meta, own=own)
+    return sum(t.nbytes for t in tree.leaves(state.rows))
 
 
 PACKED, TOGETHER = 4 << 20, 12

@@ -18,12 +18,15 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path as FilePath
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fnengine import kept, keys
 from fnengine.build import Built, build
 from fnengine.errors import ContextLengthError, OutOfBlocks, RequestError
 from fnengine.host.ask import pipeline_of
@@ -221,6 +224,58 @@ class Runtime:
                 results += self._extend(pairs[i : i + step], want, samplings[i : i + step])  # type: ignore[arg-type]
         return results[0] if single else results
 
+    def save(self, seq: Sequence, path: str | FilePath) -> None:
+        """Writes tokens and KV of a sequence to one file, which `load` gives back. A file of that name is replaced, at
+        once and only when the new one is whole.
+
+        Raises:
+            RequestError: a closed or foreign sequence.
+            KeptError: it cannot be written.
+        """
+        self._need_open(seq)
+        tokens, blocks = seq._buffer.data[: len(seq)], self._ledger.blocks_of(seq._path)
+        pool, kv = self._device.state.pool, self.built.ops.kv
+        kept.write(FilePath(path), self._identity, tokens, seq._prompt_len, pool, blocks, kv)
+
+    def load(self, path: str | FilePath) -> Sequence:
+        """The sequence of a file that `save` wrote, here or in another process: extending it gives the bits that
+        extending the original gives. Its full blocks go into the prefix cache.
+
+        Raises:
+            KeptError: there is no such file, it is damaged, or it was made by other weights, code or another machine.
+            ContextLengthError: it is longer than `max_len`.
+            OutOfBlocks: the pool has too few free blocks. After any of these nothing was changed.
+        """
+        pool = self._device.state.pool
+        with kept.opened(FilePath(path), self._identity, pool) as file:
+            n = file.length
+            if n > self.max_len:
+                raise ContextLengthError(f"{n} tokens exceed the context of {self.max_len}", where=str(path))
+            if n == 0:
+                return self.empty
+            self._drain()
+            whole = self._extensions([(self._ledger.empty(), n)])[0].path
+            try:
+                tokens = file.fill(pool, self._ledger.blocks_of(whole))
+            except BaseException:
+                self._ledger.free(whole)
+                raise
+        self._ledger.publish(whole, tokens)
+        return Sequence(self, whole, Tokens(tokens, n), file.prompt_len)
+
+    @cached_property
+    def _identity(self) -> keys.Key:
+        return kept.identity(self.model, self.built)
+
+    def _extensions(self, pairs: list[tuple[Path, int]]) -> list[Extension]:
+        """Longer paths for all pairs, or OutOfBlocks."""
+        try:
+            return self._ledger.extend_many(pairs)
+        except OutOfBlocks:
+            gc.collect()  # sequences in reference cycles hold blocks that nobody can use
+            self._drain()
+            return self._ledger.extend_many(pairs)
+
     def _extend(
         self, pairs: list[tuple[Sequence, Iterable[int]]], want: Logits, samplings: list[Sampling | None]
     ) -> list[Any]:
@@ -276,12 +331,7 @@ class Runtime:
         todo = [array[base.length - len(seq) :] for (seq, _), array, base in zip(pairs, arrays, bases, strict=True)]
         ask = [(base, len(t)) for base, t in zip(bases, todo, strict=True)]
         try:
-            try:
-                extensions = ledger.extend_many(ask)
-            except OutOfBlocks:
-                gc.collect()  # sequences in reference cycles hold blocks that nobody can use
-                self._drain()
-                extensions = ledger.extend_many(ask)
+            extensions = self._extensions(ask)
         except OutOfBlocks:
             for base in bases:
                 ledger.free(base)

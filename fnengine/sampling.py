@@ -327,7 +327,8 @@ def _draw(logits_RV: Tensor, wishes: list[_Wish]) -> list[int]:
     names, noise = pipeline_of((s, False) for s in samplings)
     ops = kernels.ops(device, torch.float32)
     row_R = torch.arange(R, device=device)
-    return choose(Ask(pipeline=names, noise=noise), logits_RV.detach().float(), rows, row_R, position, ops).tolist()
+    with torch.cuda.device_of(logits_RV):  # kernels are launched on the current device; nothing happens on CPU
+        return choose(Ask(pipeline=names, noise=noise), logits_RV.detach().float(), rows, row_R, position, ops).tolist()
 
 
 def _list(value: Any) -> list:

@@ -155,8 +155,8 @@ def size_pool(
     """Blocks of the KV pool and the longest sequence, from memory and flags.
 
     On CPU a quarter of the available memory, or what `beside` leaves of it, or less when max rows x max length needs
-    less; on CUDA what `gpu_memory_utilization` of the card leaves beside what is in use. `available` and `total` are
-    bytes, measured after the weights are loaded; `beside` are those that the ledger says are still to come.
+    less; on CUDA what `gpu_memory_utilization` of the card leaves beside what is in use and `beside`. `available` and
+    `total` are bytes, measured after the weights are loaded; `beside` are those that are still to come.
 
     Raises:
         ConfigError: the pool cannot hold one sequence of the wanted length; names the largest that fits.
@@ -175,8 +175,10 @@ def size_pool(
                 f"must be in (0, 1], got {settings.gpu_memory_utilization}", where="--gpu-memory-utilization"
             )
         in_use = total - available
-        budget = int(total * settings.gpu_memory_utilization) - in_use
+        budget = int(total * settings.gpu_memory_utilization) - in_use - beside
         reason = f"--gpu-memory-utilization {settings.gpu_memory_utilization} of {total / 2**30:.1f} GiB"
+        if beside:
+            reason += f", {in_use / 2**30:.1f} GiB in use and {beside / 2**30:.1f} GiB kept for steps and graphs"
     fits = budget // per_block - 1
     if fits < 1:
         raise ConfigError(

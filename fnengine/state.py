@@ -242,20 +242,29 @@ class Packed:
     """A `Batch` in one piece: one copy brings it to a device, and one buffer holds it for a captured step."""
 
     ints: Tensor
-    """[n] int32: row, start, token, emit, and target where the ask has one, one behind the other"""
+    """[n] int32: row, start, token, emit, and target where the ask has one, each where `packed_parts` says"""
     bucket: Bucket = static()
     ask: Ask = static(default=Ask())
 
     def batch(self) -> Batch:
         """Views of the parts."""
-        row, start, token, emit, target = self.ints.split(packed_sizes(self.bucket, self.ask))
+        row, start, token, emit, target = (self.ints[part] for part in packed_parts(self.bucket, self.ask))
         return Batch(row, start, token, emit, None if self.ask.score is None else target, self.ask)
 
 
-def packed_sizes(bucket: Bucket, ask: Ask) -> list[int]:
-    """Lengths of the parts of `Packed.ints`."""
+ALIGNED = 4
+"""Every part of a packed batch begins at a multiple of so many integers: 16 bytes. On a GPU a kernel is compiled once
+more for an address that is not such a multiple, and Inductor's code copies what lies at one, in every layer."""
+
+
+def packed_parts(bucket: Bucket, ask: Ask) -> list[slice]:
+    """Where the parts of `Packed.ints` lie; the last one ends it."""
     T, R = bucket.tokens, bucket.rows
-    return [R, R + 1, T, R, 0 if ask.score is None else T]
+    parts, at = [], 0
+    for n in (R, R + 1, T, R, 0 if ask.score is None else T):
+        parts.append(slice(at, at + n))
+        at += -(-n // ALIGNED) * ALIGNED
+    return parts
 
 
 @dataclass(frozen=True)

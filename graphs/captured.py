@@ -19,6 +19,7 @@ from __future__ import annotations
 import gc
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -213,8 +214,10 @@ class CudaGraphs:
     def __init__(self, device: torch.device | None = None, outside: Outside | None = None):
         self.device = torch.device("cuda") if device is None else device
         self.outside = outside
-        self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(self.device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        """Those that use the pool; it ends with the last of them."""
 
     def buffer(self, like: Tensor) -> Tensor:
         return like.to(self.device, copy=True)
@@ -226,6 +229,8 @@ class CudaGraphs:
         with torch.cuda.stream(self._stream), _no_collection():
             run()  # kernels are compiled and libraries make up their minds outside of a graph
             torch.cuda.synchronize(self.device)
+            # What the run left to this stream no graph can have, and while one is captured nothing is given back.
+            torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info(self.device)
             out = self._capture(run, pieces)
             torch.cuda.synchronize(self.device)
@@ -249,16 +254,24 @@ class CudaGraphs:
         try:
             with _nothing() if self.outside is None else self.outside(around):
                 out = run()
-        except BaseException:
+            _end(graph)
+        except BaseException as e:
             with _ignored():
                 _end(graph)
+            if isinstance(e, RuntimeError):  # CUDA's errors, and torch's: there are many, and none says what to do
+                raise GraphError(
+                    f"could not be captured: {type(e).__name__}: {str(e).partition(chr(10))[0]}",
+                    remedy="--graph-mode NONE, or --enforce-eager, serves without graphs",
+                ) from e
             raise
-        _end(graph)
         pieces.parts.append(graph.replay)
         return out
 
     def _begin(self) -> torch.cuda.CUDAGraph:
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        self._graphs.add(graph)
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         return graph
 

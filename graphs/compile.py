@@ -123,7 +123,8 @@ def environment_key(device: torch.device) -> keys.Key:
     if device.type == "cpu":
         isa = torch.backends.cpu.get_cpu_capability()
         return {**here, "device": "cpu", **processor(), "isa": isa, "threads": str(torch.get_num_threads())}
-    return {**here, "device": torch.cuda.get_device_name(device), "machine": platform.machine()}
+    card = {"device": torch.cuda.get_device_name(device), "index": str(device.index or 0)}  # generated code names it
+    return {**here, **card, "machine": platform.machine()}
 
 
 def wanted(
@@ -290,10 +291,15 @@ def _load(path: Path) -> Callable[..., Any] | None:
 
 
 def _compile(wanted: Wanted, path: Path | None) -> Callable[..., Any]:
+    from torch._guards import TracingContext, tracing
     from torch._inductor import standalone_compile  # type: ignore[attr-defined]
 
     graph, fakes = trace(wanted.fn, [_on(wanted.device, x) for x in wanted.example], wanted.dynamic)
-    artifact = standalone_compile(graph, fakes, dynamic_shapes="from_graph")  # pyright: ignore[reportArgumentType]
+    # The symbols are this mode's. "from_graph" would not find it in a graph of make_fx and make another one, and some
+    # versions refuse a graph of two modes.
+    mode = fakes[0].fake_mode  # type: ignore[attr-defined]
+    with tracing(TracingContext(mode)):
+        artifact = standalone_compile(graph, fakes, dynamic_shapes="from_tracing_context")  # pyright: ignore[reportArgumentType]
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,10 @@ class KVLayout(Protocol):
         """(k_NBKC, v_NBKC), the way back."""
         ...
 
+    def clear(self, k: Tensor, v: Tensor, n: int) -> None:
+        """Writes zeros, as `pack` lays them, over what every block holds of its tokens from `n` on."""
+        ...
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -60,6 +64,10 @@ class Tokens:
 
     def unpack(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return k, v
+
+    def clear(self, k: Tensor, v: Tensor, n: int) -> None:
+        for x in (k, v):
+            movable(x)[:, n:] = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,10 @@ class Fp8:
 
     def unpack(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return k.float(), v.float()
+
+    def clear(self, k: Tensor, v: Tensor, n: int) -> None:
+        for x in (k, v):
+            movable(x)[:, n:] = 0
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,12 @@ class Lanes:
     def unpack(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         tokens = k.permute(0, 3, 1, 2, 4).flatten(3)[..., : v.shape[3]], v.permute(0, 2, 4, 1, 3).flatten(1, 2)
         return tokens[0].contiguous(), tokens[1].contiguous()
+
+    def clear(self, k: Tensor, v: Tensor, n: int) -> None:
+        k[:, :, :, n:] = 0
+        v[:, :, -(-n // self.atom) :] = 0
+        if within := n % self.atom:
+            v[:, :, n // self.atom, :, within:] = 0
 
 
 @dataclass(frozen=True)
@@ -145,6 +163,11 @@ class Rounded:
         scales = (self.scales(x).transpose(1, 2)[..., None] for x in (k, v))
         k32, v32 = (c.float() * s for c, s in zip(codes, scales, strict=True))
         return k32, v32
+
+    def clear(self, k: Tensor, v: Tensor, n: int) -> None:
+        Lanes(2).clear(*self.codes(k, v), n)
+        for x in (k, v):
+            self.scales(x)[..., n:] = 0
 
     def codes(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the codes as `Lanes` of 2."""
@@ -186,6 +209,12 @@ class Codes:
     def unpack(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self._unpack(k), self._unpack(v)
 
+    def clear(self, k: Tensor, v: Tensor, n: int) -> None:
+        head = 4 * ROUNDED_BLOCK
+        for x in (k, v):
+            x[..., :head].view(torch.float32)[..., n:] = 0
+            x[..., head:].unflatten(2, (ROUNDED_BLOCK, -1))[:, :, n:] = 0
+
     def _unpack(self, x: Tensor) -> Tensor:
         head = 4 * ROUNDED_BLOCK
         scale = x[..., :head].view(torch.float32)
@@ -224,10 +253,15 @@ def block_bytes(layout: KVLayout, B: int, K: int, C: int, dtype: torch.dtype) ->
     return sum(map(prod, layout.shapes(1, B, K, C))) * layout.element(dtype).itemsize
 
 
+def movable(x: Tensor) -> Tensor:
+    """The same memory as what torch moves by index, which floats of 8 bits are not."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
 def gather(k: Tensor, v: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
     """(k, v) [..., B, K, C] of blocks [...], as the plain-torch reference reads them: token by token, or rounded."""
-    if k.dtype == torch.float8_e4m3fn:  # torch moves no floats of 8 bits by index
-        k, v = (x.view(torch.uint8)[block].view(x.dtype) for x in (k, v))
+    if k.dtype == torch.float8_e4m3fn:
+        k, v = (movable(x)[block].view(x.dtype) for x in (k, v))
         return k, v
     if k.dim() == 4:
         return k[block], v[block]
@@ -239,8 +273,7 @@ def put(k: Tensor, v: Tensor, slot_T: Tensor, k_TKC: Tensor, v_TKC: Tensor) -> N
     """Writes tokens to their slots (block x B + offset), as the plain-torch reference does."""
     if k.dim() == 4:
         for pool, new in ((k, k_TKC), (v, v_TKC)):
-            bits = torch.uint8 if pool.dtype == torch.float8_e4m3fn else pool.dtype  # torch moves no floats of 8 bits
-            pool.view(bits).flatten(0, 1).index_copy_(0, slot_T, narrow(new, pool.dtype).view(bits))
+            movable(pool).flatten(0, 1).index_copy_(0, slot_T, movable(narrow(new, pool.dtype)))
         return
     (k_code, k_scale), (v_code, v_scale) = round_codes(k_TKC), round_codes(v_TKC)
     block, at = slot_T // ROUNDED_BLOCK, slot_T % ROUNDED_BLOCK

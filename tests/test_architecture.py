@@ -47,6 +47,7 @@ FLOORS = {
     "fnengine.memory": 6,
     "fnengine.build": 6,
     "fnengine.artifacts": 6,
+    "fnengine.kept": 6,
     "fnengine.runtime": 6,
     "fnengine.decoding": 6,
     "fnengine.simulate": 6,

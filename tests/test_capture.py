@@ -68,6 +68,27 @@ def test_inputs_are_copied(made):
     assert x.tolist() == [7, 7, 7]
 
 
+def test_a_recorder_outlives_its_graphs(made):
+    """On a GPU the memory that graphs share ends with the last of them, and the next one needs another."""
+    recorder, device = made
+    x = torch.ones(3, device=device)
+    for n in (2, 3, 4):
+        times = capture(lambda x, n=n: x * n, x, recorder=recorder)
+        assert times(x).tolist() == [n] * 3
+        del times
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_cuda_refuses_to_capture_comes_with_a_remedy():
+    recorder, x = CudaGraphs(), torch.ones(3, device="cuda")
+    for waits in (lambda x: x * float(x[0]), lambda x: x * torch.tensor([1.0, 2.0, 3.0], device="cuda")):
+        with pytest.raises(GraphError, match=r"could not be captured.*--graph-mode NONE"):
+            capture(waits, x, recorder=recorder)
+    torch.cuda.synchronize()
+    assert capture(lambda x: x + 1, x, recorder=recorder)(x).tolist() == [2, 2, 2]
+
+
 def test_what_comes_back_is_overwritten_by_the_next_replay():
     """The twin does it for every function of the recorder, because that is what may be relied on."""
     recorder, one = Twin(), torch.ones(3)

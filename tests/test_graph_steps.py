@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from fnengine.host.request import Request, Sampling, Stop
 from fnengine.host.step import COMMON, RARE, Ask
 from fnengine.runtime import Runtime
 from fnengine.settings import Settings
+from fnengine.state import Pool, packed_parts
 from tests.models import tiny_model
 from tests.text_models import byte_tokenizer
 
@@ -313,3 +315,22 @@ def test_a_bucket_without_a_padding_row_is_caught(model, plain, monkeypatch, tmp
     assert not differs(model, plain, graphs=str(tmp_path / "g.json"))
     monkeypatch.setattr(ladders, "holds", lambda b, t, r: b.tokens >= t and b.rows >= r)
     assert differs(model, plain, graphs=str(tmp_path / "g.json"))
+
+
+@pytest.mark.parametrize("tokens, rows", [(2, 2), (5, 5), (64, 17), (33, 3)])
+@pytest.mark.parametrize("score", [None, 3])
+def test_the_parts_of_a_batch_lie_apart_and_where_a_gpu_wants_them(tokens, rows, score):
+    parts = packed_parts(Bucket(tokens, rows), Ask(score=score))
+    lengths = [p.stop - p.start for p in parts]
+    assert lengths == [rows, rows + 1, tokens, rows, 0 if score is None else tokens]
+    assert all(p.start * 4 % 16 == 0 for p in parts)
+    assert all(a.stop <= b.start for a, b in itertools.pairwise(parts))
+
+
+def test_blocks_of_8_bit_floats_are_swapped():
+    """torch moves no such tensors by index. Oracle: their bits."""
+    pools = [tuple(Pool(*torch.randn(2, 5, 16, 2, 8).to(torch.float8_e4m3fn)) for _ in range(2)) for _ in range(2)]
+    device._move(pools[0], np.array([3, 1]), pools[1], np.array([0, 4]))
+    for a, b in zip(*pools, strict=True):
+        for x, y in ((a.k, b.k), (a.v, b.v)):
+            assert torch.equal(x.view(torch.uint8)[[3, 1]], y.view(torch.uint8)[[0, 4]])

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fnengine import environment, kernels, leaves, model, params, tree
+from fnengine.build import check_indices
 from fnengine.cli import main
 from fnengine.device import make_state
 from fnengine.engine import Engine
@@ -24,7 +25,7 @@ from fnengine.host.output import Delta, TokenLogprob
 from fnengine.host.request import Request, Stop
 from fnengine.kernels import team
 from fnengine.leaves import Packing
-from fnengine.memory import MIB, Shapes, account, fitted, size
+from fnengine.memory import MIB, Shapes, account, fitted, on_card, size
 from fnengine.settings import Mode, Settings
 from fnengine.spec import Attention, Layer, Mlp, ModelSpec, Rope
 from tests.models import tiny_folder
@@ -60,6 +61,30 @@ def test_every_line_by_hand():
     assert a.at_rest == sum(x.bytes for x in a.rest)
     assert a.at_worst == a.at_rest + 3 * SHAPES.answer_bytes + SHAPES.answer_bytes
     assert a.peak == a.at_worst > a.while_loading
+
+
+def test_what_a_card_keeps_free_by_hand():
+    """The same model with bfloat16 and steps of 4096 tokens, of which graphs hold up to 2048."""
+    rows = 9 * (4 * 9 + 8 + 4 * 32 + 4 * 513 + 3 * 4 * 512)
+    live = 2 * (4 * 64 + 3 * 96) + 16 * 4  # x and three like it, gate and up and their product; angles
+    logits, history = 8 * 1000 * 18, 8 * 512 * 44
+    mode = Mode(budget=4096, rows=8)
+
+    def kept(**how) -> int:
+        return on_card(SPEC, torch.bfloat16, mode, 512, **how)
+
+    direct = rows + 4096 * live + logits + history + 256 * MIB
+    assert kept(graphs=0, compiled=True) == direct
+    assert kept(graphs=10, compiled=True) == direct + 2048 * live + logits + history + 40 * MIB
+    assert kept(graphs=0, compiled=False) == direct + 4096 * 16 * 96
+
+
+def test_compiled_layers_count_with_32_bits():
+    """The widest buffer of this model has 192 elements a token: gate and up."""
+    most = (2**31 - 1) // 192
+    check_indices(SPEC, most)
+    with pytest.raises(ConfigError, match=f"at most {most}"):
+        check_indices(SPEC, most + 1)
 
 
 def test_fewer_rows_at_a_time_where_log_probabilities_are_many():

@@ -59,6 +59,11 @@ def test_on_cuda_what_utilization_leaves():
     facts = dict(device="cuda", total=100 * MIB, available=60 * MIB)
     assert pool(rows=64, **facts).blocks == 3200
     assert pool(Settings(gpu_memory_utilization=0.5), rows=64, **facts).blocks == 640
+    # 10 MiB more are kept for steps and graphs: 40 MiB, 2560 blocks.
+    kept = pool(rows=64, beside=10 * MIB, **facts)
+    assert kept.blocks == 2560 and "kept for steps and graphs" in kept.reason
+    with pytest.raises(ConfigError, match="no block of KV"):
+        pool(rows=64, beside=50 * MIB, **facts)
     with pytest.raises(ConfigError, match="gpu-memory-utilization"):
         pool(Settings(gpu_memory_utilization=1.5), **facts)
 

@@ -20,7 +20,7 @@ READ = 1024
 """Channels of a row that a program rounds at once."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "row_tiles", "token_tiles"])  # else a step of another size may wait for a compiler
 def _product(
     x,
     factors,

@@ -68,7 +68,7 @@ def _gumbel(id, position, stream, k0, k1):
     return -log32(-log32(u))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream"])  # 1 would become a constant, which has no `to`
 def _draw(
     logits,
     temperature,
@@ -119,7 +119,7 @@ def _draw(
     tl.store(token + r * tl.num_programs(1) + s, best_id)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _pick(value, token, out, S, V, MOST: tl.constexpr):
     """The best of a row's pieces."""
     r, s = tl.program_id(0), tl.arange(0, MOST)

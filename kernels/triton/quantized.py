@@ -119,7 +119,7 @@ def _decoded(
         return tl.reshape(tl.permute(both, (0, 2, 1, 4, 5, 3)), (ROWS, GROUP))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "row_tiles", "token_tiles"])  # else a step of another size may wait for a compiler
 def _product(
     x,
     factors,

@@ -212,7 +212,7 @@ def _descend(row, ids, n, low, high, goal, top, T, WEIGHED: tl.constexpr, BLOCK:
     return high, above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])  # one kernel for every number of pieces
 def _cut(
     logits,
     temperature,
