@@ -127,57 +127,88 @@ def test_unseeded_jobs_draw_what_unseeded_requests_draw(model):
 
 
 BEAMS = [
-    (width, early, penalty)
-    for width in (1, 2, 3, 4)
-    for early in (False, True)
-    for penalty in (1.0, 0.0, 2.5, -1.0)
-    if width > 1 or (early, penalty) == (False, 1.0)
-] + [(3, "never", 2.5), (4, "never", 0.0)]
+    (1, False, 1.0),
+    *[(width, early, penalty) for width in (2, 3, 4) for early in (False, True) for penalty in (1.0, 2.5)],
+    (4, False, -1.0),
+    (4, True, 0.0),
+    (3, "never", 2.5),
+    (4, "never", 0.0),
+]
+"""(width, early stopping, length penalty)"""
 
 
 @pytest.fixture(scope="module")
 def ends():
-    """Two ids that beams of the prompts do meet, so that hypotheses finish on the way."""
-    seen = Counter(t for p in PROMPTS[:2] for t in greedy_tokens(p, 14)[3:])
-    return [t for t, _ in seen.most_common(2)]
-
-
-@pytest.mark.parametrize(("width", "early", "penalty"), BEAMS)
-def test_beam_search_is_that_of_transformers(rt, ends, width, early, penalty):
-    """Oracle: transformers' generate."""
-    for prompt in PROMPTS[:2]:
-        options = {"num_beams": width, "early_stopping": early, "length_penalty": penalty} if width > 1 else {}
+    """Three ids that hypotheses meet on their way, so that some of them finish at every length."""
+    seen: Counter = Counter()
+    for prompt in PROMPTS[:3]:
         with torch.no_grad():
             ids = upstream("qwen3").generate(
-                torch.tensor([prompt]), max_new_tokens=14, do_sample=False, eos_token_id=ends, pad_token_id=0, **options
+                torch.tensor([prompt]),
+                max_new_tokens=14,
+                do_sample=False,
+                num_beams=8,
+                num_return_sequences=8,
+                eos_token_id=None,
+                pad_token_id=0,
             )
-        (done,) = decoding.run(
-            rt,
-            [
-                Job(
-                    beam,
-                    prompt,
-                    {"width": width, "early_stopping": early, "length_penalty": penalty},
-                    stop=Stop(max_tokens=14),
-                )
-            ],
-            eos=ends,
+        for row in ids[:, len(prompt) + 2 :].tolist():
+            seen.update(set(row))
+    return [t for t, _ in seen.most_common(3)]
+
+
+@functools.cache
+def searched_upstream(prompt, ends, width, early, penalty):
+    """Tokens of transformers' beam search."""
+    options = {"num_beams": width, "early_stopping": early, "length_penalty": penalty} if width > 1 else {}
+    with torch.no_grad():
+        ids = upstream("qwen3").generate(
+            torch.tensor([prompt]),
+            max_new_tokens=14,
+            do_sample=False,
+            eos_token_id=list(ends),
+            pad_token_id=0,
+            **options,
         )
-        assert done.error is None
-        assert list(done.tokens) == ids[0, len(prompt) :].tolist()
-        assert done.finish == ("stop" if done.tokens[-1] in ends else "length")
+    return tuple(ids[0, len(prompt) :].tolist())
 
 
-def test_the_cases_of_beam_search_differ(rt, ends):
-    """So that the test above can fail: widths and penalties change results."""
-    cases = [(1, 1.0), (4, 1.0), (4, 2.5), (4, -1.0)]
-    jobs = [
-        Job(beam, p, {"width": w, "length_penalty": lp}, stop=Stop(max_tokens=14))
-        for p in PROMPTS[:2]
-        for w, lp in cases
-    ]
-    done = decoding.run(rt, jobs, eos=ends, at_once=2)  # eight searches at once would not fit the pool
-    assert len({d.tokens for d in done}) >= 5 and {d.finish for d in done} == {"stop", "length"}
+def searched(rt, prompt, ends, width, early, penalty):
+    args = {"width": width, "early_stopping": early, "length_penalty": penalty}
+    (done,) = decoding.run(rt, [Job(beam, prompt, args, stop=Stop(max_tokens=14))], eos=ends)
+    assert done.error is None and done.finish == ("stop" if done.tokens[-1] in ends else "length")
+    return done.tokens
+
+
+@pytest.mark.parametrize("case", BEAMS, ids=str)
+def test_beam_search_is_that_of_transformers(rt, ends, case):
+    """Oracle: transformers' generate."""
+    for prompt in PROMPTS[:3]:
+        assert searched(rt, prompt, ends, *case) == searched_upstream(tuple(prompt), tuple(ends), *case)
+
+
+def test_a_beam_search_without_spare_candidates_is_caught(rt, ends, monkeypatch):
+    """Mutant: only `width` candidates are looked at, so that a hypothesis which ends leaves its place empty."""
+    module = sys.modules["fnengine.decoding.beam"]
+    honest = module._candidates
+    monkeypatch.setattr(module, "_candidates", lambda beams, logits, n: honest(beams, logits, n // 4))
+    assert any(
+        searched(rt, p, ends, *case) != searched_upstream(tuple(p), tuple(ends), *case)
+        for p in PROMPTS[:3]
+        for case in BEAMS[-4:]
+    )
+
+
+def test_the_cases_of_beam_search_differ(ends):
+    """So that the tests above can fail: each parameter changes a result, and hypotheses end at several lengths."""
+
+    def differ(a, b):
+        found = [[searched_upstream(tuple(p), tuple(ends), *case) for case in (a, b)] for p in PROMPTS[:3]]
+        return any(x != y for x, y in found)
+
+    assert differ((1, False, 1.0), (4, False, 1.0)) and differ((2, False, 1.0), (4, False, 1.0))
+    assert differ((4, False, 1.0), (4, True, 1.0)) and differ((4, False, 2.5), (4, False, -1.0))
+    assert len({len(searched_upstream(tuple(p), tuple(ends), *case)) for p in PROMPTS[:3] for case in BEAMS}) > 3
 
 
 def test_beam_search_without_any_end_is_that_of_transformers(rt):
