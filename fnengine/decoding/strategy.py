@@ -140,5 +140,4 @@ def strategy(function: Callable[..., Coroutine[Any, Any, Any]]) -> Strategy:
         raise ConfigError(
             f"{name} does not take a context and a prompt", where="@strategy", remedy=f"write {name}(ctx, prompt, ...)"
         ) from None
-    made = Strategy(name, function)
-    return made
+    return Strategy(name, function)
