@@ -31,6 +31,7 @@ _HOME = {
     "Stop": "host.request",
     "load": "load",
     "sample": "sampling",
+    "strategy": "decoding.strategy",
     "verify": "sampling",
 }
 """Public name -> the module it lives in."""
@@ -51,10 +52,12 @@ __all__ = [
     "errors",
     "load",
     "sample",
+    "strategy",
     "verify",
 ]
 
 if TYPE_CHECKING:
+    from fnengine.decoding.strategy import strategy
     from fnengine.engine import Engine
     from fnengine.host.request import Request, Sampling, Stop
     from fnengine.llm import LLM, Choice, Completion

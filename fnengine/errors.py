@@ -107,3 +107,8 @@ class KeptError(FnError):
 
 class DeviceFault(FnError):
     """A step failed on the device; the requests in it were ended, the engine went on."""
+
+
+class StrategyStalled(FnError):
+    """A decoding strategy held its event loop, or did nothing at all, for longer than it may; it was ended, others went
+    on."""

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from fnengine import decoding
+from fnengine.decoding.rounds import Emitted, Job, Outcome
+from fnengine.decoding.strategy import Strategy
 from fnengine.engine import Engine
 from fnengine.errors import DeviceFault, RequestError
 from fnengine.host.output import Delta, TokenLogprob, Usage
-from fnengine.host.request import Request, Sampling, Stop
+from fnengine.host.request import Request, Sampling, Stop, fold_in
+from fnengine.host.text import Piece, TextStream
 from fnengine.load import load
 from fnengine.model import Model
 from fnengine.processors import Own
+from fnengine.runtime import Runtime
 from fnengine.settings import Settings
 
 Prompt = str | list[int]
@@ -83,7 +88,11 @@ class LLM:
                 device=device,
             )
         self.model = model
-        self.engine = Engine.build(model, Settings(**options), processors=processors)
+        settings = Settings(**options)
+        self.engine = Engine.build(model, settings, processors=processors)
+        assert self.engine.built is not None
+        # Over the engine's own pool and prefix cache: between two calls of `generate` the engine is at rest.
+        self._runtime = Runtime.over(model, settings, self.engine.built, self.engine.host.ledger)
         self._numbers = itertools.count()
 
     def generate(
@@ -96,18 +105,33 @@ class LLM:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         on_delta: Callable[[int, Delta], None] | None = None,
+        strategy: Strategy | None = None,
+        strategy_args: Mapping[str, Any] | None = None,
     ) -> list[Completion]:
         """A `Completion` per prompt, in order. A prompt is text or token ids; a lone one gives a list of one.
 
         Without `sampling` the model's generation defaults apply; without `stop`, 16 tokens at most.
-        `on_delta(prompt index, delta)` sees output as it comes.
+        `on_delta(prompt index, delta)` sees output as it comes. With a `strategy` (one of `fnengine.decoding`, or your
+        own) that function decides what the text is; log-probabilities are then those that it gives.
 
         Raises:
             RequestError, ContextLengthError: nothing was generated for any prompt.
+            Whatever a strategy raised, after all of them have ended.
         """
         many = [prompts] if isinstance(prompts, str) else list(prompts)
         if many and isinstance(many[0], int):
             many = [many]  # type: ignore[list-item]
+        self._runtime.drain()
+        if strategy is not None:
+            given = {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+            given["min_tokens"] = None if stop is None else stop.min_tokens or None
+            for name in [name for name, value in given.items() if value is not None]:
+                raise RequestError(f"{name} cannot be asked of a strategy", param=name)
+            how = sampling or self.default_sampling()
+            ids = [self.engine.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in many]  # type: ignore[arg-type]
+            return self._follow(many, ids, strategy, strategy_args or {}, how, stop or Stop(max_tokens=16), n, on_delta)  # type: ignore[arg-type]
+        if strategy_args:
+            raise RequestError("strategy_args without a strategy", param="strategy_args")
         requests = []
         for prompt in many:
             ids = self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)  # type: ignore[arg-type]
@@ -134,13 +158,71 @@ class LLM:
         *,
         n: int = 1,
         on_delta: Callable[[int, Delta], None] | None = None,
+        strategy: Strategy | None = None,
+        strategy_args: Mapping[str, Any] | None = None,
         **template: Any,
     ) -> list[Completion]:
         """Like `generate`, from one conversation or a list of them; without `stop`, up to the end of the context."""
         talks = [messages] if messages and isinstance(messages[0], dict) else messages
         tokenizer = self.engine.tokenizer
         prompts = [tokenizer.encode(tokenizer.render_chat(m, **template), add_special=False) for m in talks]  # pyright: ignore[reportArgumentType]
-        return self.generate(prompts, sampling, stop or Stop(), n=n, on_delta=on_delta)
+        return self.generate(
+            prompts, sampling, stop or Stop(), n=n, on_delta=on_delta, strategy=strategy, strategy_args=strategy_args
+        )
+
+    def _follow(
+        self,
+        prompts: list[Prompt],
+        ids: list[list[int]],
+        strategy: Strategy,
+        args: Mapping[str, Any],
+        sampling: Sampling,
+        stop: Stop,
+        n: int,
+        on_delta: Callable[[int, Delta], None] | None,
+    ) -> list[Completion]:
+        """Completions by way of `decoding.run`, each prompt n times with n seeds."""
+        if n < 1:
+            raise RequestError(f"n must be at least 1, got {n}", param="n")
+        eos = self.engine.policy.eos
+        ends = {*stop.ids, *(() if stop.ignore_eos else eos)}
+        jobs, texts = [], []
+        for prompt in ids:
+            seed = self.engine.host.new_seed() if sampling.seed is None else sampling.seed
+            for i in range(n):
+                jobs.append(Job(strategy, prompt, args, replace(sampling, seed=fold_in(seed, i)), stop))
+                texts.append(
+                    TextStream.start(self.engine.tokenizer, prompt, stop.strings, include_stop=stop.include_stop)
+                )
+        deltas: list[list[Delta]] = [[] for _ in jobs]
+
+        def tell(at: int, delta: Delta) -> None:
+            deltas[at].append(delta)
+            if on_delta is not None:
+                on_delta(at // n, delta)
+
+        def part(emitted: Emitted) -> bool:
+            at, piece = emitted.index, Piece()
+            scores = emitted.logprobs or [None] * len(emitted.tokens)
+            for token, score in zip(emitted.tokens, scores, strict=True):
+                piece += texts[at].push(token, score, silent=token in ends)
+                if piece.stop is not None:
+                    stopped[at] = piece.stop
+                    break
+            if piece.tokens or piece.text:
+                tell(at, Delta(at % n, piece.text, piece.tokens, _scores(piece)))
+            return piece.stop is not None
+
+        stopped: dict[int, str] = {}
+        self._runtime.forget_rows()
+        outcomes = decoding.run(self._runtime, jobs, on_emit=part, eos=eos)
+        self._runtime.drain()
+        for outcome in outcomes:
+            if outcome.error is not None:
+                raise outcome.error
+        for at, outcome in enumerate(outcomes):
+            tell(at, _last_delta(at % n, outcome, texts[at], len(ids[at // n]), stopped.get(at), stop, deltas[at]))
+        return [_gather(p, [deltas[i * n + j] for j in range(n)]) for i, p in enumerate(prompts)]
 
     def default_sampling(self) -> Sampling:
         """What generation_config.json says, temperature 1 where it is silent."""
@@ -174,6 +256,32 @@ class LLM:
                 pass
             raise
         return [_gather(p, d) for p, d in zip(prompts, deltas, strict=True)]
+
+
+def _last_delta(
+    index: int, outcome: Outcome, text: TextStream, prompt: int, found: str | None, stop: Stop, before: list[Delta]
+) -> Delta:
+    """What ends a choice that a strategy made: the text that still waited, and why it ended."""
+    piece = Piece() if found is not None else text.finish()
+    found = found or piece.stop
+    reason: str | int | None = found
+    if found is None and outcome.finish == "stop" and outcome.tokens and outcome.tokens[-1] in stop.ids:
+        reason = outcome.tokens[-1]
+    made = sum(len(d.tokens) for d in before) + len(piece.tokens)
+    return Delta(
+        index=index,
+        text=piece.text,
+        tokens=piece.tokens,
+        logprobs=_scores(piece),
+        finish="stop" if found is not None else outcome.finish,
+        stop_reason=reason,
+        usage=Usage(prompt=prompt, cached=0, completion=made),
+    )
+
+
+def _scores(piece: Piece) -> tuple[TokenLogprob, ...] | None:
+    """Log-probabilities beside the piece's tokens, if there are any."""
+    return piece.logprobs if piece.tokens and None not in piece.logprobs else None
 
 
 def _gather(prompt: Prompt, deltas: list[list[Delta]]) -> Completion:

@@ -81,6 +81,11 @@ class Sequence:
         return self._path.length
 
     @property
+    def runtime(self) -> Runtime:
+        """The one that computed it, and can extend it."""
+        return self._runtime
+
+    @property
     def tokens(self) -> list[int]:
         """The token ids, as a new list."""
         return self._buffer.data[: len(self)].tolist()
@@ -158,16 +163,32 @@ class Runtime:
         processors: Mapping[str, Own] | None = None,
         **options: Any,
     ):
-        self.model = model
-        self.settings = settings or Settings(**options)
-        self.built: Built = build(model, self.settings, processors=processors)
-        self._device = self.built.device
-        self._ledger = Ledger(self._device.blocks, BLOCK, caching=self.settings.enable_prefix_caching)
+        settings = settings or Settings(**options)
+        built = build(model, settings, processors=processors)
+        self._begin(model, settings, built, Ledger(built.device.blocks, BLOCK, caching=settings.enable_prefix_caching))
+
+    @classmethod
+    def over(cls, model: Model, settings: Settings, built: Built, ledger: Ledger) -> Runtime:
+        """One over a device and a ledger that an engine has, for the time in which that is at rest.
+
+        After the engine has run, `forget_rows` has to be called: its rows are not what they were.
+        """
+        here = cls.__new__(cls)
+        here._begin(model, settings, built, ledger)
+        return here
+
+    def _begin(self, model: Model, settings: Settings, built: Built, ledger: Ledger) -> None:
+        self.model, self.settings, self.built = model, settings, built
+        self._device = built.device
+        self._ledger = ledger
         self._dropped: deque[Path] = deque()
-        self._rows: OrderedDict[int, tuple[weakref.ref[Sequence], Sampling | None, int] | None] = OrderedDict(
-            (r, None) for r in range(self._device.rows)
-        )
+        self._rows: OrderedDict[int, tuple[weakref.ref[Sequence], Sampling | None, int] | None] = OrderedDict()
+        self.forget_rows()
         self._unseeded = 0
+
+    def forget_rows(self) -> None:
+        """Takes no row for the cache of a sequence any more. What sequences own, blocks, is not touched."""
+        self._rows = OrderedDict((r, None) for r in range(self._device.rows))
 
     @property
     def empty(self) -> Sequence:
@@ -180,9 +201,19 @@ class Runtime:
         return self._device.max_len
 
     @property
+    def rows(self) -> int:
+        """Most pairs that one step computes."""
+        return self._device.rows
+
+    def new_seed(self) -> int:
+        """The next seed for who brings none: 64 bits, from the settings' root seed."""
+        self._unseeded += 1
+        return fold_in(self.settings.seed, self._unseeded)
+
+    @property
     def free_blocks(self) -> int:
         """Blocks that could be had now, cached ones included."""
-        self._drain()
+        self.drain()
         return self._ledger.available
 
     def extend(
@@ -253,7 +284,7 @@ class Runtime:
                 raise ContextLengthError(f"{n} tokens exceed the context of {self.max_len}", where=str(path))
             if n == 0:
                 return self.empty
-            self._drain()
+            self.drain()
             whole = self._extensions([(self._ledger.empty(), n)])[0].path
             try:
                 tokens = file.fill(pool, self._ledger.blocks_of(whole))
@@ -273,7 +304,7 @@ class Runtime:
             return self._ledger.extend_many(pairs)
         except OutOfBlocks:
             gc.collect()  # sequences in reference cycles hold blocks that nobody can use
-            self._drain()
+            self.drain()
             return self._ledger.extend_many(pairs)
 
     def _extend(
@@ -322,7 +353,7 @@ class Runtime:
                 param="logits",
                 remedy="extend by fewer tokens at a time",
             )
-        self._drain()
+        self.drain()
         ledger = self._ledger
         bases = []
         for (seq, _), array in zip(pairs, arrays, strict=True):
@@ -342,8 +373,7 @@ class Runtime:
         ):
             seed = 0
             if sampling is not None:
-                seed = sampling.seed if sampling.seed is not None else fold_in(self.settings.seed, self._unseeded + 1)
-                self._unseeded += sampling.seed is None
+                seed = sampling.seed if sampling.seed is not None else self.new_seed()
             row, admitted = self._row_for(seq, sampling, seed, taken)
             taken.add(row)
             parts.append(
@@ -454,11 +484,12 @@ class Runtime:
         if seq._path is _CLOSED:
             raise RequestError("this sequence was closed", param="seq")
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Returns the blocks of values that were let go; `extend` does so itself."""
         while self._dropped:
             self._ledger.free(self._dropped.popleft())
 
     def check(self) -> None:
         """Asserts that the ledger's books balance."""
-        self._drain()
+        self.drain()
         self._ledger.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -39,10 +40,11 @@ def llm():
     return fn.LLM("demo", max_num_seqs=4)
 
 
-def test_there_are_five_examples_of_under_60_lines():
+def test_there_are_six_examples_of_under_60_lines():
     assert EXAMPLES == [
         "best_of_n.py",
         "capture_function.py",
+        "custom_strategy.py",
         "greedy_loop.py",
         "offline_generate.py",
         "openai_client.py",
@@ -96,6 +98,28 @@ def test_best_of_n_keeps_the_likeliest_fork(llm):
     assert [float(s) for s, _ in shown] == pytest.approx(sorted(scores.values(), reverse=True), abs=0.02)
     counted = re.fullmatch(r"blocks beyond the prompt's: (\d+) for 6 forks, (\d+) for the best one alone", blocks)
     assert counted and 0 < int(counted[2]) < int(counted[1])
+
+
+def test_a_custom_strategy_takes_the_likelier_road(llm):
+    """Oracle: the same rule over a plain loop of `extend`, one prompt at a time, every road computed from nothing."""
+    rt = fn.Runtime(llm.model, max_num_seqs=4)
+    for line in printed("custom_strategy.py").splitlines():
+        prompt, rest = line.split(" ...", 1)
+        ids, out = llm.model.encode(prompt), []
+        while len(out) < 24 and (not out or out[-1] not in llm.model.spec.eos):
+            logp = rt.extend(rt.empty, ids + out)[1].log_softmax(-1)
+            roads = [t for t in logp.topk(2).indices.tolist() if logp[t] >= logp.max() + math.log(0.5)]
+            scores = []
+            for first in roads:
+                road, score = [first], float(logp[first])
+                for _ in range(4):
+                    after = rt.extend(rt.empty, ids + out + road)[1].log_softmax(-1)
+                    road.append(int(after.argmax()))
+                    score += float(after.max())
+                scores.append(score)
+            out.append(roads[scores.index(max(scores))])
+        finish = "stop" if out[-1] in llm.model.spec.eos else "length"
+        assert rest == f"{llm.model.decode(out)!r} ({finish})"
 
 
 def test_generating_and_serving_say_the_same(llm):

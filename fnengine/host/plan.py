@@ -72,11 +72,7 @@ def submit(host: Host, request: Request, now: float) -> tuple[Run, ...]:
         )
     assert request.id not in host.requests, f"request id {request.id!r} is in use"
     policy, stop, sampling = host.policy, request.stop, request.sampling
-    if sampling.seed is None:
-        host.unseeded += 1
-        seed = fold_in(host.seed, host.unseeded)
-    else:
-        seed = sampling.seed
+    seed = host.new_seed() if sampling.seed is None else sampling.seed
     prompt = np.ascontiguousarray(request.prompt, np.int32)
     n, ending = len(prompt), _ending(policy, request)
     runs = tuple(

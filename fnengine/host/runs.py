@@ -21,7 +21,7 @@ import numpy as np
 
 from fnengine.host.blocks import Ledger, Path
 from fnengine.host.output import Finish, TokenLogprob
-from fnengine.host.request import Request
+from fnengine.host.request import Request, fold_in
 
 Key = tuple[int, float, int]
 """(priority, arrival, number): the order in which runs are served; unique."""
@@ -205,6 +205,11 @@ class Host:
         """Requests refused because the queue was full."""
         self.steps = 0
         """Steps planned."""
+
+    def new_seed(self) -> int:
+        """The next seed for a request that brings none: 64 bits, from the root seed."""
+        self.unseeded += 1
+        return fold_in(self.seed, self.unseeded)
 
     def check(self) -> None:
         """Asserts that rows, slots, blocks and counts balance. For tests and audits."""
