@@ -20,6 +20,7 @@ from fnengine.host.ask import pipeline_of
 from fnengine.host.request import Sampling
 from fnengine.host.step import Ask
 from fnengine.kernels import Ops
+from fnengine.kernels.noise import kept
 from fnengine.processors import FEW, PROCESSORS, TRUNCATION, View, fixed_work, leading
 from fnengine.state import Rows, Top
 
@@ -40,12 +41,8 @@ def choose(ask: Ask, logits_RV: Tensor, rows: Rows, row_R: Tensor, position_R: T
     seed_R = rows.seed[row_R]
 
     def tokens(part: slice) -> Tensor:
-        logits, view = logits_RV[part], View(rows, row_R[part], position_R[part])
-        for name in processed:
-            logits = PROCESSORS[name](logits, view)
-        last_R = None
-        if ask.noise and len(processed) < len(ask.pipeline):  # the argmax of a row survives every truncation
-            last_R = ops.truncate(logits, temperature_R[part], *(view.of(name) for name in TRUNCATION))
+        view = View(rows, row_R[part], position_R[part])
+        logits, last_R = _processed(ask, logits_RV[part], view, temperature_R[part], ops)
         return ops.gumbel_argmax(logits, temperature_R[part], seed_R[part], position_R[part], STREAM, last_R)
 
     R = len(logits_RV)
@@ -53,6 +50,18 @@ def choose(ask: Ask, logits_RV: Tensor, rows: Rows, row_R: Tensor, position_R: T
     if not processed or fixed_work(logits_RV) or R <= AT_ONCE:
         return tokens(slice(R))
     return torch.cat([tokens(slice(i, i + AT_ONCE)) for i in range(0, R, AT_ONCE)])
+
+
+def _processed(
+    ask: Ask, logits_RV: Tensor, view: View, temperature_R: Tensor, ops: Ops
+) -> tuple[Tensor, Tensor | None]:
+    """(logits after the processors, the last token that truncation keeps of each row or None for all)."""
+    processed = [name for name in ask.pipeline if name in PROCESSORS]
+    for name in processed:
+        logits_RV = PROCESSORS[name](logits_RV, view)
+    if ask.noise and len(processed) < len(ask.pipeline):  # the argmax of a row survives every truncation
+        return logits_RV, ops.truncate(logits_RV, temperature_R, *(view.of(name) for name in TRUNCATION))
+    return logits_RV, None
 
 
 def rows_at_once(k: int) -> int:
@@ -139,7 +148,7 @@ def sample(
     columns["tokens"] = [tokens] if one else _per_row(tokens, R, "tokens", nested=True)
     columns["logit_bias"] = _per_row(logit_bias, R, "logit_bias")
     wishes = [_wish(logits_RV.shape[1], **{n: c[r] for n, c in columns.items()}) for r in range(R)]
-    chosen = _draw(logits_RV, wishes)
+    chosen = choose(*_staged(logits_RV, wishes)).tolist()
     return chosen[0] if one else chosen
 
 
@@ -196,6 +205,31 @@ def verify(logits: Tensor, draft: Any, *, position: Any, tokens: Any = None, **p
     return results[0] if one else results
 
 
+def probabilities(logits: Tensor, *, position: list[int], tokens: list | None = None, **parameters: Any) -> Tensor:
+    """The distributions that `sample` draws from: what each token's probability is after all parameters. Certainty of
+    the largest at temperature 0.
+
+    Shapes: logits [R, V], unprocessed -> [R, V] float64.
+
+    Args:
+        position: of each row.
+        tokens: before each row's position (penalties only).
+        parameters: as in `sample`, but one value for all rows.
+    """
+    R, V = logits.shape
+    given = {"seed": 0, "top_k": 0, "logit_bias": None, "prompt_len": None, **parameters}
+    histories = [None] * R if tokens is None else tokens
+    wishes = [_wish(V, position=p, tokens=t, **given) for p, t in zip(position, histories, strict=True)]
+    ask, raw, rows, row_R, position_R, ops = _staged(logits, wishes)
+    temperature_R = rows.temperature[row_R]
+    logits_RV, last_R = _processed(ask, raw, View(rows, row_R, position_R), temperature_R, ops)
+    if not ask.noise:
+        return torch.zeros_like(logits_RV, dtype=torch.float64).scatter_(1, logits_RV.argmax(1, keepdim=True), 1.0)
+    if last_R is not None:
+        logits_RV = torch.where(kept(logits_RV, last_R), logits_RV, -torch.inf)
+    return (logits_RV / temperature_R[:, None]).double().softmax(1)
+
+
 @dataclass(frozen=True)
 class _Wish:
     """What one row asks of `sample`, checked."""
@@ -241,8 +275,8 @@ def _wish(
     return _Wish(s, seed, position, ids, n)
 
 
-def _draw(logits_RV: Tensor, wishes: list[_Wish]) -> list[int]:
-    """Tokens by way of `choose`, over rows made for the occasion."""
+def _staged(logits_RV: Tensor, wishes: list[_Wish]) -> tuple[Ask, Tensor, Rows, Tensor, Tensor, Ops]:
+    """The arguments of `choose`, with rows made for the occasion."""
     device = logits_RV.device
 
     def put(values: list, dtype: torch.dtype) -> Tensor:
@@ -280,7 +314,7 @@ def _draw(logits_RV: Tensor, wishes: list[_Wish]) -> list[int]:
     names, noise = pipeline_of((w.sampling, False) for w in wishes)
     ops = kernels.ops(device, torch.float32)
     row_R = torch.arange(R, device=device)
-    return choose(Ask(pipeline=names, noise=noise), logits_RV.detach().float(), rows, row_R, position, ops).tolist()
+    return Ask(pipeline=names, noise=noise), logits_RV.detach().float(), rows, row_R, position, ops
 
 
 def _list(value: Any) -> list:
