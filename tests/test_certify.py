@@ -51,10 +51,10 @@ def table() -> Remembered:
 
 
 @cache
-def guessed(pair: tuple[int, int], tokens: tuple[int, ...] | None, how: Drawing) -> torch.Tensor:
+def guessed(pair: tuple[int, int], scale: float, tokens: tuple[int, ...] | None, how: Drawing) -> torch.Tensor:
     """The distribution after two tokens by another table; with penalties, after all of them."""
     line = list(tokens or PROMPT)
-    return probabilities(table().after(pair)[None] * 0.5, position=[len(line)], **how.parameters([line]))[0]
+    return probabilities(table().after(pair)[None] * scale, position=[len(line)], **how.parameters([line]))[0]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Copy:
     """A table that differs from the target's: a proposer with probabilities of its own, drawn from with stream 77."""
 
     lie: str = ""
+    scale: float = 0.5
+    """Of the target's logits: 1 would be the target itself, negative ones like what it does not."""
 
     def start(self, tokens: Any, how: Drawing) -> tuple[Text, Drawing]:
         return text(tokens), how
@@ -72,7 +74,7 @@ class Copy:
         seedless = replace(how, sampling=replace(how.sampling, seed=0))
         back = how.parameters(ids)["tokens"] is not None
         for _ in range(k):
-            q = guessed((ids[-2], ids[-1]), tuple(ids) if back else None, seedless)
+            q = guessed((ids[-2], ids[-1]), self.scale, tuple(ids) if back else None, seedless)
             stream = ACCEPT if self.lie == "reads the verifier's noise" else 77
             u = float(philox_uniform(how.sampling.seed or 0, len(ids), stream, np.zeros(1, np.int64))[0])
             t = min(int((q.cumsum(0) < u).sum()), V - 1)
@@ -144,17 +146,23 @@ PARAMETERS: list[dict[str, Any]] = [
 """Each test alone has a false-alarm rate of 1e-6; draws are the same every time."""
 
 
-def found(proposer: Any, verifier: Any, draws: int = 1200, **parameters: Any):
+def found(proposer: Any, verifier: Any, draws: int = 400, **parameters: Any):
     s = Sampling(seed=11, **{"temperature": 1.0, **parameters})
     return follows(table(), proposer, verifier, PROMPT, s, k=3, draws=draws, alpha=1e-6)
 
 
-@pytest.mark.parametrize("parameters", PARAMETERS, ids=lambda p: " ".join(p))
-@pytest.mark.parametrize("proposer", [Copy(), Copy("claims nothing"), NGram()], ids=["claims", "none", "ngram"])
+HONEST: list[tuple[Any, dict[str, Any]]] = [
+    *((Copy(), p) for p in PARAMETERS),
+    (Copy("claims nothing"), PARAMETERS[0]),
+    (NGram(), PARAMETERS[0]),
+]
+
+
+@pytest.mark.parametrize(("proposer", "parameters"), HONEST, ids=str)
 def test_rejection_keeps_the_distribution(proposer: Any, parameters: dict[str, Any]):
     finding = found(proposer, "rejection", **parameters)
     assert finding.passed, finding.said
-    assert finding.numbers["accepted"] > 100
+    assert finding.numbers["accepted"] > 40
 
 
 def test_the_default_verifier_keeps_it_whatever_a_proposer_does():
@@ -186,9 +194,14 @@ def test_the_default_verifier_keeps_it_whatever_a_proposer_does():
 
 @pytest.mark.parametrize("lie", ["claims more than it draws", "reads the verifier's noise"])
 def test_a_biased_proposer_is_caught(lie: str):
-    finding = found(Copy(lie), "rejection")
-    assert not finding.passed and "chi-square" in finding.said
-    assert finding.numbers["p_value"] < 1e-12
+    finding = found(Copy(lie, scale=-0.7), "rejection", draws=900)
+    assert not finding.passed and "chi-square" in finding.said, finding.said
+
+
+@cache
+def wanted(pair: tuple[int, int]) -> torch.Tensor:
+    """The target's distribution at temperature 1, which all wrong verifiers are tested at."""
+    return table().after(pair).double().softmax(0)
 
 
 def eager(logits: Any, draft: Draft, tokens: Any, how: Drawing) -> list[int]:
@@ -196,7 +209,7 @@ def eager(logits: Any, draft: Draft, tokens: Any, how: Drawing) -> list[int]:
     at = len(tokens)
     for i, x in enumerate(draft.tokens):
         before = [*tokens.tolist(), *draft.tokens[:i]]
-        p = probabilities(logits[i : i + 1], position=[at + i], **how.parameters([before]))[0]
+        p = wanted((before[-2], before[-1]))
         if p[x] < 0.1:
             return [*draft.tokens[:i], sample(logits[i], position=at + i, **how.parameters(before))]
     k = len(draft.tokens)
@@ -210,7 +223,7 @@ def replaced(how_to: str) -> Any:
         at, seed = len(tokens), how.sampling.seed or 0
         for i, x in enumerate(draft.tokens):
             before = [*tokens.tolist(), *draft.tokens[:i]]
-            p = probabilities(logits[i : i + 1], position=[at + i], **how.parameters([before]))[0]
+            p = wanted((before[-2], before[-1]))
             q = torch.zeros_like(p).index_fill_(0, torch.tensor(x), 1.0) if draft.claims is None else draft.claims[i]
             stream = 77 if how_to == "the draft's noise" else ACCEPT
             u = float(philox_uniform(seed, at + i, stream, np.zeros(1, np.int64))[0])
@@ -243,16 +256,24 @@ def late(logits: Any, draft: Draft, tokens: Any, how: Drawing) -> list[int]:
 
 
 def test_a_verifier_without_mistakes_passes_the_same_tests():
-    assert found(Copy(), replaced("nothing")).passed
+    assert found(Copy(scale=-0.7), replaced("nothing"), draws=900).passed
 
 
-@pytest.mark.parametrize(
-    "mutant",
-    [eager, trusting, late, *(replaced(m) for m in ("too eager", "all of p", "the draft's noise"))],
-    ids=["eager", "trusting", "late", "too eager", "all of p", "the draft's noise"],
-)
-def test_a_wrong_verifier_is_caught(mutant: Any):
-    finding = found(Copy(), mutant, draws=2500)
+WRONG: dict[str, tuple[Any, float]] = {
+    "eager": (eager, -0.7),
+    "trusting": (trusting, -0.7),
+    "late": (late, 0.9),
+    "too eager": (replaced("too eager"), 0.5),
+    "all of p": (replaced("all of p"), -0.7),
+    "the draft's noise": (replaced("the draft's noise"), -0.7),
+}
+"""Each with a proposer that brings it out: a bad one is often rejected, a good one often accepted whole."""
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_verifier_is_caught(name: str):
+    mutant, scale = WRONG[name]
+    finding = found(Copy(scale=scale), mutant, draws=1200 if name == "late" else 900)
     assert not finding.passed and "chi-square" in finding.said, finding.said
 
 
@@ -273,11 +294,11 @@ def runtime() -> fn.Runtime:
 def test_a_model_of_any_size_becomes_a_small_one(runtime: fn.Runtime):
     """All parts on a model of 131 tokens: lossless ones are certified, others not, with the reason."""
     prompts = [[5, 9, 14, 3, 77, 5, 9, 14, 3, 20, 41, 5, 9], [7, 7, 8, 7, 7]]
-    c = certify(runtime, NGram(shortest=1), {"rejection": "rejection"}, prompts, k=3, n=12, draws=400)
+    c = certify(runtime, NGram(shortest=1), {"rejection": "rejection"}, prompts, k=3, n=12, draws=200)
     assert c.passed, [f.said for f in c.findings]
     assert c.tests == 4 and c.alpha == 1e-3 and len(c.findings) == 8
     assert all(f.numbers["alpha"] == pytest.approx(1e-3 / 4) for f in c.findings if "distribution" in f.what)
-    wrong = certify(runtime, NGram(shortest=1), {"mine": trusting}, prompts, k=3, n=4, draws=400)
+    wrong = certify(runtime, NGram(shortest=1), {"mine": trusting}, prompts, k=3, n=4, draws=200)
     assert not wrong.passed and {f.what for f in wrong.findings if not f.passed} == {"distribution, mine"}
 
     def raises(tokens: list[int], k: int) -> list[int]:
@@ -302,7 +323,7 @@ def test_break_even_by_hand():
     got = {(g.k, g.batch): g for g in gains(tally, times)}
     assert got[1, 1].speedup == pytest.approx(1.4 / 1.2) and got[2, 4].speedup == pytest.approx(1.6 / (2.8 / 1.2))
     lines = breakeven.table(tally, list(got.values()))
-    assert lines[1].split() == ["1", "8", "4", "50.0%"] and "1.17 (20%)" in lines[5]
+    assert lines[1].split() == ["1", "8", "4", "50.0%"] and "1.17 (20%)" in lines[6]
     svg = ElementTree.fromstring(breakeven.picture(list(got.values())))
     assert len(svg.findall("{http://www.w3.org/2000/svg}polyline")) == 2
     assert ElementTree.fromstring(breakeven.picture([Gain(1, 1, 1.1, 1.2, 0.2)])) is not None
@@ -337,7 +358,7 @@ def trusting(logits, draft, tokens, how):
 number = 3
 """
 QUICK = ["--enforce-eager", "--max-num-seqs", "4", "--max-model-len", "256", "--k", "2", "--max-tokens", "4"]
-QUICK += ["--draws", "200", "--seconds", "0", "--batches", "1,2", "--debug"]
+QUICK += ["--draws", "150", "--seconds", "0", "--batches", "1,2", "--debug"]
 
 
 def test_the_command_certifies_and_refuses(tmp_path, monkeypatch, capsys):

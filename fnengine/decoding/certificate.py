@@ -224,7 +224,7 @@ def chi_square(counts: Counter[tuple[int, ...]], bins: Bins) -> tuple[float, int
     An outcome that cannot be gives a p-value of 0.
     """
     draws = sum(counts.values())
-    if any(bins[key] < 1e-9 for key in counts):
+    if any(n and bins[key] < 1e-9 for key, n in counts.items()):
         return float("inf"), len(bins), 0.0
     large = {key: draws * p for key, p in bins.items() if draws * p >= FEWEST}
     rare = draws - sum(large.values())
@@ -265,8 +265,10 @@ def follows(
     for i in range(draws):
         how = Drawing(replace(sampling, seed=fold_in(sampling.seed or 0, i + 1)), len(prompt))
         made: list[int] = []
-        # More than is looked at may be made, so that drafts are whole.
-        for r, _ in rounds(target, prompt, proposer, how=how, k=k, limit=OUTPUT + k, verifier=verifier):
+        # k takes turns, so that each of the three tokens is now a draft's, now the one after a whole draft; and more
+        # tokens than are looked at may be made, so that drafts are not cut short.
+        most = (k, 1, 2)[i % 3]
+        for r, _ in rounds(target, prompt, proposer, how=how, k=min(k, most), limit=OUTPUT + k, verifier=verifier):
             made += r.tokens
             tally = count(tally, r)
             if len(made) >= OUTPUT:

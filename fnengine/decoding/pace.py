@@ -28,8 +28,9 @@ MARGIN = 1.01
 """Plain decoding has to be better by this: lookups that cost nearly nothing are not given up for finding nothing."""
 FIRST_WAIT, LAST_WAIT = 16, 64
 """Rounds that drafting rests before it is tried again. A try that costs a whole step more is 1.6 % of 64."""
-PROBE_WEIGHT = 2.0
-"""Earlier tries that a probe counts against: times change, that is why one probes."""
+PROBE_WEIGHT = 4.0
+"""Earlier tries that a probe counts against: times change, that is why one probes. With 2, a failed one was followed by
+three more."""
 PLAIN_EVERY = 128
 """A plain step is taken after so many speculative ones, lest its time be forgotten while contexts grow."""
 
