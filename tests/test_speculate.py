@@ -543,10 +543,7 @@ def test_adaptation_through_the_loop_follows_the_clock():
         time[0] += 1.0
         return own(logits, draft, tokens, how)
 
-    speculate(
-        runtime(),
-        REPEATS,
-        Stateless(guess),
+    options: dict[str, Any] = dict(
         k=3,
         sampling=Sampling(temperature=0),
         stop=Stop(max_tokens=60, ignore_eos=True),
@@ -554,8 +551,12 @@ def test_adaptation_through_the_loop_follows_the_clock():
         clock=clock,
         on_round=lambda r: asked.append(r.asked),
     )
+    first = speculate(runtime(), REPEATS, Stateless(guess), **options)
     assert asked[:4] == [0, 0, 0, 0], "plain steps are measured first"
     assert any(asked[:8]) and sum(k > 0 for k in asked[12:]) <= 4
+    asked.clear()
+    speculate(runtime(), REPEATS, Stateless(guess), pace=first.pace, **options)
+    assert sum(k > 0 for k in asked) <= 2, "what was found out is not forgotten"
 
 
 def test_remembered_targets_give_the_runtimes_tokens():

@@ -95,7 +95,7 @@ def equal_tokens(
             want = plain(runtime, prompt, how, n)
             for adapt in (False, True):
                 got: list[int] = []
-                for r, _ in rounds(runtime, prompt, proposer, how=how, k=k, limit=n, verifier=verifier, adapt=adapt):
+                for r, _, _ in rounds(runtime, prompt, proposer, how=how, k=k, limit=n, verifier=verifier, adapt=adapt):
                     got += r.tokens
                     tally = tally if adapt else count(tally, r)
                 compared += len(want)
@@ -268,7 +268,7 @@ def follows(
         # k takes turns, so that each of the three tokens is now a draft's, now the one after a whole draft; and more
         # tokens than are looked at may be made, so that drafts are not cut short.
         most = (k, 1, 2)[i % 3]
-        for r, _ in rounds(target, prompt, proposer, how=how, k=min(k, most), limit=OUTPUT + k, verifier=verifier):
+        for r, _, _ in rounds(target, prompt, proposer, how=how, k=min(k, most), limit=OUTPUT + k, verifier=verifier):
             made += r.tokens
             tally = count(tally, r)
             if len(made) >= OUTPUT:

@@ -199,6 +199,8 @@ class Speculated:
     tally: Tally
     state: Any
     """The proposer's last one; `prediction.usage` reads it."""
+    pace: Pace | None = None
+    """For the next text."""
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -226,6 +228,7 @@ def speculate(
     stop: Stop | None = None,
     verifier: str | Verifier = "own",
     adapt: bool = True,
+    pace: Pace | None = None,
     clock: Callable[[], float] = time.perf_counter,
     on_round: Callable[[Round], None] = lambda r: None,
 ) -> Speculated:
@@ -238,6 +241,8 @@ def speculate(
         stop: max_tokens, ids and ignore_eos; the default is 16 tokens. Text is not looked at here, so no strings.
         verifier: `own` (the same tokens as without speculation), `rejection` (the same distribution), or a function.
         adapt: let k follow what was measured, down to 0; see `pace`. Otherwise k is always asked for.
+        pace: an earlier text's last one: what steps take and how drafts fare is known then, and need not be found out
+            again. One for another k is left aside.
         clock: seconds, read by adaptation only.
         on_round: sees tokens as they come.
 
@@ -266,20 +271,20 @@ def speculate(
     ends = frozenset((*stop.ids, *(() if stop.ignore_eos else runtime.model.spec.eos)))
     how = Drawing(sampling, len(prompt))
     made: list[int] = []
-    tally, last, finish = Tally(), None, "length"
-    for r, state in rounds(
-        runtime, prompt, proposer, how=how, k=k, limit=limit, verifier=verifier, adapt=adapt, clock=clock
+    tally, last, after, finish = Tally(), None, pace, "length"
+    for r, state, paced in rounds(
+        runtime, prompt, proposer, how=how, k=k, limit=limit, verifier=verifier, adapt=adapt, pace=pace, clock=clock
     ):
         cut = next((i + 1 for i, t in enumerate(r.tokens) if t in ends), len(r.tokens))
         r = dataclasses.replace(r, tokens=r.tokens[:cut], accepted=min(r.accepted, cut))
         made += r.tokens
         tally = count(tally, r)
         on_round(r)
-        last = state
+        last, after = state, paced
         if r.tokens[-1] in ends:
             finish = "stop"
             break
-    return Speculated(tuple(made), finish, tally, last)
+    return Speculated(tuple(made), finish, tally, last, after)
 
 
 def rounds(
@@ -292,16 +297,18 @@ def rounds(
     limit: int,
     verifier: str | Verifier = "own",
     adapt: bool = False,
+    pace: Pace | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> Iterator[tuple[Round, Any]]:
-    """Each round and the proposer's state after it, until `limit` tokens are made; the first has the prompt's token.
+) -> Iterator[tuple[Round, Any, Pace]]:
+    """Each round, and the proposer's state and the pace after it, until `limit` tokens are made; the first round has the
+    token that follows the prompt.
 
     Where nothing is proposed and the verifier is the target's own, the token is drawn inside the step.
     """
     judge = verifier_named(verifier)
     if limit < 1:
         return
-    known, pace = text(prompt), Pace.of(k)
+    known, pace = text(prompt), pace if pace is not None and pace.most == k else Pace.of(k)
     state = proposer.start(prompt, how)
     seq, new, _ = _step(target, target.empty, known.ids, Draft(()), known.ids, judge, how)
     r, made = Round(tuple(new)), 0
@@ -309,7 +316,7 @@ def rounds(
         made += len(r.tokens)
         known = grown(known, r.tokens)
         state = proposer.advance(state, r.tokens)
-        yield r, state
+        yield r, state, pace
         if made >= limit:
             return
         room = min(k, limit - made - 1)
