@@ -394,7 +394,9 @@ def certify(
         note(
             tested(
                 "tokens, small model",
-                lambda prompt=prompt, how=how: equal_tokens(runtime, proposer, [prompt], [how], k=k, n=n)[0],
+                lambda prompt=prompt, how=how: replace(
+                    equal_tokens(runtime, proposer, [prompt], [how], k=k, n=n)[0], what="tokens, small model"
+                ),
             )
         )
     note(tested("values", lambda: values_hold(proposer, [p for p, _ in small], small[0][1], k=k)))

@@ -300,8 +300,8 @@ def rounds(
     pace: Pace | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[tuple[Round, Any, Pace]]:
-    """Each round, and the proposer's state and the pace after it, until `limit` tokens are made; the first round has the
-    token that follows the prompt.
+    """Each round, and the proposer's state and the pace after it, until `limit` tokens are made. The first round has
+    the token that follows the prompt.
 
     Where nothing is proposed and the verifier is the target's own, the token is drawn inside the step.
     """
