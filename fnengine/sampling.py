@@ -20,6 +20,7 @@ from fnengine.host.ask import is_rare, pipeline_of
 from fnengine.host.request import Sampling
 from fnengine.host.step import Ask
 from fnengine.kernels import Ops
+from fnengine.kernels.noise import kept
 from fnengine.processors import FEW, PROCESSORS, TRUNCATION, Processor, View, fixed_work, leading
 from fnengine.state import Rows, Top, common_columns, empty_rows, rare_columns
 
@@ -48,24 +49,35 @@ def choose(
     seed_R = rows.seed[row_R]
 
     def tokens(part: slice) -> Tensor:
-        logits, view = logits_RV[part], View(rows, row_R[part], position_R[part])
-        for name in processed:
-            logits = processors[name](logits, view)
-        last_R = None
-        if cuts:
-            last_R = ops.truncate(logits, temperature_R[part], *(view.of(name) for name in TRUNCATION))
-        if after:
-            logits = processors["xtc"](logits, replace(view, last_R=last_R))
+        view = View(rows, row_R[part], position_R[part])
+        logits, last_R = _processed(ask, logits_RV[part], view, temperature_R[part], ops, processors)
         return ops.gumbel_argmax(logits, temperature_R[part], seed_R[part], position_R[part], STREAM, last_R)
 
     R = len(logits_RV)
-    processed = [name for name in ask.pipeline if name in processors and name != "xtc"]
-    # The argmax of a row survives every truncation.
-    cuts = ask.noise and any(name in TRUNCATION for name in ask.pipeline)
-    after = ask.noise and "xtc" in ask.pipeline
-    if not (processed or after) or fixed_work(logits_RV) or R <= AT_ONCE:
+    works = any(name in processors for name in ask.pipeline)
+    if not works or fixed_work(logits_RV) or R <= AT_ONCE:
         return tokens(slice(R))
     return torch.cat([tokens(slice(i, i + AT_ONCE)) for i in range(0, R, AT_ONCE)])
+
+
+def _processed(
+    ask: Ask,
+    logits_RV: Tensor,
+    view: View,
+    temperature_R: Tensor,
+    ops: Ops,
+    processors: Mapping[str, Processor] = PROCESSORS,
+) -> tuple[Tensor, Tensor | None]:
+    """(logits after the processors, the last token that truncation keeps of each row or None for all)."""
+    for name in ask.pipeline:
+        if name in processors and name != "xtc":
+            logits_RV = processors[name](logits_RV, view)
+    last_R = None
+    if ask.noise and any(name in TRUNCATION for name in ask.pipeline):  # the argmax of a row survives every truncation
+        last_R = ops.truncate(logits_RV, temperature_R, *(view.of(name) for name in TRUNCATION))
+    if ask.noise and "xtc" in ask.pipeline:
+        logits_RV = processors["xtc"](logits_RV, replace(view, last_R=last_R))
+    return logits_RV, last_R
 
 
 def rows_at_once(k: int) -> int:
@@ -178,7 +190,8 @@ def sample(
     columns = {name: _column(value, R, name) for name, value in values.items()}
     columns["tokens"] = [tokens] if one else _per_row(tokens, R, "tokens", nested=True)
     wishes = [_wish(logits_RV.shape[1], **{n: c[r] for n, c in columns.items()}) for r in range(R)]
-    chosen = _draw(logits_RV, wishes)
+    with torch.cuda.device_of(logits_RV):  # kernels are launched on the current device; nothing happens on CPU
+        chosen = choose(*_staged(logits_RV, wishes)).tolist()
     return chosen[0] if one else chosen
 
 
@@ -234,6 +247,31 @@ def verify(logits: Tensor, draft: Any, *, position: Any, tokens: Any = None, **p
         accepted = next((i for i in range(W - 1) if own[i] != d[i]), W - 1)
         results.append(own[: accepted + 1])
     return results[0] if one else results
+
+
+def probabilities(logits: Tensor, *, position: list[int], tokens: list | None = None, **parameters: Any) -> Tensor:
+    """The distributions that `sample` draws from: what each token's probability is after all parameters. Certainty of
+    the largest at temperature 0.
+
+    Shapes: logits [R, V], unprocessed -> [R, V] float64.
+
+    Args:
+        position: of each row.
+        tokens: before each row's position (penalties only).
+        parameters: as in `sample`, but one value for all rows.
+    """
+    R, V = logits.shape
+    given = {"seed": 0, "top_k": 0, "logit_bias": None, "prompt_len": None, **dict.fromkeys(DEPTH), **parameters}
+    histories = [None] * R if tokens is None else tokens
+    wishes = [_wish(V, position=p, tokens=t, **given) for p, t in zip(position, histories, strict=True)]
+    ask, raw, rows, row_R, position_R, ops = _staged(logits, wishes)
+    temperature_R = rows.temperature[row_R]
+    logits_RV, last_R = _processed(ask, raw, View(rows, row_R, position_R), temperature_R, ops)
+    if not ask.noise:
+        return torch.zeros_like(logits_RV, dtype=torch.float64).scatter_(1, logits_RV.argmax(1, keepdim=True), 1.0)
+    if last_R is not None:
+        logits_RV = torch.where(kept(logits_RV, last_R), logits_RV, -torch.inf)
+    return (logits_RV / temperature_R[:, None]).double().softmax(1)
 
 
 @dataclass(frozen=True)
@@ -294,8 +332,8 @@ def _wish(vocab: int, *, position: Any, tokens: Any, prompt_len: Any, logit_bias
     return _Wish(s, seed, position, ids, n)
 
 
-def _draw(logits_RV: Tensor, wishes: list[_Wish]) -> list[int]:
-    """Tokens by way of `choose`, over rows made for the occasion."""
+def _staged(logits_RV: Tensor, wishes: list[_Wish]) -> tuple[Ask, Tensor, Rows, Tensor, Tensor, Ops]:
+    """The arguments of `choose`, with rows made for the occasion."""
     device = logits_RV.device
 
     def put(values: list, dtype: torch.dtype) -> Tensor:
@@ -327,8 +365,7 @@ def _draw(logits_RV: Tensor, wishes: list[_Wish]) -> list[int]:
     names, noise = pipeline_of((s, False) for s in samplings)
     ops = kernels.ops(device, torch.float32)
     row_R = torch.arange(R, device=device)
-    with torch.cuda.device_of(logits_RV):  # kernels are launched on the current device; nothing happens on CPU
-        return choose(Ask(pipeline=names, noise=noise), logits_RV.detach().float(), rows, row_R, position, ops).tolist()
+    return Ask(pipeline=names, noise=noise), logits_RV.detach().float(), rows, row_R, position, ops
 
 
 def _list(value: Any) -> list:

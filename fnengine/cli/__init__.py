@@ -1,4 +1,4 @@
-"""The command line: `fnengine serve | chat | complete | bench | compile | plan | doctor`.
+"""The command line: `fnengine serve | chat | complete | bench | tune | certify | compile | plan | doctor`.
 
 Nothing heavy is imported before a command is known, so `--help` and `--version` answer at once. What a user did wrong
 is one line on stderr and exit code 2; `--debug` shows where it was raised.
@@ -78,6 +78,8 @@ def parser() -> argparse.ArgumentParser:
 
     _bench(commands)
     _tune(commands)
+
+    _certify(commands)
 
     p = _command(commands, "compile", "fill the cache ahead of a start: native kernels, the fastest products, layers")
     _model_argument(p)
@@ -194,6 +196,33 @@ def _tune(commands: Any) -> None:
     p.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _certify(commands: Any) -> None:
+    p = _command(commands, "certify", "test that speculation with a proposer is lossless, and measure when it pays")
+    p.add_argument(
+        "proposer",
+        metavar="PROPOSER",
+        help="module:name, such as fnengine.decoding.ngram:NGram: an object or class with start, propose and advance, "
+        "or a function of (tokens, k)",
+    )
+    p.add_argument("--model", dest="model_flag", metavar="MODEL", help="folder or Hugging Face name")
+    p.add_argument("--verifier", metavar="MODULE:FUNCTION", help="to be tested beside the shipped ones")
+    p.add_argument("--k", type=_count, default=4, metavar="N", help="draft tokens a step (default: 4)")
+    p.add_argument("--prompts", metavar="FILE", help="texts to be continued, a line each (default: some of ours)")
+    p.add_argument("--max-tokens", type=_count, default=32, metavar="N", help="for each text (default: 32)")
+    p.add_argument("--draws", type=_count, default=3000, metavar="N", help="of a distribution (default: 3000)")
+    p.add_argument(
+        "--alpha", type=_rate, default=1e-3, metavar="P", help="false alarms of all tests together (default: 0.001)"
+    )
+    p.add_argument(
+        "--batches", type=_counts, default=(1, 4, 16), metavar="N,...", help="batch sizes to time (default: 1,4,16)"
+    )
+    p.add_argument("--seconds", type=_seconds, default=5.0, metavar="S", help="spent on timing (default: 5)")
+    p.add_argument("--certify-seed", type=int, default=0, metavar="N", help="of the tests' own draws (default: 0)")
+    p.add_argument("--html", metavar="FILE", help="write a page with a picture of speed-up by k and batch size")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    add_flags(p, "model", "engine")
+
+
 def _plain(prog: str, description: str | None = None, epilog: str | None = None, **kw: Any) -> argparse.ArgumentParser:
     """A parser that raises instead of printing its usage and ending the process."""
     p = argparse.ArgumentParser(
@@ -293,6 +322,22 @@ def _size(text: str) -> int:
         return read_size(text)
     except ValueError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """Positive whole numbers between commas."""
+    return tuple(_count(part.strip()) for part in text.split(","))
+
+
+def _rate(text: str) -> float:
+    """A probability, neither 0 nor 1."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text!r}")
+    return rate
 
 
 def _seconds(text: str) -> float:

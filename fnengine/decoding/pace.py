@@ -1,0 +1,136 @@
+"""How many tokens to draft next, from what drafts have brought and cost so far. Values and two functions: `pick` and
+`observe`.
+
+The rule: k is the number of draft tokens with the most expected tokens per second,
+
+                     1 + y (a1 + a1 a2 + ... + a1..ak)
+    value(k) = -----------------------------------------------,        value(0) = 1 / step(1)
+               draft(k) + y step(k + 1) + (1 - y) step(1)
+
+where a_i is the acceptance of position i given that all before it were accepted, y the share of askings that brought
+any draft, step(n) the seconds of a target's step of n tokens, and draft(k) those of proposing. All are measured as
+they happen. Where even the best k is worth less than plain decoding (by more than `MARGIN`), drafting rests, and the
+proposer is asked again after 16 rounds, after twice as many each time that this brings nothing, at most 64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+DECAY = 0.95
+"""Of counts at each new one: the last 20 matter."""
+WINDOW = 8
+"""Times of a size that are kept; the least of them counts, because other work on a machine only ever adds."""
+WARM = 3
+"""Times before a size counts as measured: the first ones of a size compile, record or capture it."""
+MARGIN = 1.01
+"""Plain decoding has to be better by this: lookups that cost nearly nothing are not given up for finding nothing."""
+FIRST_WAIT, LAST_WAIT = 16, 64
+"""Rounds that drafting rests before it is tried again. A try that costs a whole step more is 1.6 % of 64."""
+PROBE_WEIGHT = 4.0
+"""Earlier tries that a probe counts against: times change, that is why one probes. With 2, a failed one was followed by
+three more."""
+PLAIN_EVERY = 128
+"""A plain step is taken after so many speculative ones, lest its time be forgotten while contexts grow."""
+
+Times = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What is known about one sequence's drafts."""
+
+    most: int
+    tried: tuple[float, ...]
+    """By position, decayed; taken likewise."""
+    taken: tuple[float, ...]
+    steps: Times
+    """Seconds of steps by number of tokens less one, the last `WINDOW` of each size."""
+    drafts: Times
+    """Seconds of proposing, by k; k = 0 takes none, so that what was not tried lies on a line from there."""
+    asked: float = 0.0
+    """Askings, decayed; brought: those that brought a draft."""
+    brought: float = 0.0
+    rest: int = -1
+    """Rounds left without drafts; 0: one is due, to see whether times have changed; -1: drafting goes on."""
+    wait: int = FIRST_WAIT
+    """Length of the next rest."""
+    since_plain: int = 0
+
+    @property
+    def unsure(self) -> bool:
+        """Whether a plain step has to be timed before anything can be said."""
+        return len(self.steps[0]) < WARM or self.since_plain >= PLAIN_EVERY
+
+    @classmethod
+    def of(cls, most: int) -> Pace:
+        """Nothing is known yet."""
+        return cls(most, (0.0,) * most, (0.0,) * most, ((),) * (most + 1), ((0.0,) * WARM, *((),) * most))
+
+
+def pick(pace: Pace, room: int) -> int:
+    """Draft tokens to ask for, at most `room`."""
+    most = min(pace.most, room)
+    if most < 1 or pace.rest > 0 or pace.unsure:
+        return 0
+    best, worth = max(enumerate(values(pace, most), start=1), key=lambda kv: kv[1])
+    return best if pace.rest == 0 or worth * MARGIN >= 1 / min(pace.steps[0]) else 0
+
+
+def values(pace: Pace, most: int) -> Iterator[float]:
+    """Expected tokens per second with k = 1, 2, ..., most."""
+    y = (pace.brought + 1) / (pace.asked + 1)
+    plain, expected, chain, before = min(pace.steps[0]), 1.0, 1.0, 0.5
+    for k in range(1, most + 1):
+        # A position that was seldom reached is believed to be like the one before it.
+        before = (pace.taken[k - 1] + before) / (pace.tried[k - 1] + 1)
+        chain *= before
+        expected += y * chain
+        yield expected / (_seconds(pace.drafts, k) + y * _seconds(pace.steps, k) + (1 - y) * plain)
+
+
+def _seconds(times: Times, i: int) -> float:
+    """Seconds of size i, from sizes that were measured: between them on a line, beyond them as the nearest. So what
+    was never tried looks cheap, and is tried."""
+    known = [(j, min(t)) for j, t in enumerate(times) if len(t) >= WARM]
+    below, above = [p for p in known if p[0] <= i], [p for p in known if p[0] >= i]
+    if below and above:
+        (j, a), (m, b) = below[-1], above[0]
+        return a if m == j else a + (b - a) * (i - j) / (m - j)
+    return (below[-1] if below else above[0])[1] if known else 0.0
+
+
+def observe(pace: Pace, asked: int, proposed: int, accepted: int, proposing: float, verifying: float) -> Pace:
+    """The pace after a round in which `asked` tokens were asked for and `proposed` came."""
+    if pace.rest > WINDOW:
+        return replace(pace, rest=pace.rest - 1)  # the many rounds of a rest cost nearly nothing
+    steps = _noted(pace.steps, proposed, verifying)
+    since = 0 if proposed == 0 else pace.since_plain + 1
+    if not asked:
+        rest = pace.rest if pace.unsure else pace.wait if pace.rest < 0 else pace.rest - 1
+        return replace(pace, steps=steps, since_plain=since, rest=max(rest, -1))
+    probe = pace.rest == 0
+    scale = min(1.0, PROBE_WEIGHT / max(pace.tried[0], 1e-9)) if probe and proposed else 1.0
+    tried, taken = [scale * t for t in pace.tried], [scale * t for t in pace.taken]
+    share = min(1.0, PROBE_WEIGHT / max(pace.asked, 1e-9)) if probe else DECAY
+    for i in range(min(accepted + 1, proposed)):
+        tried[i] = DECAY * tried[i] + 1
+        taken[i] = DECAY * taken[i] + (i < accepted)
+    longer = min(2 * pace.wait, LAST_WAIT) if probe else pace.wait
+    return replace(
+        pace,
+        tried=tuple(tried),
+        taken=tuple(taken),
+        steps=steps,
+        drafts=_noted(pace.drafts, asked, proposing),
+        asked=share * pace.asked + 1,
+        brought=share * pace.brought + (proposed > 0),
+        rest=-1,
+        wait=FIRST_WAIT if accepted else longer,
+        since_plain=since,
+    )
+
+
+def _noted(times: Times, i: int, seconds: float) -> Times:
+    return (*times[:i], (*times[i], seconds)[-WINDOW:], *times[i + 1 :])
