@@ -1,14 +1,17 @@
-"""The code in docs/api.md runs as printed, top to bottom. Oracle: its own assertions."""
+"""The code of these pages runs as printed, top to bottom. Oracle: its own assertions."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).parent.parent / "docs" / "api.md"
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 
-def test_the_api_page_runs():
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    assert len(blocks) >= 6
-    exec(compile("\n".join(blocks), str(PAGE), "exec"), {})
+@pytest.mark.parametrize("name, least", [("api.md", 6), ("decoding.md", 2)])
+def test_a_page_runs(name, least):
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.S)
+    assert len(blocks) >= least
+    exec(compile("\n".join(blocks), name, "exec"), {})
