@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fnengine import sampling
 from fnengine.decoding.strategy import Context, strategy
+from fnengine.errors import RequestError
 from fnengine.host.request import Sampling, fold_in
 
 FIELDS = tuple(name for name in Sampling.__dataclass_fields__ if name not in ("seed", "logit_bias"))
@@ -31,8 +32,15 @@ async def sample(ctx: Context, prompt: Sequence[int]):
 
 def draw(logits_V: Tensor, how: Sampling, tokens: Sequence[int], prompt_len: int) -> int:
     """The token that follows `tokens` when `how` (with its seed) draws from these logits: what `sample=` would give,
-    for logits that were changed on the way."""
-    values: dict[str, Any] = {name: getattr(how, name) for name in FIELDS}
+    for logits that were changed on the way.
+
+    Raises:
+        RequestError: an engine's own processors are asked for, which only run inside the step.
+    """
+    if how.processors:
+        raise RequestError("an engine's own processors run inside the step only", param="processors")
+    values: dict[str, Any] = {name: getattr(how, name) for name in FIELDS if name != "processors"}
+    values |= {name: None for name in sampling.DEPTH if not values[name]}
     return sampling.sample(
         logits_V,
         position=len(tokens),
