@@ -38,6 +38,13 @@ SPEC = ModelSpec("llama", "LlamaForCausalLM", 1000, 64, (LAYER, LAYER), 1e-6, Tr
 SHAPES = Shapes(SPEC, torch.float32, Packing("dense", ""), Mode(budget=32, rows=8), max_len=512, blocks=5)
 
 
+RARE = 4 * 8 + 1 + 4 * 32 + 4 * 32 + 2 * 4 * 512
+"""Of a row's rare parameters: 8 words, a flag, 32 words of allowed tokens (1,000 bits), 32 breakers, 2 x 512 words of
+bad words."""
+ROWS = 9 * (4 * 9 + 8 + 4 * 32 + 4 * 513 + 3 * 4 * 512 + RARE)
+"""9 rows of 12 one-word fields but for the seed's two, 32 blocks, 513 tokens, 3 x 512 words of bias; and RARE."""
+
+
 def test_every_line_by_hand():
     """Two layers of width 64, 4 heads and 2 KV heads of 16, 96 wide in the middle; vocabulary 1,000; float32."""
     a = account(dataclasses.replace(SHAPES, base=100 * MIB, host_slots=3, threads=2, compiled=False))
@@ -45,10 +52,7 @@ def test_every_line_by_hand():
     assert a.line("weights").bytes == 4 * (1000 * 64 + 2 * layer + 64)
     block = 16 * 2 * 2 * 2 * 16 * 4  # tokens, k and v, layers, KV heads, channels, bytes
     assert a.line("KV pool").bytes == 5 * block and a.line("swap space").bytes == 3 * block
-    # 9 rows of 12 one-word fields but for the seed's two, 32 blocks, 513 tokens, 3 x 512 words of bias; and of rare
-    # parameters: 8 words, a flag, 32 words of allowed tokens (1,000 bits), 32 breakers, 2 x 512 words of bad words
-    rare = 4 * 8 + 1 + 4 * 32 + 4 * 32 + 2 * 4 * 512
-    assert a.line("rows").bytes == 9 * (4 * 9 + 8 + 4 * 32 + 4 * 513 + 3 * 4 * 512 + rare)
+    assert a.line("rows").bytes == ROWS
     assert a.line("base").bytes == 100 * MIB and a.line("code").bytes == 28 * MIB
     assert a.line("tokenizer").bytes == 620_000 and a.line("recorded steps").bytes == 0
     widths = max(64 + 128 + 128, 128 + 128, 128 + 192, 64 + 288)
@@ -65,7 +69,6 @@ def test_every_line_by_hand():
 
 def test_what_a_card_keeps_free_by_hand():
     """The same model with bfloat16 and steps of 4096 tokens, of which graphs hold up to 2048."""
-    rows = 9 * (4 * 9 + 8 + 4 * 32 + 4 * 513 + 3 * 4 * 512)
     live = 2 * (4 * 64 + 3 * 96) + 16 * 4  # x and three like it, gate and up and their product; angles
     logits, history = 8 * 1000 * 18, 8 * 512 * 44
     mode = Mode(budget=4096, rows=8)
@@ -73,7 +76,7 @@ def test_what_a_card_keeps_free_by_hand():
     def kept(**how) -> int:
         return on_card(SPEC, torch.bfloat16, mode, 512, **how)
 
-    direct = rows + 4096 * live + logits + history + 256 * MIB
+    direct = ROWS + 4096 * live + logits + history + 256 * MIB
     assert kept(graphs=0, compiled=True) == direct
     assert kept(graphs=10, compiled=True) == direct + 2048 * live + logits + history + 40 * MIB
     assert kept(graphs=0, compiled=False) == direct + 4096 * 16 * 96
