@@ -178,13 +178,13 @@ class TorchDevice:
             Pool(*(torch.zeros(host_slots, *t.shape[1:], dtype=t.dtype, pin_memory=self._pinned) for t in (p.k, p.v)))
             for p in (self.state.pool if host_slots else ())
         )
-        self.graphs = None
-        self.usage = Usage() if capturing is not None else None
+        self.usage = None if capturing is None else Usage()
         """What ran in which graph, where steps are captured."""
-        self.steps: Steps = Direct(self._forward)
-        if capturing is not None:
-            assert self.usage is not None
-            self.steps = self.graphs = Graphs(self._forward, capturing, self._idle, self.usage.capture)
+        self.graphs = None if self.usage is None else self._graphs(capturing, self.usage)
+        self.steps: Steps = self.graphs or Direct(self._forward)
+
+    def _graphs(self, capturing: Capturing[Ask] | None, usage: Usage) -> Graphs[Ask] | None:
+        return None if capturing is None else Graphs(self._forward, capturing, self._idle, usage.capture)
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None] = lambda _done, _all: None) -> None:
@@ -202,9 +202,8 @@ class TorchDevice:
         """While it is open, steps run through graphs of another kind, or with None through none, and are counted apart:
         to measure them."""
         kept = self.graphs, self.usage, self.steps
-        self.graphs, self.usage, self.steps = None, usage, Direct(self._forward)
-        if capturing is not None:
-            self.steps = self.graphs = Graphs(self._forward, capturing, self._idle, usage.capture)
+        self.usage, self.graphs = usage, self._graphs(capturing, usage)
+        self.steps = self.graphs or Direct(self._forward)
         try:
             yield
         finally:

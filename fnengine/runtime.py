@@ -142,6 +142,21 @@ class _Part:
     admitted: bool = False
 
 
+def wishes(pairs: int, logits: Any, sample: Any) -> tuple[Logits, list[Sampling | None]]:
+    """(the logits wanted, a sampling or None for each pair) of the arguments of an `extend` of so many pairs.
+
+    Raises:
+        RequestError: they mean nothing, or are not as many.
+    """
+    want: Logits = ("last" if sample is None else None) if logits == "default" else logits
+    if want not in ("last", "all", None):
+        raise RequestError(f"logits must be 'last', 'all' or None, got {want!r}", param="logits")
+    samplings = list(sample) if isinstance(sample, (list, tuple)) else [sample] * pairs
+    if len(samplings) != pairs:
+        raise RequestError(f"{pairs} pairs but {len(samplings)} samplings", param="sample")
+    return want, samplings
+
+
 class Runtime:
     """The pool, the ledger and the step of one model, driven by `extend`. Not safe to call from two threads at once.
 
@@ -239,12 +254,7 @@ class Runtime:
         """
         single = tokens is not None
         pairs = [(seq, tokens)] if single else list(seq)  # type: ignore[arg-type]
-        want: Logits = ("last" if sample is None else None) if logits == "default" else logits
-        if want not in ("last", "all", None):
-            raise RequestError(f"logits must be 'last', 'all' or None, got {want!r}", param="logits")
-        samplings = sample if isinstance(sample, list) else [sample] * len(pairs)
-        if len(samplings) != len(pairs):
-            raise RequestError(f"{len(pairs)} pairs but {len(samplings)} samplings", param="sample")
+        want, samplings = wishes(len(pairs), logits, sample)
         results = []
         step = self._device.rows
         if len(pairs) <= step:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -193,6 +193,19 @@ def sample(
     with torch.cuda.device_of(logits_RV):  # kernels are launched on the current device; nothing happens on CPU
         chosen = choose(*_staged(logits_RV, wishes)).tolist()
     return chosen[0] if one else chosen
+
+
+def parameters_of(sampling: Sampling) -> dict[str, Any]:
+    """Keyword arguments of `sample` and `verify` that ask for the same; the seed as it stands.
+
+    Raises:
+        RequestError: an engine's own processors are asked for, which only run inside the step.
+    """
+    if sampling.processors:
+        raise RequestError("an engine's own processors run inside the step only", param="processors")
+    values = {f.name: getattr(sampling, f.name) for f in fields(sampling) if f.name != "processors"}
+    values |= {name: None for name in DEPTH if not values[name]}
+    return {**values, "logit_bias": dict(sampling.logit_bias) or None}
 
 
 def verify(logits: Tensor, draft: Any, *, position: Any, tokens: Any = None, **parameters: Any) -> Any:

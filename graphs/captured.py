@@ -21,7 +21,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -252,11 +252,11 @@ class CudaGraphs:
             return out
 
         try:
-            with _nothing() if self.outside is None else self.outside(around):
+            with nullcontext() if self.outside is None else self.outside(around):
                 out = run()
             _end(graph)
         except BaseException as e:
-            with _ignored():
+            with suppress(Exception):  # what broke the capture is raised, not what breaks with it
                 _end(graph)
             if isinstance(e, RuntimeError):  # CUDA's errors, and torch's: there are many, and none says what to do
                 raise GraphError(
@@ -295,19 +295,6 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _ignored() -> Iterator[None]:
-    try:
-        yield
-    except Exception:  # what broke the capture is raised, not what breaks with it
-        return
-
-
 # ---- the twin ---------------------------------------------------------------------------------------------------
 
 
@@ -339,7 +326,7 @@ class Twin:
     def run(self, fn: Callable[[], list[Tensor]]) -> list[Tensor]:
         """What `fn` returns, run as a graph would let it."""
         watch = _Watch() if self.refuse else None
-        with watch or _nothing(), self.outside(_unwatched(watch)) if self.outside else _nothing():
+        with watch or nullcontext(), self.outside(_unwatched(watch)) if self.outside else nullcontext():
             return fn()
 
     def spoil(self) -> None:

@@ -28,7 +28,7 @@ from fnengine.decoding.watch import OWNER, Watch
 from fnengine.errors import ContextLengthError, FnError, RequestError, StrategyStalled
 from fnengine.host.output import Finish, TokenLogprob
 from fnengine.host.request import Sampling, Stop, fold_in
-from fnengine.runtime import ALL_LOGITS_BYTES, Runtime, Sequence
+from fnengine.runtime import ALL_LOGITS_BYTES, Runtime, Sequence, wishes
 
 SPINS = 64
 """Turns of a loop that never rests after which those who wait are served nevertheless."""
@@ -206,12 +206,7 @@ class _Live:
 
     def _ask(self, pairs: list[tuple[Any, Any]], single: bool, logits: Any, sample: Any) -> _Ask:
         """What it asks for, checked as far as that needs no ledger."""
-        want = ("last" if sample is None else None) if logits == "default" else logits
-        if want not in ("last", "all", None):
-            raise RequestError(f"logits must be 'last', 'all' or None, got {want!r}", param="logits")
-        samplings = list(sample) if isinstance(sample, (list, tuple)) else [sample] * len(pairs)
-        if len(samplings) != len(pairs):
-            raise RequestError(f"{len(pairs)} pairs but {len(samplings)} samplings", param="sample")
+        want, samplings = wishes(len(pairs), logits, sample)
         for seq, _ in pairs:
             if not isinstance(seq, Sequence):
                 raise RequestError(f"{seq!r} is no sequence", param="seq", remedy="begin with ctx.empty")

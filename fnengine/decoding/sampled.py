@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fnengine import sampling
 from fnengine.decoding.strategy import Context, strategy
-from fnengine.errors import RequestError
 from fnengine.host.request import Sampling, fold_in
-
-FIELDS = tuple(name for name in Sampling.__dataclass_fields__ if name not in ("seed", "logit_bias"))
 
 
 @strategy
@@ -37,18 +33,10 @@ def draw(logits_V: Tensor, how: Sampling, tokens: Sequence[int], prompt_len: int
     Raises:
         RequestError: an engine's own processors are asked for, which only run inside the step.
     """
-    if how.processors:
-        raise RequestError("an engine's own processors run inside the step only", param="processors")
-    values: dict[str, Any] = {name: getattr(how, name) for name in FIELDS if name != "processors"}
-    values |= {name: None for name in sampling.DEPTH if not values[name]}
+    values = sampling.parameters_of(how)
+    seed = 0 if how.seed is None else how.seed
     return sampling.sample(
-        logits_V,
-        position=len(tokens),
-        seed=0 if how.seed is None else how.seed,
-        logit_bias=dict(how.logit_bias),
-        tokens=tokens,
-        prompt_len=prompt_len,
-        **values,
+        logits_V, position=len(tokens), tokens=tokens, prompt_len=prompt_len, **{**values, "seed": seed}
     )
 
 

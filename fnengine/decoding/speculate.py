@@ -26,7 +26,7 @@ from fnengine.decoding.pace import Pace, observe, pick
 from fnengine.errors import ContextLengthError, RequestError
 from fnengine.host.request import Sampling, Stop
 from fnengine.runtime import Runtime, Tokens
-from fnengine.sampling import DEPTH, verify
+from fnengine.sampling import parameters_of, verify
 
 # --- values -----------------------------------------------------------------------------------------------------------
 
@@ -67,12 +67,8 @@ class Drawing:
         """Keyword arguments of `fnengine.sample` and `fnengine.verify`; the history only where something reads it,
         because it is copied."""
         s = self.sampling
-        if s.processors:
-            raise RequestError("an engine's own processors do not run in `verify`", param="processors")
-        values = {f.name: getattr(s, f.name) for f in dataclasses.fields(s) if f.name != "processors"}
-        back = any(values[f.name] != f.default for f in dataclasses.fields(s) if f.name not in MEMORYLESS)
-        values |= {name: None for name in DEPTH if not values[name]}
-        values["logit_bias"] = dict(s.logit_bias) or None
+        values = parameters_of(s)
+        back = any(getattr(s, f.name) != f.default for f in dataclasses.fields(s) if f.name not in MEMORYLESS)
         return {**values, "prompt_len": self.prompt_len, "tokens": tokens if back else None}
 
 
