@@ -165,7 +165,7 @@ class Drafting:
             proposer = self.makers[how.method](how) if i else first
             pace = replace(Pace.of(how.k), prior=PREDICTED if how.method == "prediction" else Pace.prior)
             self.guesses[run] = _Guess(proposer, how, pace)
-            run.patient, run.taps = True, taps_of(proposer)
+            run.patient, run.guessed, run.taps = True, True, taps_of(proposer)
             run.plain = run.plain and not run.taps
 
     def forget(self, runs: tuple[Run, ...]) -> None:

@@ -20,6 +20,7 @@ from fnengine.host import grammar as G
 from fnengine.host import guide as guiding
 from fnengine.host.guide import Reasoning
 from fnengine.host.request import Request, Sampling, Speculate, Stop
+from fnengine.host.thinking import Budget
 from fnengine.host.tokenizer import Decoding, Tokenizer, byte_alphabet
 from tests.models import tiny_model
 
@@ -211,18 +212,51 @@ def test_stop_strings_ends_and_min_tokens_beside_a_grammar(engine):
 def test_reasoning_comes_first(engine):
     """Free tokens, none of which ends the text, up to the mark; then the grammar."""
     bias = Sampling(temperature=30.0, seed=2, logit_bias=((1, 80.0), (2, 100.0)))
-    (inside,) = run(engine, ask(CHOICE, sampling=bias, reasoning=Reasoning((1,))))
+    (inside,) = run(engine, ask(CHOICE, sampling=bias, reasoning=Reasoning("</think>")))
     ids = tokens(inside[0])
     assert ids.count(1) == 1 and 2 not in ids and ids.index(1) > 0
     assert right(CHOICE, TOKENIZER.decode(ids[ids.index(1) + 1 :]))
-    (none,) = run(engine, ask(CHOICE, 1, reasoning=Reasoning((1,), begin=0)))
+    (none,) = run(engine, ask(CHOICE, 1, reasoning=Reasoning("</think>", begin=0)))
     assert right(CHOICE, text(none[0]))
     bias = Sampling(temperature=5.0, seed=3, logit_bias=((0, 100.0), (1, 100.0)))
     how = Speculate("wrong", 3, False)
     for speculate in (None, how):
-        (opened,) = run(engine, ask(CHOICE, sampling=bias, reasoning=Reasoning((1,), begin=0), speculate=speculate))
+        (opened,) = run(
+            engine, ask(CHOICE, sampling=bias, reasoning=Reasoning("</think>", begin=0), speculate=speculate)
+        )
         ids = tokens(opened[0])
         assert ids[0] == 0 and right(CHOICE, TOKENIZER.decode(ids[ids.index(1) + 1 :]))
+
+
+THOUGHT = Budget(5, ("</think>",), (1,))
+OPENED = Budget(4, ("</think>",), (1,), begin="<think>")
+
+
+def test_reasoning_ends_in_time_beside_others_with_drafts_and_before_a_grammar(engine):
+    """Oracle: the place of the mark; before it, the tokens that the same request draws without a budget."""
+    sampling = Sampling(temperature=1.3, seed=4, logit_bias=((1, -100.0), (2, -100.0)))  # never by itself
+    (free,) = run(engine, ask(None, sampling=sampling, max_tokens=20))
+    wanted = tokens(free[0])[:5]
+    for how in (None, Speculate("wrong", 3, False)):
+        asked = [ask(None, sampling=sampling, max_tokens=20, thinking=THOUGHT, speculate=how), ask(None, 7)]
+        asked += [ask(CHOICE, sampling=sampling, reasoning=Reasoning("</think>"), thinking=THOUGHT, speculate=how)]
+        plain, other, held = run(engine, *asked)
+        ids = tokens(plain[0])
+        assert ids[:5] == wanted and ids[5] == 1 and len(ids) == 20 and 1 not in ids[6:]
+        assert tokens(other[0]) == tokens(run(engine, ask(None, 7))[0][0])
+        ids = tokens(held[0])
+        assert ids[:6] == [*wanted, 1] and right(CHOICE, TOKENIZER.decode(ids[6:]))
+
+
+def test_a_budget_counts_from_where_the_text_opens_its_reasoning(engine):
+    opens = Sampling(temperature=0.5, seed=4, logit_bias=((0, 100.0), (1, -100.0), (2, -100.0)))
+    (opened,) = run(engine, ask(None, sampling=opens, max_tokens=12, thinking=OPENED, logprobs=0, n=2))
+    for deltas in opened:
+        assert tokens(deltas)[:6] == [0, 0, 0, 0, 0, 1] and len(tokens(deltas)) == 12
+        assert sum(len(d.logprobs or ()) for d in deltas) == 12
+    (answers,) = run(engine, ask(None, 3, max_tokens=12, thinking=OPENED))
+    (same,) = run(engine, ask(None, 3, max_tokens=12))
+    assert tokens(answers[0]) == tokens(same[0]), "it answers at once and is not disturbed"
 
 
 def test_what_cannot_be_is_refused_or_ends_its_own_request(engine):

@@ -371,7 +371,7 @@ def make_app(
     route("/debug/graphs", "GET", debug_graphs)
     route("/reset_prefix_cache", "POST", reset_prefix_cache)
     route("/abort_requests", "POST", abort_requests, protocol.AbortBody)
-    core = Core(engine, read, named, generate, from_chat, wall)
+    core = Core(engine, read, named, generate, from_chat, wall, parsers.thinks)
     own: list[Route] = [*embeddings.routes(core), *messages.routes(core), *responses.routes(core), *unbuilt()]
     for r in own:
         route(r.path, r.methods, r.endpoint, r.model, r.problem)

@@ -32,6 +32,8 @@ class Core:
     """A `ChatBody` -> a `Job`."""
     wall: Callable[[], float]
     """Unix seconds."""
+    thinks: bool = True
+    """Whether reasoning is told apart here."""
 
 
 @dataclass(frozen=True)

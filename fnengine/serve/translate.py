@@ -13,6 +13,7 @@ from fnengine.errors import ContextLengthError, RequestError
 from fnengine.host.grammar import Grammar, from_fields
 from fnengine.host.guide import Reasoning
 from fnengine.host.request import MAX_BAD, MAX_BREAKERS, MAX_DRAFT, Request, Sampling, Speculate, Stop
+from fnengine.host.thinking import Budget
 from fnengine.serve import tools as tooling
 from fnengine.serve.engine_port import EnginePort, Text
 from fnengine.serve.parsing.parser import Parsers, begin
@@ -155,8 +156,8 @@ def from_chat(
     """Requests and shape of /v1/chat/completions. Raises as `from_completion` does."""
     text, parsers = engine.tokenizer, parsers or Parsers()
     want = tooling.wanted(body, parsers, text, auto=auto_tools)
-    variables, ignored = tooling.effort(body, text)
-    rendered, tokens = _render(body, text, want.shown, variables)
+    effort = tooling.effort(body, parsers, text)
+    rendered, tokens = _render(body, text, want.shown, effort.variables)
     ids = [tuple(tokens)]
     common = _common_shape(body, engine)
     going_on = _final_text(body) if body.continue_final_message else None
@@ -199,6 +200,7 @@ def from_chat(
             _refuse(grammar.field, "only one constraint is possible, and tool_choice is another", "leave one out")
         _refuse(grammar.field, "would keep the model from calling tools", 'send tool_choice "none", or leave one out')
     grammar = grammar or want.grammar
+    call = None if grammar is None else want.grammar is not None
     requests = _requests(
         body,
         engine,
@@ -209,10 +211,11 @@ def from_chat(
         explicit=explicit,
         prompt_logprobs=shape.prompt_logprobs,
         grammar=grammar,
-        reasoning=None if grammar is None else tooling.reasoning_of(start, text, want.grammar is not None),
+        reasoning=None if call is None else tooling.reasoning_of(start, text, call),
+        thinking=tooling.budget_of(start, text, effort.budget, call),
     )
     notes = () if grammar is None else grammar.ignored
-    return Job(requests, shape, tuple(dict.fromkeys(want.ignored + ignored + notes)))
+    return Job(requests, shape, tuple(dict.fromkeys(want.ignored + effort.ignored + notes)))
 
 
 def from_tokenize(body: TokenizeBody, text: Text) -> list[int]:
@@ -296,6 +299,7 @@ def _requests(
     prompt_logprobs: int | None,
     grammar: Grammar | None = None,
     reasoning: Reasoning | None = None,
+    thinking: Budget | None = None,
 ) -> tuple[Request, ...]:
     sampling = _sampling(body, engine)
     strategy = None if body.strategy is None else (body.strategy.name, body.strategy.args or {})
@@ -319,6 +323,7 @@ def _requests(
             skip_special_tokens=shape.skip_special,
             grammar=grammar,
             reasoning=reasoning,
+            thinking=thinking,
             strategy=strategy,
             speculate=speculate,
             arrival=now,
