@@ -22,6 +22,10 @@ from fnengine.host.guide import Reasoning
 from fnengine.host.request import Request, Sampling, Speculate, Stop
 from fnengine.host.thinking import Budget
 from fnengine.host.tokenizer import Decoding, Tokenizer, byte_alphabet
+from fnengine.serve.parsing.choose import BY_NAME
+from fnengine.serve.parsing.events import Tools
+from fnengine.serve.parsing.grammar import grammar_for
+from fnengine.serve.parsing.parser import Parsers, begin, feed, finish
 from tests.models import tiny_model
 
 V = 131
@@ -42,26 +46,26 @@ DATE = G.regex(r"[0-9]{4}-(0[1-9]|1[0-2]) (one|once|only)")
 CHOICE = G.choice(["red", "green", "greenish", "blue"])
 
 
-def byte_tokenizer() -> Tokenizer:
-    """ASCII, one token each, and two longer ones; 2 ends a text, 0 and 1 are the marks of reasoning."""
+def marked(begin: str = "<think>", end: str = "</think>") -> Tokenizer:
+    """ASCII, one token each, and two longer ones; 2 ends a text, 0 and 1 are marks."""
     letters = {v: k for k, v in byte_alphabet().items()}
-    vocab = {"<think>": 0, "</think>": 1, "<|end|>": 2} | {letters[b]: b + 3 for b in range(126)}
+    vocab = {begin: 0, end: 1, "<|end|>": 2} | {letters[b]: b + 3 for b in range(126)}
     merges = [("o", "n"), ('"', ":")]
     vocab |= {"".join(m): 129 + i for i, m in enumerate(merges)}
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in ("<|end|>", "<think>", "</think>")])
+    backend.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in ("<|end|>", begin, end)])
     return Tokenizer(backend, Decoding("byte_level"), frozenset({0, 1, 2}), {"eos_token": "<|end|>"})
 
 
-TOKENIZER = byte_tokenizer()
+TOKENIZER = marked()
 
 
 def build(twin: bool = False, memory: int = 1 << 20, **kw) -> Engine:
     return Engine.build(
         tiny_model("qwen3", "float32"),
-        tokenizer=TOKENIZER,
+        tokenizer=kw.pop("tokenizer", TOKENIZER),
         max_model_len=128,
         kv_cache_memory_bytes=memory,
         enforce_eager=True,
@@ -257,6 +261,39 @@ def test_a_budget_counts_from_where_the_text_opens_its_reasoning(engine):
     (answers,) = run(engine, ask(None, 3, max_tokens=12, thinking=OPENED))
     (same,) = run(engine, ask(None, 3, max_tokens=12))
     assert tokens(answers[0]) == tokens(same[0]), "it answers at once and is not disturbed"
+
+
+CALLS = marked("<tool_call>", "</tool_call>")
+CITY = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
+CITY |= {"additionalProperties": False}
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("how", [None, Speculate("wrong", 3, False)], ids=["plain", "drafts"])
+def test_calls_that_a_model_begins_by_itself_hold_beside_free_text(parallel, how):
+    """The mark is a token, and likely. Oracle: the parser finds calls, and Python reads their arguments."""
+    e = build(tokenizer=CALLS)
+    tools = [{"type": "function", "function": {"name": "go", "parameters": CITY}}]
+    made = grammar_for(tools, "auto", "hermes", parallel=parallel, special={"<tool_call>": 0, "</tool_call>": 1})
+    grammar, found = G.written(made["grammar"], "tools"), 0
+    blanks = tuple((ord(c) + 3, -100.0) for c in "\t\n\r ")
+    for seed in range(2):
+        bias = Sampling(temperature=2.0, seed=seed, logit_bias=((0, 6.0), (1, 6.0), *blanks))
+        (got,) = run(e, ask(grammar, sampling=bias, skip_special_tokens=False, speculate=how, n=2, max_tokens=100))
+        for deltas in got:
+            state, events = begin(Parsers(BY_NAME["hermes"]), "", Tools({"go": CITY})), []
+            for d in deltas:
+                state, more = feed(state, d.text)
+                events += more
+            events += finish(state)
+            for e1 in events:
+                if e1.kind == "arguments":
+                    assert json.loads(e1.text) in ({"city": "Oslo"}, {"city": "Rome"})
+                    found += 1
+            content = "".join(e1.text for e1 in events if e1.kind == "content")
+            assert "<tool_call>" not in content or deltas[-1].finish == "length"
+            assert parallel or sum(e1.kind == "call" for e1 in events) <= 1
+    assert found >= 3
 
 
 def test_what_cannot_be_is_refused_or_ends_its_own_request(engine):

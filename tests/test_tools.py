@@ -62,7 +62,8 @@ TWO_CALLS = "<think>\nHm, é.\n</think>\n\n" + CALLS
 @contextmanager
 def served(scripts, template=QWEN, **options):
     """(client, engine) of an application in this process."""
-    engine = ScriptedEngine(scripts, max_len=1000, templates={"default": template} if template else {})
+    pace = options.pop("pace", 0.0)
+    engine = ScriptedEngine(scripts, max_len=1000, pace=pace, templates={"default": template} if template else {})
     with TestClient(make_app(engine, **options)) as client:
         yield client, engine
         assert not engine.live
@@ -261,11 +262,39 @@ def test_tools_that_may_not_be_called_are_not_shown():
         assert bytes(r.json()["tokens"]) == b"<s>tools:now|user:hi|assistant:"
 
 
-def test_strict_schemas_are_named_as_ignored_where_the_model_may_choose():
+def test_strict_functions_bring_a_grammar_where_the_model_may_choose():
+    """Free text, calls of the schemas; with a format of the answer, calls or that. Reasoning comes before either."""
     strict = {**NOW, "function": {**NOW["function"], "strict": True}}
-    with served({}) as (client, _):
-        r = client.post("/v1/chat/completions", json={**HI, "tools": [WEATHER, strict]})
-        assert r.headers["x-fnengine-ignored"] == "tools.1.function.strict"
+    bad = {**strict, "function": {**strict["function"], "parameters": {"foo": 1}}}
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": 5}}}
+    with served({}) as (client, engine):
+
+        def asked(**body):
+            r = client.post("/v1/chat/completions", json={**HI, **body})
+            assert r.status_code == 200 and "x-fnengine-ignored" not in r.headers, r.text
+            return engine.requests[-1]
+
+        assert asked(tools=[WEATHER, NOW]).grammar is None
+        free = asked(tools=[WEATHER, strict], chat_template_kwargs={"opening": "<think>"})
+        assert "TEXT" in free.grammar.text.splitlines()[0] and free.reasoning.end == "</think>"
+        either = asked(tools=[WEATHER, NOW], response_format=schema)
+        assert '"const": 5' in either.grammar.text and "TEXT" not in either.grammar.text.splitlines()[0]
+        only = asked(tools=[WEATHER, NOW], response_format=schema, tool_choice="required")
+        assert only.grammar.text == asked(tools=[WEATHER, NOW], tool_choice="required").grammar.text
+        none = asked(tools=[WEATHER, NOW], response_format=schema, tool_choice="none")
+        assert none.grammar.kind == "json_schema"
+        for body, param in (
+            ({"guided_grammar": 'start: "a"'}, "guided_grammar"),
+            ({"guided_json": {}, "tool_choice": "required"}, "guided_json"),
+            ({"tools": [bad]}, "tools.0.function.parameters"),
+        ):
+            r = client.post("/v1/chat/completions", json={**HI, "tools": [WEATHER], **body})
+            assert r.status_code == 400 and r.json()["error"]["param"].startswith(param), r.text
+    harmony = "<|channel|><|message|>{{ tools }}"
+    with served({}, harmony) as (client, engine):
+        r = client.post("/v1/chat/completions", json={**HI, "tools": [strict], "thinking_token_budget": 3})
+        assert r.status_code == 200 and engine.requests[-1].reasoning is None and engine.requests[-1].thinking
+        assert "analysis" in engine.requests[-1].grammar.text
 
 
 BAD = [

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from fnengine.errors import RequestError
-from fnengine.host.grammar import Grammar, written
+from fnengine.host.grammar import Grammar, as_rule, written
 from fnengine.host.guide import Reasoning
 from fnengine.host.schema import check_schema
 from fnengine.host.thinking import FIELD, Budget
@@ -32,6 +32,8 @@ EFFORTS: Mapping[str, int | None] = {
     "xhigh": None,
 }
 """Tokens of reasoning that an effort comes to, where the chat template knows none; None is no limit."""
+FORMATS = ("response_format", "text.format")
+"""Fields that say what an answer's content is."""
 FINAL = "<|channel|>final<|message|>"
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 
@@ -46,6 +48,8 @@ class Wanted:
     """For the parser; None where no call may come."""
     grammar: Grammar | None = None
     """What the answer must follow once its reasoning is over; None for anything."""
+    call: bool | None = None
+    """Whether that is a call, or a content; None where it may be either."""
     ignored: tuple[str, ...] = ()
     """Fields without effect."""
 
@@ -54,10 +58,11 @@ def _refuse(param: str, what: str, remedy: str | None = None) -> NoReturn:
     raise RequestError(what, where=param, param=param, remedy=remedy)
 
 
-def wanted(body: ChatBody, parsers: Parsers, text: Text, *, auto: bool = True) -> Wanted:
+def wanted(body: ChatBody, parsers: Parsers, text: Text, *, answer: Grammar | None = None, auto: bool = True) -> Wanted:
     """What the request's tools come to.
 
     Args:
+        answer: what an answer that is no call has to be; None is anything.
         auto: whether models may choose tools by themselves here (--enable-auto-tool-choice).
 
     Raises:
@@ -65,14 +70,15 @@ def wanted(body: ChatBody, parsers: Parsers, text: Text, *, auto: bool = True) -
             calls; `param` names the field.
     """
     choice = _choice(body)
+    content = Wanted() if answer is None else Wanted(grammar=answer, call=False, ignored=answer.ignored)
     if body.tools is None:
-        return Wanted()
+        return content
     schemas = check(body.tools)
     name = choice["function"]["name"] if isinstance(choice, dict) else None
     if name is not None and name not in schemas:
         _refuse("tool_choice", f"names the function {name[:80]!r}, tools has {', '.join(schemas)[:400]}")
     if choice == "none":  # what is not shown to the model cannot be called by it
-        return Wanted()
+        return content
     if choice == "auto" and not auto:
         _refuse("tool_choice", "auto is turned off here", "start the server with --enable-auto-tool-choice")
     template = text.templates.get("tool_use", text.templates.get("default", ""))
@@ -82,13 +88,21 @@ def wanted(body: ChatBody, parsers: Parsers, text: Text, *, auto: bool = True) -
         why = "; ".join(parsers.notes[:1])
         _refuse("tools", f"calls cannot be read: {why}", "start the server with --tool-call-parser NAME")
     parallel = body.parallel_tool_calls is not False
-    strict = tuple(f"tools.{i}.function.strict" for i, t in enumerate(body.tools) if t["function"].get("strict"))
-    if choice == "auto":
-        return Wanted(body.tools, Tools(schemas, parallel), None, strict)
+    found = Tools(schemas, parallel)
+    if choice != "auto" and answer is not None and not answer.field.startswith(FORMATS):
+        # A format is of the answer's content, and such an answer has none.
+        _refuse(answer.field, "only one constraint is possible, and tool_choice is another", "leave one out")
+    rule = None if answer is None or choice != "auto" else as_rule(answer)
+    if choice == "auto" and answer is not None and rule is None:
+        what = "cannot stand beside tools that the model may call"
+        _refuse(answer.field, what, 'send tool_choice "none", or a schema, a pattern or choices')
+    if choice == "auto" and answer is None and not any(t["function"].get("strict") for t in body.tools):
+        return Wanted(body.tools, found)
     form = HARMONY if parsers.tools == HARMONY else parsers.tools.name
     # A mark that is one token is meant as that token, called special or not: that is how models write it.
-    special = {mark: ids[0] for mark in parsers.marks(True) if len(ids := text.encode(mark, add_special=False)) == 1}
-    checked, ignored = [], []
+    marks = (*parsers.marks(True), "[ARGS]")
+    special = {mark: ids[0] for mark in marks if len(ids := text.encode(mark, add_special=False)) == 1}
+    checked, ignored = [], [] if answer is None else list(answer.ignored)
     for i, tool in enumerate(body.tools):
         function = tool["function"]
         if name not in (None, function["name"]):
@@ -98,23 +112,23 @@ def wanted(body: ChatBody, parsers: Parsers, text: Text, *, auto: bool = True) -
         schema, notes = check_schema(given, where, strict=bool(function.get("strict")))
         checked.append({"function": {"name": function["name"], "parameters": schema}})
         ignored += notes
-    made = grammar_for(checked, choice, form, parallel=parallel, special=special)
+    made = grammar_for(checked, choice, form, parallel=parallel, special=special, answer=rule)
     grammar = written(made["grammar"], "tools", tuple(ignored))
-    return Wanted(body.tools, Tools(schemas, parallel), grammar, grammar.ignored)
+    return Wanted(body.tools, found, grammar, None if choice == "auto" else True, grammar.ignored)
 
 
-def reasoning_of(start: State | None, text: Text, call: bool) -> Reasoning | None:
+def reasoning_of(start: State | None, text: Text, call: bool | None) -> Reasoning | None:
     """Where an answer that follows a grammar may reason first; None where it begins with what it has to say.
 
     Args:
         start: of the parser, behind the prompt.
-        call: the grammar is that of a call, not of a content.
+        call: whether the grammar is that of a call, or of a content; None where it may be either.
     """
     if start is None:
         return None
 
-    if start.harmony is not None:
-        return Reasoning("<|end|>" if call else FINAL)
+    if start.harmony is not None:  # a grammar of either knows its reasoning
+        return None if call is None else Reasoning("<|end|>" if call else FINAL)
     thoughts = start.thoughts
     if thoughts is None or not reasons(thoughts):
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -90,6 +90,8 @@ class Job:
     """Fields without effect, beside those that have none in any request."""
     write: Callable[[Shape, Text, Callable[[], Any]], Any] | None = None
     """Makes the `replies.Writer` of a protocol of its own; None is OpenAI's `Answer`."""
+    background: Callable[[Any, Any, Coroutine[Any, Any, Any]], Any] | None = None
+    """(flight, writer, the rest of its life, to be run by whoever is given it) -> an HTTP response at once."""
 
 
 def tokens_held(job: Job) -> int:
@@ -152,10 +154,19 @@ def from_chat(
     role: str = "assistant",
     parsers: Parsers | None = None,
     auto_tools: bool = True,
+    form: Grammar | None = None,
 ) -> Job:
-    """Requests and shape of /v1/chat/completions. Raises as `from_completion` does."""
+    """Requests and shape of /v1/chat/completions. Raises as `from_completion` does.
+
+    Args:
+        form: what the answer has to be, where another protocol says it in words of its own.
+    """
     text, parsers = engine.tokenizer, parsers or Parsers()
-    want = tooling.wanted(body, parsers, text, auto=auto_tools)
+    asked_form = from_fields(body.model_extra or {})
+    if form is not None and asked_form is not None:
+        what = f"only one constraint is possible, and {form.field} is another"
+        _refuse(asked_form.field, what, "leave one out")
+    want = tooling.wanted(body, parsers, text, answer=form or asked_form, auto=auto_tools)
     effort = tooling.effort(body, parsers, text)
     rendered, tokens = _render(body, text, want.shown, effort.variables)
     ids = [tuple(tokens)]
@@ -194,13 +205,7 @@ def from_chat(
         **common,
     )
     explicit = asked is not None
-    grammar = from_fields(body.model_extra or {})
-    if grammar is not None and want.tools is not None:
-        if want.grammar is not None:
-            _refuse(grammar.field, "only one constraint is possible, and tool_choice is another", "leave one out")
-        _refuse(grammar.field, "would keep the model from calling tools", 'send tool_choice "none", or leave one out')
-    grammar = grammar or want.grammar
-    call = None if grammar is None else want.grammar is not None
+    held = want.grammar is not None
     requests = _requests(
         body,
         engine,
@@ -210,12 +215,11 @@ def from_chat(
         most=most,
         explicit=explicit,
         prompt_logprobs=shape.prompt_logprobs,
-        grammar=grammar,
-        reasoning=None if call is None else tooling.reasoning_of(start, text, call),
-        thinking=tooling.budget_of(start, text, effort.budget, call),
+        grammar=want.grammar,
+        reasoning=tooling.reasoning_of(start, text, want.call) if held else None,
+        thinking=tooling.budget_of(start, text, effort.budget, want.call),
     )
-    notes = () if grammar is None else grammar.ignored
-    return Job(requests, shape, tuple(dict.fromkeys(want.ignored + effort.ignored + notes)))
+    return Job(requests, shape, tuple(dict.fromkeys(want.ignored + effort.ignored)))
 
 
 def from_tokenize(body: TokenizeBody, text: Text) -> list[int]:
