@@ -179,7 +179,7 @@ class Drafting:
             elif (earlier := self.earlier.get((how.method, how.k))) is not None:
                 pace = resumed(pace, earlier)
             self.guesses[run] = _Guess(proposer, how, pace)
-            run.patient, run.taps = True, taps_of(proposer)
+            run.patient, run.guessed, run.taps = True, True, taps_of(proposer)
             run.plain = run.plain and not run.taps
 
     def forget(self, runs: tuple[Run, ...]) -> None:

@@ -208,7 +208,7 @@ class Engine:
             RequestError: the grammar is none, or too large.
         """
         if request.grammar is None or request.guide is not None:
-            return request
+            return self.guides.prepare(request)
         return await asyncio.to_thread(self.guides.prepare, request)
 
     def submit(self, request: Request) -> Stream:

@@ -71,6 +71,7 @@ def refuse_beside(request: Request) -> None:
         "prediction": request.speculate is not None and bool(request.speculate.prediction),
         "speculative": request.speculate is not None and request.speculate.k > 0,
         "steer": bool(request.steer),
+        "thinking_token_budget": request.thinking is not None,
         "grammar" if request.grammar is None else request.grammar.field: request.grammar is not None,
     }
     for name in (name for name, is_asked in asked.items() if is_asked):

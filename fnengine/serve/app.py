@@ -215,10 +215,14 @@ def make_app(
             return EventStream(
                 events(flight, answer, Thinning(stream_interval), log, job.shape.strategy), close, headers, silence
             )
-        try:
-            return await whole(request, flight, answer, headers, room, job.shape.strategy)
-        finally:
-            close()
+
+        async def rest(client: Request | None) -> Response:
+            try:
+                return await whole(client, flight, answer, headers, room, job.shape.strategy)
+            finally:
+                close()
+
+        return await rest(request) if job.background is None else job.background(flight, answer, rest(None))
 
     async def completions(request: Request) -> Response:
         return await generate(request, protocol.CompletionBody, translate.from_completion)
@@ -371,7 +375,7 @@ def make_app(
     route("/debug/graphs", "GET", debug_graphs)
     route("/reset_prefix_cache", "POST", reset_prefix_cache)
     route("/abort_requests", "POST", abort_requests, protocol.AbortBody)
-    core = Core(engine, read, named, generate, from_chat, wall)
+    core = Core(engine, read, named, generate, from_chat, wall, parsers.thinks, log)
     own: list[Route] = [*embeddings.routes(core), *messages.routes(core), *responses.routes(core), *unbuilt()]
     for r in own:
         route(r.path, r.methods, r.endpoint, r.model, r.problem)

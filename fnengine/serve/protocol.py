@@ -169,6 +169,7 @@ class ChatBody(Generate):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: Bool = None
     reasoning_effort: str | None = Field(default=None, max_length=32)
+    thinking_token_budget: Int | None = None
     include_reasoning: Bool = None
 
 
@@ -239,7 +240,6 @@ REFUSED: dict[str, tuple] = {
     "logprobs_mode": (None, "raw_logprobs"),
     "stop_regex": (None, []),
     "repetition_detection": _NONE,
-    "thinking_token_budget": _NONE,
     "truncate_prompt_tokens": _NONE,
     "truncation_side": _NONE,
     "chat_template": _NONE,
@@ -270,6 +270,7 @@ _CHAT_ONLY = {
     "parallel_tool_calls": (None, True, False),
     "reasoning_effort": (None, "none"),
     "include_reasoning": (None, True, False),
+    "thinking_token_budget": _NONE,
 }
 
 

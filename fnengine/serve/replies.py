@@ -145,7 +145,7 @@ async def events(
 
 
 async def whole(
-    request: Request,
+    request: Request | None,
     flight: Flight,
     answer: Writer,
     headers: dict[str, str],
@@ -154,12 +154,17 @@ async def whole(
 ) -> Response:
     """The one body of a request that does not stream; a client that goes away ends it early.
 
+    Args:
+        request: whose client waits; None: nobody does, and it goes on by itself.
+
     Raises:
         RequestError, Unavailable: there is no room to hold the answer until it is whole.
     """
     held = 0
-    listener = asyncio.ensure_future(until_gone(request.receive))
-    listener.add_done_callback(lambda task: None if task.cancelled() else flight.close())
+    listener = None
+    if request is not None:
+        listener = asyncio.ensure_future(until_gone(request.receive))
+        listener.add_done_callback(lambda task: None if task.cancelled() else flight.close())
     try:
         async for batch in flight.batches():
             _check(batch, strategy)
@@ -168,7 +173,8 @@ async def whole(
                 answer.take(prompt, delta)
     finally:
         room.held -= held
-        listener.cancel()
+        if listener is not None:
+            listener.cancel()
         flight.close()
     if not answer.done:
         raise flight.reason or Unavailable("the client has gone")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from fnengine.errors import ContextLengthError, RequestError
 from fnengine.host.grammar import Grammar, from_fields
 from fnengine.host.guide import Reasoning
 from fnengine.host.request import MAX_BAD, MAX_BREAKERS, MAX_DRAFT, Request, Sampling, Speculate, Stop
+from fnengine.host.thinking import Budget
 from fnengine.serve import tools as tooling
 from fnengine.serve.engine_port import EnginePort, Text
 from fnengine.serve.parsing.parser import Parsers, begin
@@ -89,6 +90,8 @@ class Job:
     """Fields without effect, beside those that have none in any request."""
     write: Callable[[Shape, Text, Callable[[], Any]], Any] | None = None
     """Makes the `replies.Writer` of a protocol of its own; None is OpenAI's `Answer`."""
+    background: Callable[[Any, Any, Coroutine[Any, Any, Any]], Any] | None = None
+    """(flight, writer, the rest of its life, to be run by whoever is given it) -> an HTTP response at once."""
 
 
 def tokens_held(job: Job) -> int:
@@ -151,12 +154,21 @@ def from_chat(
     role: str = "assistant",
     parsers: Parsers | None = None,
     auto_tools: bool = True,
+    form: Grammar | None = None,
 ) -> Job:
-    """Requests and shape of /v1/chat/completions. Raises as `from_completion` does."""
+    """Requests and shape of /v1/chat/completions. Raises as `from_completion` does.
+
+    Args:
+        form: what the answer has to be, where another protocol says it in words of its own.
+    """
     text, parsers = engine.tokenizer, parsers or Parsers()
-    want = tooling.wanted(body, parsers, text, auto=auto_tools)
-    variables, ignored = tooling.effort(body, text)
-    rendered, tokens = _render(body, text, want.shown, variables)
+    asked_form = from_fields(body.model_extra or {})
+    if form is not None and asked_form is not None:
+        what = f"only one constraint is possible, and {form.field} is another"
+        _refuse(asked_form.field, what, "leave one out")
+    want = tooling.wanted(body, parsers, text, answer=form or asked_form, auto=auto_tools)
+    effort = tooling.effort(body, parsers, text)
+    rendered, tokens = _render(body, text, want.shown, effort.variables)
     ids = [tuple(tokens)]
     common = _common_shape(body, engine)
     going_on = _final_text(body) if body.continue_final_message else None
@@ -193,12 +205,7 @@ def from_chat(
         **common,
     )
     explicit = asked is not None
-    grammar = from_fields(body.model_extra or {})
-    if grammar is not None and want.tools is not None:
-        if want.grammar is not None:
-            _refuse(grammar.field, "only one constraint is possible, and tool_choice is another", "leave one out")
-        _refuse(grammar.field, "would keep the model from calling tools", 'send tool_choice "none", or leave one out')
-    grammar = grammar or want.grammar
+    held = want.grammar is not None
     requests = _requests(
         body,
         engine,
@@ -208,11 +215,11 @@ def from_chat(
         most=most,
         explicit=explicit,
         prompt_logprobs=shape.prompt_logprobs,
-        grammar=grammar,
-        reasoning=None if grammar is None else tooling.reasoning_of(start, text, want.grammar is not None),
+        grammar=want.grammar,
+        reasoning=tooling.reasoning_of(start, text, want.call) if held else None,
+        thinking=tooling.budget_of(start, text, effort.budget, want.call),
     )
-    notes = () if grammar is None else grammar.ignored
-    return Job(requests, shape, tuple(dict.fromkeys(want.ignored + ignored + notes)))
+    return Job(requests, shape, tuple(dict.fromkeys(want.ignored + effort.ignored)))
 
 
 def from_tokenize(body: TokenizeBody, text: Text) -> list[int]:
@@ -296,6 +303,7 @@ def _requests(
     prompt_logprobs: int | None,
     grammar: Grammar | None = None,
     reasoning: Reasoning | None = None,
+    thinking: Budget | None = None,
 ) -> tuple[Request, ...]:
     sampling = _sampling(body, engine)
     strategy = None if body.strategy is None else (body.strategy.name, body.strategy.args or {})
@@ -319,6 +327,7 @@ def _requests(
             skip_special_tokens=shape.skip_special,
             grammar=grammar,
             reasoning=reasoning,
+            thinking=thinking,
             strategy=strategy,
             speculate=speculate,
             arrival=now,
