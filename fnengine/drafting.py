@@ -94,6 +94,8 @@ class Counts:
     """Steps of runs that held a draft."""
     proposed: int = 0
     accepted: int = 0
+    deep: list[int] = field(default_factory=list)
+    """Of drafts so far, those of which at least 1, 2, 3, ... tokens were accepted."""
 
 
 @dataclass
@@ -292,6 +294,9 @@ class Drafting:
         counts.steps += 1
         counts.proposed += event.proposed
         counts.accepted += event.accepted
+        counts.deep += [0] * (event.proposed - len(counts.deep))
+        for position in range(event.accepted):
+            counts.deep[position] += 1
         if guess.how.adapt:
             pace = self._paced(guess, rows)
             if guess.empty:

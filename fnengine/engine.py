@@ -563,7 +563,7 @@ class Engine:
     def gauges(self) -> Gauges:
         recompiles = 0 if self.built is None else self.built.traces.compiled - self._compiled
         c = self.drafting.counts
-        drafts = {"drafted": c.proposed, "accepted": c.accepted, "draft_steps": c.steps}
+        drafts = {"drafted": c.proposed, "accepted": c.accepted, "draft_steps": c.steps, "accepted_deep": tuple(c.deep)}
         return replace(planning.gauges(self.host), steps=self._steps, recompiles=recompiles, **drafts)
 
     def survey(self, blocks: bool = True) -> Survey:

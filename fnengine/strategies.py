@@ -55,6 +55,9 @@ PAUSE, LONGEST_PAUSE = 0.1, 0.005
 class Audience(Protocol):
     """Whoever runs a strategy for somebody."""
 
+    cached: int | None
+    """Tokens that the prefix cache had of the first text the strategy computed from nothing; None so far."""
+
     def emitted(self, part: Emitted) -> bool:
         """Takes a part of the answer; true when no more of it is wanted."""
         ...
@@ -118,6 +121,7 @@ class Answer:
     sink: Callable[[Delta], None]
     on_end: Callable[[Delta], None] = lambda _delta: None
     """Told after the sink that this was the last."""
+    cached: int | None = None
     made: int = 0
     """Tokens given so far."""
     found: str | None = None
@@ -158,7 +162,7 @@ class Answer:
             finish="stop" if found is not None else outcome.finish,
             stop_reason=reason,
             error=error,
-            usage=Usage(prompt=self.prompt, cached=0, completion=self.made),
+            usage=Usage(prompt=self.prompt, cached=min(self.cached or 0, self.prompt), completion=self.made),
         )
         self.sink(delta)
         self.on_end(delta)
@@ -421,8 +425,10 @@ class Strategies:
                 self.host.ledger.free(event.path)
             return
         assert run.base is not None
-        self.host.ledger.free(run.base)
         extend, i = found
+        if extend.guest.audience.cached is None and not run.base.length:
+            extend.guest.audience.cached = run.cached
+        self.host.ledger.free(run.base)
         if event.finish == "error":
             self._fail(extend, DeviceFault(event.error or "the step failed"))
             return

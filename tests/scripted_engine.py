@@ -167,6 +167,7 @@ class ScriptedEngine:
         self.captured: dict | None = None
         self.preempted: list[Preempted] = []
         self.width, self.pooling = 4, "last"
+        self.accepted_deep: tuple[int, ...] = ()
         self.frozen = False
         """No more steps are made."""
         self.task: asyncio.Task | None = None
@@ -200,6 +201,7 @@ class ScriptedEngine:
             rejections=self.rejected,
             steps=self.steps,
             recompiles=0,
+            accepted_deep=self.accepted_deep,
         )
 
     def survey(self, blocks: bool = True) -> Survey:

@@ -258,6 +258,11 @@ def test_drafts_change_no_token_and_are_counted(served, client):
         }.items():
             line = f'{prefix}:spec_decode_{name}_total{{engine="0",model_name="{engine.name}"}} {float(value)}'
             assert line in told, name
+        places = [
+            x for x in told.splitlines() if x.startswith(f"{prefix}:spec_decode_num_accepted_tokens_per_pos_total")
+        ]
+        deep = [float(x.rsplit(" ", 1)[1]) for x in places]
+        assert sum(deep) == counts.accepted and deep == sorted(deep, reverse=True) and len(deep) >= 4
     gauges = httpx.get(url + "/debug/state").json()["gauges"]
     assert gauges["accepted"] == counts.accepted
 

@@ -119,7 +119,7 @@ def test_a_conversation_goes_on_from_what_is_stored():
         assert second.output_text == "less" and second.previous_response_id == first.id
         assert stripped(api.responses.retrieve(first.id).model_dump()) == stripped(first.model_dump())
         items = api.responses.input_items.list(second.id)
-        assert [i.content for i in items.data] == ["more"]
+        assert [i.content[0].text for i in items.data] == ["more"]
         api.responses.delete(first.id)
         for call in (api.responses.retrieve, api.responses.delete):
             with pytest.raises(openai.NotFoundError, match="stored"):

@@ -132,3 +132,5 @@ class Gauges:
     """Of those, found right."""
     draft_steps: int = 0
     """Times that a sequence's step held a draft."""
+    accepted_deep: tuple[int, ...] = ()
+    """Of these, those of which at least 1, 2, 3, ... tokens were right."""

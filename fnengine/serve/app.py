@@ -24,7 +24,7 @@ from starlette.responses import Response
 
 from fnengine import __version__
 from fnengine.errors import FnError, NotFound, RequestError, Unauthorized
-from fnengine.serve import embeddings, messages, operations, page, protocol, responses, translate
+from fnengine.serve import described, embeddings, messages, operations, page, protocol, responses, translate
 from fnengine.serve import metrics as measuring
 from fnengine.serve.access import line
 from fnengine.serve.answer import Answer
@@ -319,6 +319,8 @@ def make_app(
                 aborted.append(wanted)
         return as_json({"aborted": aborted})
 
+    components: dict[str, Any] = {}
+
     # --- the table of routes --------------------------------------------------------------------------------------
 
     def route(
@@ -326,7 +328,7 @@ def make_app(
         methods: str,
         endpoint: Callable[[Request], Awaitable[Response]],
         model: Any = None,
-        problem: Callable[[FnError], Response] = problem,
+        tell: Callable[[FnError], Response] = problem,
     ):
         async def answered(request: Request) -> Response:
             try:
@@ -334,21 +336,18 @@ def make_app(
             except FnError as e:
                 if e.code >= 500 and not isinstance(e, Unavailable | NotImplementedHere):
                     log(f"{path}: {e}")
-                return problem(e)
+                return tell(e)
             except ClientDisconnect:
                 return Response(status_code=499)
             except Exception:
                 log(f"{path}: {traceback.format_exc()}")
-                fault = problem(Fault("internal error; the server's log says more"))
+                fault = tell(Fault("internal error; the server's log says more"))
                 fault.headers["x-should-retry"] = "false"
                 return fault
 
         answered.__name__, answered.__doc__ = endpoint.__name__, endpoint.__doc__
-        extra = None
-        if model is not None:
-            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-            schema.pop("$defs", None)
-            extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+        extra, found = described.extra(path, model, tell is not problem)
+        components.update(found)
         for method in methods.split():
             app.add_api_route(
                 path,
@@ -383,6 +382,8 @@ def make_app(
         route(path, methods, endpoint)
     for path, endpoint in page.routes():
         app.add_route(path, endpoint, methods=["GET"], include_in_schema=False)
+
+    described.add_components(app, components)
 
     async def refused(request: Request, e: Exception) -> Response:
         assert isinstance(e, HTTPException)

@@ -190,6 +190,21 @@ class Meter:
         yield counter("spec_decode_num_drafts", g.draft_steps, "Steps of sequences that held a draft.")
         yield counter("spec_decode_num_draft_tokens", g.drafted, "Draft tokens verified.")
         yield counter("spec_decode_num_accepted_tokens", g.accepted, "Draft tokens found right.")
+        depth = CounterMetricFamily(
+            f"{prefix}:spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens found right, by place in the draft.",
+            labels=[*labels, "position"],
+        )
+        for position, count in enumerate(g.accepted_deep):
+            depth.add_metric([*values, str(position)], count)
+        yield depth
+        # Dashboards ask for these two. Texts have no media to cache, and nothing here loads adapters: none were seen.
+        yield counter("mm_cache_queries", 0, "Media looked up in a cache; this server reads text.")
+        yield counter("mm_cache_hits", 0, "Of these, found.")
+        adapters = {"max_lora": "0", "waiting_lora_adapters": "", "running_lora_adapters": ""}
+        loras = GaugeMetricFamily(f"{prefix}:lora_requests_info", "Adapters, as labels.", labels=[*labels, *adapters])
+        loras.add_metric([*values, *adapters.values()], 0)
+        yield loras
         ended = CounterMetricFamily(
             f"{prefix}:request_success", "Requests that have ended, by how.", labels=[*labels, "finished_reason"]
         )

@@ -26,7 +26,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Int = Annotated[int, BeforeValidator(_whole), Field(ge=-(2**63), lt=2**64)]
+Int = Annotated[int, Field(ge=-(2**63), lt=2**64), BeforeValidator(_whole)]
 
 
 def _switch(value: Any) -> Any:

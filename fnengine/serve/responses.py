@@ -112,6 +112,23 @@ class Store:
                 self.bytes -= found[1]
 
 
+def listed(item: dict[str, Any], id: str) -> dict[str, Any]:
+    """An item of an input in the full shape that a listing has, whatever was left out of it."""
+    kind = item.get("type", "message")
+    out = {"id": id, "status": "completed", **item, "type": kind}
+    if kind == "message":
+        answered = item["role"] == "assistant"
+        text = {"type": "output_text", "annotations": []} if answered else {"type": "input_text"}
+        content = item["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        out["content"] = [p if p["type"] == "refusal" else {**text, "text": p["text"]} for p in parts]
+    elif kind == "function_call_output" and not isinstance(item["output"], str):
+        out["output"] = [{"type": "input_text", "text": p.get("text", "")} for p in item["output"]]
+    elif kind == "reasoning":
+        out |= {"summary": item.get("summary") or [], "content": item.get("content") or []}
+    return out
+
+
 # --- from a body to a chat --------------------------------------------------------------------------------------------
 
 
@@ -297,7 +314,11 @@ class Items:
         u = self.answer.usage()
         return {
             "input_tokens": u["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": u["prompt_tokens_details"]["cached_tokens"]},
+            # Nobody pays for writing to the prefix cache, and nothing is kept there on purpose: 0 of that are counted.
+            "input_tokens_details": {
+                "cached_tokens": u["prompt_tokens_details"]["cached_tokens"],
+                "cache_write_tokens": 0,
+            },
             "output_tokens": u["completion_tokens"],
             "output_tokens_details": {
                 "reasoning_tokens": u.get("completion_tokens_details", {}).get("reasoning_tokens", 0)
@@ -511,14 +532,21 @@ def routes(core: Core, store: Store | None = None) -> list[Route]:
         store.drop(id)
         return as_json({"id": id, "object": "response", "deleted": True})
 
+    async def input_tokens(request: Request) -> Response:
+        body, _ = await core.read(request, ResponsesBody)
+        name = core.named(body)
+        job = await asyncio.to_thread(make, body, core.engine, id="counted", created=0, model=name)
+        return as_json({"object": "response.input_tokens", "input_tokens": sum(map(len, job.shape.prompts))})
+
     async def input_items(request: Request) -> Response:
         id = request.path_params["id"]
-        items = [{"id": f"in_{id.removeprefix('resp_')}_{i}", **it} for i, it in enumerate(stored(request).inputs)]
+        items = [listed(it, f"in_{id.removeprefix('resp_')}_{i}") for i, it in enumerate(stored(request).inputs)]
         ends = {"first_id": items[0]["id"], "last_id": items[-1]["id"], "has_more": False}
         return as_json({"object": "list", "data": items, **ends})
 
     return [
         Route("/v1/responses", "POST", create, ResponsesBody),
+        Route("/v1/responses/input_tokens", "POST", input_tokens, ResponsesBody),
         Route("/v1/responses/{id}", "GET", retrieve),
         Route("/v1/responses/{id}", "DELETE", delete),
         Route("/v1/responses/{id}/cancel", "POST", cancel),

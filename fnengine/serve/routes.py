@@ -75,6 +75,7 @@ UNBUILT = (
     ("/v1/unload_lora_adapter", "LoRA adapters are not implemented yet"),
     ("/classify", "classification heads are not implemented yet; /pooling and /score read decoders"),
     ("/v1/classify", "classification heads are not implemented yet; /pooling and /score read decoders"),
+    ("/v1/responses/compact", "compacting a conversation is not implemented yet; send the whole of it"),
     ("/sleep", "giving memory back while nothing runs is not implemented yet"),
     ("/wake_up", "giving memory back while nothing runs is not implemented yet"),
 )
