@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,19 +49,32 @@ def layer(
 
     Donates: `pool`, in which the KV of the new tokens is written (all of them, before attention reads any).
     """
-    read_TD = normed(kind.norm, params, "norm1", kind.eps, x_TD) if kind.before else x_TD
-    mixed_TD = attention(kind.mixer, params, pool, where, angles, ops, read_TD, kind.eps)
+    mix = partial(attention, kind.mixer, params, pool, where, angles, ops, eps=kind.eps)
+    return block(kind, params, mix, where.slot, x_TD)
+
+
+def block(kind: Layer, params: dict[str, Any], mix: Callable[[Tensor], Tensor], slot_T: Tensor, x_TD: Tensor) -> Tensor:
+    """x_TD after one block whose first half is `mix`. `slot_T` is below `BLOCK` for tokens of padding."""
+    read_TD = normed(kind.norm, params, "norm1", kind.eps, x_TD) if kind.before and not kind.bare else x_TD
+    mixed_TD = mix(read_TD)
     if kind.parallel:
         if kind.parallel == "two norms":
             read_TD = normed(kind.norm, params, "norm2", kind.eps, x_TD)
         return (
             x_TD
             + given(kind, params, "after1", mixed_TD)
-            + given(kind, params, "after2", feed_forward(kind.mlp, params, where, read_TD))
+            + given(kind, params, "after2", feed_forward(kind.mlp, params, slot_T, read_TD))
         )
-    x_TD = x_TD + given(kind, params, "after1", mixed_TD)
+    x_TD = joined(kind, params, "after1", x_TD, mixed_TD)
     read_TD = normed(kind.norm, params, "norm2", kind.eps, x_TD) if kind.before else x_TD
-    return x_TD + given(kind, params, "after2", feed_forward(kind.mlp, params, where, read_TD))
+    return joined(kind, params, "after2", x_TD, feed_forward(kind.mlp, params, slot_T, read_TD))
+
+
+def joined(kind: Layer, params: dict[str, Any], name: str, x_TD: Tensor, part_TD: Tensor) -> Tensor:
+    """The residual stream after a part of a block."""
+    if kind.onto:
+        return normed(kind.norm, params, name, kind.eps, x_TD + part_TD)
+    return x_TD + given(kind, params, name, part_TD)
 
 
 def given(kind: Layer, params: dict[str, Any], name: str, x_TD: Tensor) -> Tensor:
@@ -180,9 +194,9 @@ def sigmoid(x: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-x.float()))
 
 
-def feed_forward(m: Mlp | MoE, params: dict[str, Any], where: Where, x_TD: Tensor) -> Tensor:
+def feed_forward(m: Mlp | MoE, params: dict[str, Any], slot_T: Tensor, x_TD: Tensor) -> Tensor:
     """The second half of a layer, as its spec says."""
-    return moe(m, params, where.slot, x_TD) if isinstance(m, MoE) else mlp(m, params, x_TD)
+    return moe(m, params, slot_T, x_TD) if isinstance(m, MoE) else mlp(m, params, x_TD)
 
 
 def moe(m: MoE, params: dict[str, Any], slot_T: Tensor, x_TD: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ From this one tree come checkpoint loading, dummy weights and the memory plan, s
     {"embed": Dense, "layers": ({"norm1", "qkv", "q_norm", "k_norm", "o", "norm2", "gate_up", "down"}, ...),
      "norm": array, "head": Dense, or None when the embedding is the head}
 
+A model that reads texts whole has no head, but what its `Whole` asks for: {"types", "embed_norm", "label_dense",
+"label_norm", "label_out", "bridge0", ...}, and no "norm" where none follows its last layer.
+
 A layer with experts has {"router", "correction", "experts_gate_up", "experts_down", "shared_gate_up", "shared_down",
 "shared_gate"} in place of the last two, None where its spec has no such thing.
 """
@@ -25,9 +28,12 @@ from torch import Tensor
 from fnengine import experts, tree
 from fnengine.experts import Experts
 from fnengine.families import FAMILIES
-from fnengine.families.names import Family, Grouped, Interleaved, Order
+from fnengine.families.names import Family, Grouped, Interleaved, Names, Order
 from fnengine.leaves import Dense, Packing, Shape
-from fnengine.spec import RMS, Layer, Mlp, ModelSpec, MoE, Norm
+from fnengine.spec import RMS, Layer, Mlp, ModelSpec, MoE, Norm, Whole
+
+TABLES = ("positions", "types")
+"""Arrays that are looked up and never multiplied, beside the embedding."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +78,35 @@ def abstract(spec: ModelSpec) -> dict[str, Any]:
     if ends.positions:
         name = f"{names['positions']}.weight"
         table = {"positions": ArrayInfo((ends.positions, D), ((name, ends.positions),), 0.02)}
+    layers = tuple(_layer(family, i, kind, D) for i, kind in enumerate(spec.layers))
+    if spec.whole is not None:
+        final = _norm("norm", names["norm"], D, ends.norm) if spec.whole.final else {}
+        return {"embed": embed, **table, "layers": layers, **final, **_whole(names, spec.whole, D)}
     return {
         "embed": embed,
         **table,
-        "layers": tuple(_layer(family, i, kind, D) for i, kind in enumerate(spec.layers)),
+        "layers": layers,
         **_norm("norm", names["norm"], D, ends.norm),
         "head": None if spec.tied else _linear(names["head"], (spec.vocab,), D, ends.head_bias),
     }
+
+
+def _whole(names: Names, w: Whole, D: int) -> dict[str, Any]:
+    """The arrays of a model that reads texts whole, beside those that every model has."""
+    found: dict[str, Any] = {}
+    if w.types:
+        found["types"] = ArrayInfo((w.types, D), ((f"{names['types']}.weight", w.types),), 0.02)
+    if w.norm is not None:
+        found |= _norm("embed_norm", names["embed_norm"], D, w.norm)
+    if (head := w.head) is not None:
+        if head.dense:
+            found["label_dense"] = _linear(names["label_dense"], (D,), D, head.dense_bias)
+        if head.norm is not None:
+            found |= _norm("label_norm", names["label_norm"], D, head.norm)
+        found["label_out"] = _linear(names.get("label_out", "score"), (len(head.labels),), D, head.bias)
+    for i, bridge in enumerate(w.bridges):
+        found[f"bridge{i}"] = _linear(f"{bridge.folder}/linear", (bridge.width,), bridge.reads, bridge.bias)
+    return found
 
 
 def stored_shape(info: ArrayInfo, rows: int) -> tuple[int, ...]:
@@ -131,15 +159,15 @@ def memory_plan(spec: ModelSpec, dtype: torch.dtype, how: Packing) -> MemoryPlan
     def held(path: str, info: ArrayInfo) -> int:
         if len(info.shape) == 3:
             return experts.size(*info.shape, how.experts) * dtype.itemsize
-        if len(info.shape) != 2 or path == "positions" or (path == "embed.weight" and looked_up):
+        if len(info.shape) != 2 or path in TABLES or (path == "embed.weight" and looked_up):
             return info.size * dtype.itemsize
-        placed = how.ends if path in ("embed.weight", "head.weight") else how
+        placed = how if path.startswith("layers.") else how.ends
         return placed.nbytes(*info.shape, dtype)
 
     every = list(arrays(abstract(spec)))
     head = how.ends.nbytes(spec.vocab, spec.width, dtype) if spec.tied and not end.indexable else 0
     weights = sum(held(path, info) for path, info in every) + head
-    multiplied = [x for x in every if len(x[1].shape) == 2 and x[0] != "positions"]
+    multiplied = [x for x in every if len(x[1].shape) == 2 and x[0] not in TABLES]
     placed = [x for x in multiplied if how.at(x[1].shape[0], x[1].shape[1]).kind != "dense"]
     placed += [x for x in every if len(x[1].shape) == 3 and how.experts]
     both = max((max(held(path, info), info.size * dtype.itemsize) for path, info in placed), default=0)
@@ -182,14 +210,16 @@ class Products:
     """Shape -> how many products of all layers have it."""
     depth: int
     """Layers."""
-    head: Shape
+    head: Shape | None
+    """None: there is no vocabulary to choose from."""
     tied: bool
     """The head's weight is the embedding, too."""
 
     @property
     def count(self) -> dict[Shape, int]:
         """Shape -> how many products of a step have it, those of the layers first."""
-        return {**dict(self.layers), self.head: dict(self.layers).get(self.head, 0) + 1}
+        ends = {} if self.head is None else {self.head: dict(self.layers).get(self.head, 0) + 1}
+        return {**dict(self.layers), **ends}
 
 
 @cache
@@ -197,7 +227,8 @@ def products(spec: ModelSpec) -> Products:
     """The products of a step of a spec."""
     shapes = Counter(info.shape for _, info in arrays({"layers": abstract(spec)["layers"]}) if len(info.shape) == 2)
     layers = tuple((shape, n) for shape, n in shapes.items() if len(shape) == 2)
-    return Products(layers, len(spec.layers), (spec.vocab, spec.width), spec.tied)
+    head = (spec.vocab, spec.width) if spec.whole is None else None
+    return Products(layers, len(spec.layers), head, spec.tied)
 
 
 def _layer(family: Family, i: int, kind: Layer, D: int) -> dict[str, Any]:
@@ -229,7 +260,7 @@ def _layer(family: Family, i: int, kind: Layer, D: int) -> dict[str, Any]:
         return {**first, **linear("down", (D,), m.width, m.bias)}
 
     return {
-        **norm("norm1", kind.before),
+        **norm("norm1", kind.before and not kind.bare),
         **linear("qkv", (q, kv, kv), D, a.qkv_bias),
         **head_norm("q_norm", a.heads),
         **head_norm("k_norm", a.kv_heads),

@@ -132,6 +132,9 @@ class Attention:
     qk_as: Norm = RMS
     clip: float = 0.0
     """q, k and v are clamped to +- clip after their norms; 0 leaves them."""
+    causal: bool = True
+    """A token sees what stands before it; else what stands behind it, too, and `window` counts to both sides. Only
+    texts that are read whole can be seen so (`Whole`)."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,10 @@ class Layer:
     """x += mixer(norm(x)) + mlp(norm(x)): both read the same x, through the same norm or each through its own."""
     scale: float = 1.0
     """Of what each part adds to x."""
+    onto: bool = False
+    """The norms `after` are of the sum: x = norm(x + part(x))."""
+    bare: bool = False
+    """The mixer reads x as it is, though the other half reads it normed."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +225,61 @@ class Ends:
     """Logits are multiplied by it."""
     logit_cap: float = 0.0
     """A logit becomes cap * tanh(logit / cap); 0 leaves it."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model makes of the one vector of a text: a number for each label, out(norm(act(dense(x))))."""
+
+    labels: tuple[str, ...]
+    """Their names, in order."""
+    pooling: str
+    """`last`, `mean` or `cls`: how the text becomes one vector."""
+    dense: bool = False
+    """There is a layer of its own before the labels'."""
+    dense_bias: bool = True
+    act: Literal["tanh", "gelu"] = "tanh"
+    """of that layer"""
+    norm: Norm | None = None
+    """of what that gives"""
+    bias: bool = True
+    """of the labels"""
+    spread: Literal["softmax", "sigmoid", "identity"] = "softmax"
+    """What makes shares of the numbers when texts are classified."""
+    judged: Literal["softmax", "sigmoid", "identity"] = "sigmoid"
+    """What makes a score of the one number of a pair of texts."""
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """A layer between the vector of a text and its embedding, as sentence-transformers keeps them beside a model."""
+
+    folder: str
+    """Where its weights are, within the model's."""
+    width: int
+    """Numbers that it gives."""
+    reads: int
+    bias: bool
+    act: Literal["identity", "tanh", "gelu", "relu", "silu"] = "identity"
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Of a model that reads texts whole and writes none: encoders, classifiers, embedders.
+
+    It needs no pool: what is computed of a text is used in the same step. Its vectors are those of the last layer.
+    """
+
+    pooling: str = "last"
+    """`last`, `mean` or `cls`: how embeddings are pooled where nothing says otherwise."""
+    types: int = 0
+    """Rows of a table that tells the first text of a pair from the second; it is added to embeddings. 0: none."""
+    norm: Norm | None = None
+    """of embeddings"""
+    final: bool = True
+    """There is a norm after the last layer."""
+    head: Head | None = None
+    bridges: tuple[Bridge, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -242,6 +304,14 @@ class ModelSpec:
     eos: tuple[int, ...]
     bos: int | None
     ends: Ends = Ends()
+    whole: Whole | None = None
+    """None: a language model, which has a head over its vocabulary."""
+
+    @property
+    def vector(self) -> int:
+        """Numbers of an embedding."""
+        bridges = () if self.whole is None else self.whole.bridges
+        return bridges[-1].width if bridges else self.width
 
 
 def features(spec: ModelSpec) -> tuple[str, ...]:
@@ -253,7 +323,9 @@ def features(spec: ModelSpec) -> tuple[str, ...]:
     said = {
         "LayerNorm": layer.norm.centred,
         "weights of norms from 1": layer.norm.plus == 1,
-        "norms after each part": layer.after and not layer.before,
+        "reads texts whole": any(not m.causal for m in mixers),
+        "norms of each sum": layer.onto,
+        "norms after each part": layer.after and not layer.before and not layer.onto,
         "norms before and after each part": layer.after and layer.before,
         f"parts side by side, {norms}": bool(layer.parallel),
         "learned positions": ends.positions > 0,

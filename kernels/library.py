@@ -20,6 +20,8 @@ NAMESPACE = "fnengine"
 SCHEMAS = {
     "paged_attention": "(Tensor q, Tensor k_pool, Tensor v_pool, Tensor table, Tensor row, Tensor start, "
     "Tensor length, float scale, int window, float soft_cap, Tensor? sink) -> Tensor",
+    "whole_attention": "(Tensor q, Tensor k, Tensor v, Tensor start, float scale, int window, float soft_cap, "
+    "Tensor? sink, bool causal) -> Tensor",
     "rope_write": "(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin, Tensor(a!) k_pool, "
     "Tensor(b!) v_pool, Tensor slot, float eps) -> Tensor",
     "copy_blocks": "(Tensor(a!)[] pools, Tensor pairs) -> ()",
@@ -102,6 +104,7 @@ def _nothing(*_: Any) -> None:
 
 SHAPES: dict[str, Callable[..., Any]] = {
     "paged_attention": _shape_of_attention,
+    "whole_attention": _shape_of_attention,
     "rope_write": _shape_of_queries,
     "copy_blocks": _nothing,
     "linear": _shape_of_linear,

@@ -17,6 +17,7 @@ from fnengine.kernels.quantized import QUANTIZED_LINEAR
 from fnengine.kernels.rope import ROPE_WRITE
 from fnengine.kernels.routing import ARRANGE_EXPERTS, TOP_EXPERTS
 from fnengine.kernels.truncation import APPLY_MASK, TRUNCATE
+from fnengine.kernels.whole import WHOLE_ATTENTION
 
 
 def _supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -31,6 +32,8 @@ def _backend(op: Contract, invariant: bool, capturable: bool = True) -> Backend:
 paged_attention = _backend(PAGED_ATTENTION, invariant=False, capturable=False)
 """It reads where rows start and end on the host, so a graph cannot hold it. Not invariant: torch's matmul picks its
 order of summation by shape, hence by chunk and by neighbours."""
+whole_attention = _backend(WHOLE_ATTENTION, invariant=True, capturable=False)
+"""It looks at one text at a time, whose place it reads on the host."""
 rope_write = _backend(ROPE_WRITE, invariant=False)
 copy_blocks = _backend(COPY_BLOCKS, invariant=True)
 linear = _backend(LINEAR, invariant=False)

@@ -76,6 +76,10 @@ class Family:
     """Sizes that a config must say, beside those that every config does."""
     prefix: str = ""
     """What every name but the head's begins with, and what some checkpoints leave out."""
+    also: tuple[str, ...] = ()
+    """Further names that its configs have in `architectures` (`whole.architectures`)."""
+    encodes: bool = False
+    """Its models read texts whole and have no form that writes any."""
     further: str = ""
     """Beginning of names of layers, a number follows: those beyond the config's last one predict further tokens, and
     are not loaded."""
