@@ -27,6 +27,7 @@ from fnengine.families import (
     opt,
     phi,
     phi3,
+    phimoe,
     qwen2,
     qwen2_moe,
     qwen3,
@@ -44,6 +45,7 @@ _EVERY = (
     *(cohere.FAMILY, cohere.COHERE2, glm4.GLM, glm4.FAMILY, starcoder2.FAMILY, stablelm.FAMILY),
     *(phi.FAMILY, gpt_neox.FAMILY, gpt2.FAMILY, opt.FAMILY, falcon.FAMILY),
     *(mixtral.FAMILY, qwen2_moe.FAMILY, qwen3_moe.FAMILY, olmoe.FAMILY, glm4_moe.FAMILY, gpt_oss.FAMILY),
+    phimoe.FAMILY,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _EVERY}
 
@@ -54,7 +56,7 @@ def spec_from_config(config: dict, where: str = "config.json") -> ModelSpec:
     Raises:
         SpecError: no family knows the architecture, or a key is missing, impossible or not understood.
     """
-    known = {f.architecture: f for f in FAMILIES.values()}
+    known = {name: f for f in FAMILIES.values() for name in (f.architecture, *f.also)}
     named = config.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(n, str) for n in named):
         raise SpecError(f"architectures = {named!r} is not a list of names", where=where, param="architectures")

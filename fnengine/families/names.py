@@ -76,6 +76,8 @@ class Family:
     """Sizes that a config must say, beside those that every config does."""
     prefix: str = ""
     """What every name but the head's begins with, and what some checkpoints leave out."""
+    also: tuple[str, ...] = ()
+    """Other names that configs give the architecture."""
     further: str = ""
     """Beginning of names of layers, a number follows: those beyond the config's last one predict further tokens, and
     are not loaded."""
