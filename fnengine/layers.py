@@ -233,15 +233,33 @@ def route(m: MoE, params: dict[str, Any], x_TD: Tensor) -> tuple[Tensor, Tensor]
     elif m.scores == "softmax":
         score_TE = softmax(logits_TE)
     else:
-        assert m.scores == "logits", m.scores
+        assert m.scores in ("logits", "near"), m.scores
         score_TE = logits_TE
     chosen_TJ = experts.top(eligible(m, params, score_TE), m.chosen)
+    if m.scores == "near":
+        return chosen_TJ, near_weights(m, score_TE, chosen_TJ) * m.factor
     weight_TJ = score_TE.gather(1, chosen_TJ.long())
     if m.scores == "logits":
         weight_TJ = softmax(weight_TJ)
     elif m.normalized:
         weight_TJ = weight_TJ / (weight_TJ.sum(1, keepdim=True) + (1e-20 if m.scores == "sigmoid" else 0.0))
     return chosen_TJ, weight_TJ * m.factor
+
+
+def near_weights(m: MoE, score_TE: Tensor, chosen_TJ: Tensor) -> Tensor:
+    """weight_TJ: of each chosen expert in a softmax over the logits that are near to its own, without those of experts
+    that were chosen before it.
+
+    Source: SparseMixer-v2, as it is evaluated (Liu et al. 2024, arXiv 2409.12136).
+    """
+    weights, left_TE = [], score_TE
+    for j in range(m.chosen):
+        one_T1 = chosen_TJ[:, j : j + 1].long()
+        best_T1 = score_TE.gather(1, one_T1)
+        far_TE = (best_T1 - score_TE) / torch.maximum(score_TE.abs(), best_T1) > m.near
+        weights.append(1 / torch.exp(left_TE.masked_fill(far_TE, -math.inf) - best_T1).sum(1, keepdim=True))
+        left_TE = left_TE.scatter(1, one_T1, -math.inf)
+    return torch.cat(weights, 1)
 
 
 def eligible(m: MoE, params: dict[str, Any], score_TE: Tensor) -> Tensor:

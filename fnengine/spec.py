@@ -160,11 +160,14 @@ class MoE:
     """F of an expert"""
     scores: str = "softmax"
     """By what of the router's logits experts are chosen and weighed: their `softmax`; the `sigmoid` of each, of logits
-    in float32; or the `logits` themselves, which weigh by their softmax over the chosen ones."""
+    in float32; the `logits` themselves, which weigh by their softmax over the chosen ones; or the logits that are
+    `near`, which weigh each chosen one by a softmax of its own (`layers.near_weights`)."""
     normalized: bool = True
     """Weights of the chosen ones are divided by their sum."""
     factor: float = 1.0
     """Then multiplies them."""
+    near: float = 0.0
+    """How far below the best a logit may lie, relative to the larger of itself and the best, to share its softmax."""
     correction: bool = False
     """The parameter `correction` [E] is added to scores for the choice, not for the weights."""
     groups: int = 1

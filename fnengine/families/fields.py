@@ -208,6 +208,8 @@ def scaling(f: Fields, inner: Fields, key: str, width: int, max_len: int) -> Sca
         factor = factor if inner.config.get("factor") else max_len / original
         usual = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
         short, long = (_factors(inner, name, width // 2) for name in ("short_factor", "long_factor"))
+        usual = inner.number("short_mscale", usual)
+        inner.only("long_mscale", inner.take("short_mscale", None))
         return LongScaling(short, long, original, gain or usual, max_len)
     raise f.error(
         key,
