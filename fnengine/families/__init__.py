@@ -9,6 +9,7 @@ import difflib
 
 from fnengine.errors import SpecError
 from fnengine.families import (
+    bamba,
     cohere,
     falcon,
     gemma,
@@ -30,7 +31,9 @@ from fnengine.families import (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5,
     qwen3_moe,
+    qwen3_next,
     smollm3,
     stablelm,
     starcoder2,
@@ -43,6 +46,7 @@ _EVERY = (
     *(olmo2.FAMILY, olmo2.OLMO3, phi3.FAMILY, gemma.FAMILY, gemma.GEMMA2, gemma3.FAMILY),
     *(cohere.FAMILY, cohere.COHERE2, glm4.GLM, glm4.FAMILY, starcoder2.FAMILY, stablelm.FAMILY),
     *(phi.FAMILY, gpt_neox.FAMILY, gpt2.FAMILY, opt.FAMILY, falcon.FAMILY),
+    *(qwen3_next.FAMILY, qwen3_5.FAMILY, qwen3_5.MOE, qwen3_5.WHOLE, qwen3_5.WHOLE_MOE, bamba.FAMILY),
     *(mixtral.FAMILY, qwen2_moe.FAMILY, qwen3_moe.FAMILY, olmoe.FAMILY, glm4_moe.FAMILY, gpt_oss.FAMILY),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _EVERY}
