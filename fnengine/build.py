@@ -30,7 +30,7 @@ from fnengine.params import memory_plan
 from fnengine.processors import Own, check_own
 from fnengine.program import Recorded, compiled_layers, wanted_layers
 from fnengine.settings import Mode, PoolSize, Settings, check_kv, size_pool, wanted_len
-from fnengine.spec import ModelSpec, for_length, steerable
+from fnengine.spec import ModelSpec, attentions, for_length, steerable
 from fnengine.step import make_step
 
 log = logging.getLogger("fnengine")
@@ -78,7 +78,7 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
     if compiling and why_not is None and not kept(folder()):
         start_compiler()  # while the native kernels are built
     ops = choose_ops(spec, device, model.dtype, settings.kv_cache_dtype, settings.attention_backend)
-    per_block = sum(block_bytes(ops.kv, BLOCK, x.mixer.kv_heads, x.mixer.width, model.dtype) for x in spec.layers)
+    per_block = sum(block_bytes(ops.kv, BLOCK, a.kv_heads, a.width, model.dtype) for a in attentions(spec))
     slots = int(settings.swap_space * 2**30) // per_block
     kinds = []
     if compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu"):
@@ -247,8 +247,7 @@ def choose_ops(
         raise ConfigError(
             f"no attention is called {attention!r}", where=where, remedy=f"auto, {' or '.join(kernels.ATTENTION)}"
         )
-    mixers = {layer.mixer for layer in spec.layers}
-    heads = [Heads(m.width, m.window or 0, m.soft_cap, m.sinks) for m in mixers]
+    heads = [Heads(m.width, m.window or 0, m.soft_cap, m.sinks) for m in set(attentions(spec))]
     name = None if attention == "auto" else attention
     try:
         return choose(device, dtype, kv=kv, attention=name, heads=heads)

@@ -460,7 +460,15 @@ def _check(spec: ModelSpec, infos: dict[str, Any], files: dict[str, Stored], fol
                 remedy="use the unquantized checkpoint",
             )
     ignored = FAMILIES[spec.family].ignored + (("lm_head.weight",) if spec.tied else ())
-    unused = [name for name in files if name not in wanted and not name.endswith(ignored) and not _further(spec, name)]
+    apart = FAMILIES[spec.family].apart
+    unused = [
+        name
+        for name in files
+        if name not in wanted
+        and not name.endswith(ignored)
+        and not (apart and name.startswith(apart))
+        and not _further(spec, name)
+    ]
     if unused:
         raise CheckpointError(
             f"tensor {unused[0]} belongs to nothing in a {spec.architecture} of this config"

@@ -27,8 +27,20 @@ from fnengine.host.request import MAX_BIAS
 from fnengine.host.step import BLOCK, Admission, Ask, Scores, StepInput, StepOutput, Ticket
 from fnengine.kernels import KVLayout, Ops, memory
 from fnengine.kernels.layout import movable
-from fnengine.spec import ModelSpec
-from fnengine.state import Out, Packed, Pool, State, Top, common_columns, empty_rows, packed_parts, rare_columns
+from fnengine.spec import Attention, ModelSpec, Recurrent
+from fnengine.state import (
+    LayerState,
+    Memory,
+    Out,
+    Packed,
+    Pool,
+    State,
+    Top,
+    common_columns,
+    empty_rows,
+    packed_parts,
+    rare_columns,
+)
 from fnengine.step import Step
 
 
@@ -43,13 +55,19 @@ def make_state(
     device: torch.device,
     own: int = 0,
     steer: int = 0,
+    kept: int = 0,
 ) -> State:
     """Empty state: `blocks` (N) blocks a layer laid out as `kv` says, `rows` (M) rows and the null row, with arguments
-    for `own` processors and vectors for `steer` layers."""
-    pool = tuple(
-        Pool(*(_zeros(shape, kv.element(dtype), device) for shape in kv.shapes(blocks, BLOCK, a.kv_heads, a.width)))
-        for a in (layer.mixer for layer in spec.layers)
-    )
+    for `own` processors and vectors for `steer` layers; in recurrent layers `kept` places beside those of the rows."""
+
+    def of_layer(mixer: Attention | Recurrent) -> LayerState:
+        if isinstance(mixer, Attention):
+            shapes = kv.shapes(blocks, BLOCK, mixer.kv_heads, mixer.width)
+            return Pool(*(_zeros(shape, kv.element(dtype), device) for shape in shapes))
+        shapes = ((mixer.taps - 1, mixer.channels), mixer.memory)
+        return Memory(*(_zeros((rows + 1 + kept, *shape), torch.float32, device) for shape in shapes))
+
+    pool = tuple(of_layer(layer.mixer) for layer in spec.layers)
     columns = -(-max_len // BLOCK)
     sizes: dict[str, Any] = dict(columns=columns, tokens=max_len + 1, vocab=spec.vocab, own=own)
     return State(pool, empty_rows(rows + 1, **sizes, device=device, steer=(steer, spec.width)))
@@ -183,6 +201,10 @@ class TorchDevice:
             own=len(processors),
             steer=len(steer),
         )
+        self.pools = tuple(p for p in self.state.pool if isinstance(p, Pool))
+        """KV, of the layers that have any."""
+        self.memories = tuple(p for p in self.state.pool if isinstance(p, Memory))
+        """States of the recurrent layers."""
         self._rare: set[int] = set()
         """Rows that hold parameters of rare processors."""
         self._steered: set[int] = set()
@@ -190,7 +212,7 @@ class TorchDevice:
         self._pinned = device.type == "cuda"
         self._host = tuple(
             Pool(*(torch.zeros(host_slots, *t.shape[1:], dtype=t.dtype, pin_memory=self._pinned) for t in (p.k, p.v)))
-            for p in (self.state.pool if host_slots else ())
+            for p in (self.pools if host_slots else ())
         )
         self.usage = None if capturing is None else Usage()
         """What ran in which graph, where steps are captured."""
@@ -249,7 +271,7 @@ class TorchDevice:
             return self._launch(step)
 
     def _launch(self, step: StepInput) -> Launched:
-        pool = self.state.pool
+        pool = self.pools
         if step.swap_out is not None and len(step.swap_out):
             _move(pool, step.swap_out[:, 0], self._host, step.swap_out[:, 1])
         if step.swap_in is not None and len(step.swap_in):

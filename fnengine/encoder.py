@@ -35,7 +35,7 @@ RunLayer = Callable[[Layer, Any, Tensor, Tensor, Angles, Attend, Tensor], Tensor
 
 def attention_for(spec: ModelSpec, device: torch.device, dtype: torch.dtype, only: str | None = None) -> Chosen:
     """The backend that attends within whole texts for a model, with its reason."""
-    mixers = [kind.mixer for kind in spec.layers]
+    mixers = [kind.mixer for kind in spec.layers if isinstance(kind.mixer, Attention)]
     asked = [Heads(a.width, a.window or 0, a.soft_cap, a.sinks) for a in mixers]
     return kernels.choose(kernels.BACKENDS["whole_attention"], device, dtype, only, asked=asked)
 
@@ -51,8 +51,11 @@ def layer(
 ) -> Tensor:
     """x_TD after one block over whole texts. `slot_T` is below `BLOCK` for tokens of padding, which experts ask."""
 
+    a = kind.mixer
+    assert isinstance(a, Attention) and not a.gated, a  # `families.whole.of` refuses models with others
+
     def mix(read_TD: Tensor) -> Tensor:
-        return attention(kind.mixer, params, start_S1, angles, attend, read_TD, kind.eps)
+        return attention(a, params, start_S1, angles, attend, read_TD, kind.eps)
 
     return block(kind, params, mix, slot_T, x_TD)
 

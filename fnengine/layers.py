@@ -16,24 +16,27 @@ import torch
 from torch import Tensor
 
 from fnengine import experts
+from fnengine.activations import ACTS, sigmoid, silu, softmax
 from fnengine.host.step import BLOCK
 from fnengine.kernels.rope import rms_norm
 from fnengine.leaves import matmul
+from fnengine.recurrent import delta_net, mamba2
 from fnengine.spec import (
     RMS,
-    Act,
     Attention,
+    DeltaNet,
     Layer,
     LinearScaling,
     Llama3Scaling,
     LongScaling,
+    Mamba2,
     Mlp,
     MoE,
     Norm,
     Rope,
     YarnScaling,
 )
-from fnengine.state import Pool, Where
+from fnengine.state import LayerState, Memory, Pool, Where
 
 if TYPE_CHECKING:
     from fnengine.kernels import Ops
@@ -43,20 +46,22 @@ Angles = tuple[Tensor, Tensor]
 
 
 def layer(
-    kind: Layer, params: dict[str, Any], pool: Pool, where: Where, angles: Angles, ops: Ops, x_TD: Tensor
+    kind: Layer, params: dict[str, Any], state: LayerState, where: Where, angles: Angles, ops: Ops, x_TD: Tensor
 ) -> Tensor:
     """x_TD after one block.
 
-    Donates: `pool`, in which the KV of the new tokens is written (all of them, before attention reads any).
+    Donates: `state`, in which the KV of the new tokens is written (all of them, before attention reads any), or what
+    their rows remember.
     """
-    mix = partial(attention, kind.mixer, params, pool, where, angles, ops, eps=kind.eps)
-    return block(kind, params, mix, where.slot, x_TD)
+    return block(kind, params, partial(mix, kind, params, state, where, angles, ops), where.slot, x_TD)
 
 
-def block(kind: Layer, params: dict[str, Any], mix: Callable[[Tensor], Tensor], slot_T: Tensor, x_TD: Tensor) -> Tensor:
-    """x_TD after one block whose first half is `mix`. `slot_T` is below `BLOCK` for tokens of padding."""
+def block(
+    kind: Layer, params: dict[str, Any], mixed: Callable[[Tensor], Tensor], slot_T: Tensor, x_TD: Tensor
+) -> Tensor:
+    """x_TD after one block whose first half is `mixed`. `slot_T` is below `BLOCK` for tokens of padding."""
     read_TD = normed(kind.norm, params, "norm1", kind.eps, x_TD) if kind.before and not kind.bare else x_TD
-    mixed_TD = mix(read_TD)
+    mixed_TD = mixed(read_TD)
     if kind.parallel:
         if kind.parallel == "two norms":
             read_TD = normed(kind.norm, params, "norm2", kind.eps, x_TD)
@@ -75,6 +80,23 @@ def joined(kind: Layer, params: dict[str, Any], name: str, x_TD: Tensor, part_TD
     if kind.onto:
         return normed(kind.norm, params, name, kind.eps, x_TD + part_TD)
     return x_TD + given(kind, params, name, part_TD)
+
+
+def mix(
+    kind: Layer, params: dict[str, Any], state: LayerState, where: Where, angles: Angles, ops: Ops, x_TD: Tensor
+) -> Tensor:
+    """What the first half of a layer makes of x_TD, as its spec says. Donates `state`."""
+    match kind.mixer:
+        case Attention() as a:
+            assert isinstance(state, Pool)
+            return attention(a, params, state, where, angles, ops, x_TD, kind.eps)
+        case DeltaNet() as d:
+            assert isinstance(state, Memory)
+            return delta_net(d, params, state, where, x_TD, kind.eps)
+        case Mamba2() as m:
+            assert isinstance(state, Memory)
+            return mamba2(m, params, state, where, x_TD, kind.eps)
+    raise AssertionError(f"not a mixer: {kind.mixer}")
 
 
 def given(kind: Layer, params: dict[str, Any], name: str, x_TD: Tensor) -> Tensor:
@@ -111,6 +133,8 @@ def attention(
 ) -> Tensor:
     """Causal softmax attention of the new tokens over their rows' KV, projected back to [T, D]. Donates `pool`."""
     qkv_TE = matmul(params["qkv"], x_TD)
+    if a.gated:
+        qkv_TE, gate_TE = qkv_TE.split(((a.heads + 2 * a.kv_heads) * a.width, a.heads * a.width), dim=-1)
     norms = (None, None)
     if a.qk_norm and a.qk_over == "head" and a.qk_as == RMS and not a.clip:
         norms = (params["q_norm"], params["k_norm"])  # the one kind that kernels know
@@ -123,7 +147,10 @@ def attention(
     sinks = params["sinks"] if a.sinks else None
     at = (where.table, where.row, where.start, where.length)
     o_THC = ops.paged_attention(q_THC, pool.k, pool.v, *at, a.scale, window, a.soft_cap, sinks)
-    return matmul(params["o"], o_THC.flatten(1))
+    o_TE = o_THC.flatten(1)
+    if a.gated:
+        o_TE = (o_TE.float() * sigmoid(gate_TE)).to(x_TD.dtype)
+    return matmul(params["o"], o_TE)
 
 
 def normed_heads(a: Attention, params: dict[str, Any], eps: float, qkv_TE: Tensor) -> Tensor:
@@ -145,53 +172,6 @@ def mlp(m: Mlp, params: dict[str, Any], x_TD: Tensor) -> Tensor:
         return matmul(params["down"], ACTS[m.act](matmul(params["up"], x_TD)).to(x_TD.dtype))
     gate_TF, up_TF = matmul(params["gate_up"], x_TD).split(m.width, dim=-1)
     return matmul(params["down"], (ACTS[m.act](gate_TF) * up_TF.float()).to(x_TD.dtype))
-
-
-def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x) in float32.
-
-    Spelled out: `F.silu` in fp32 on CPU gives other bits to elements at the ragged end of a thread's chunk (scalar exp
-    there, vector exp elsewhere), so that a row's value would depend on how many rows stand beside it. `exp` does not.
-    """
-    x32 = x.float()
-    return x32 / (1 + torch.exp(-x32))
-
-
-def gelu(x: Tensor) -> Tensor:
-    """x * Phi(x) in float32."""
-    x32 = x.float()
-    return x32 * 0.5 * (1 + torch.erf(x32 * math.sqrt(0.5)))
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """x * (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), in float32; as x * sigmoid(2 u), see `silu`."""
-    x32 = x.float()
-    u = math.sqrt(2 / math.pi) * (x32 + 0.044715 * x32 * x32 * x32)
-    return x32 / (1 + torch.exp(-2 * u))
-
-
-def relu(x: Tensor) -> Tensor:
-    """max(x, 0) in float32."""
-    return x.float().clamp(min=0)
-
-
-ACTS: dict[Act, Callable[[Tensor], Tensor]] = {
-    "silu": silu,
-    "gelu": gelu,
-    "gelu_tanh": gelu_tanh,
-    "relu": relu,
-    "relu2": lambda x: relu(x).square(),
-}
-
-
-def soft_capped(x: Tensor, cap: float) -> Tensor:
-    """cap * tanh(x / cap)"""
-    return cap * torch.tanh(x / cap)
-
-
-def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + exp(-x)) in float32, spelled out as `silu` is."""
-    return 1 / (1 + torch.exp(-x.float()))
 
 
 def feed_forward(m: Mlp | MoE, params: dict[str, Any], slot_T: Tensor, x_TD: Tensor) -> Tensor:
@@ -284,12 +264,6 @@ def expert_act(m: MoE, gate_up_SF: Tensor) -> Tensor:
     gate_SF = gate_up_SF[:, ::2].float().clamp(max=m.limit)
     up_SF = gate_up_SF[:, 1::2].float().clamp(-m.limit, m.limit)
     return (up_SF + 1) * gate_SF * sigmoid(gate_SF * 1.702)
-
-
-def softmax(x_TE: Tensor) -> Tensor:
-    """Over the last dimension in float32, spelled out as `silu` is."""
-    weight_TE = torch.exp(x_TE - x_TE.amax(-1, keepdim=True))
-    return weight_TE / weight_TE.sum(-1, keepdim=True)
 
 
 def inverse_frequencies(rope: Rope, device: torch.device) -> Tensor:

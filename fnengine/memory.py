@@ -36,7 +36,7 @@ from fnengine.params import memory_plan, products
 from fnengine.program import PROGRAMS
 from fnengine.sampling import AT_ONCE, rows_at_once
 from fnengine.settings import Mode, PoolSize, Settings, size_pool, wanted_len
-from fnengine.spec import Attention, Layer, Mlp, ModelSpec, MoE, angle_pairs
+from fnengine.spec import Attention, Layer, Mlp, ModelSpec, MoE, Recurrent, angle_pairs, attentions
 from fnengine.step import SCORED_AT_ONCE
 
 MIB = 1 << 20
@@ -119,8 +119,7 @@ class Shapes:
     @property
     def per_block(self) -> int:
         """Bytes of a block of KV, all layers."""
-        mixers = [layer.mixer for layer in self.spec.layers]
-        return sum(block_bytes(self.kv, BLOCK, a.kv_heads, a.width, self.dtype) for a in mixers)
+        return sum(block_bytes(self.kv, BLOCK, a.kv_heads, a.width, self.dtype) for a in attentions(self.spec))
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ def account(s: Shapes) -> Account:
     layers = len(spec.layers)
     code = CODE + (0 if s.how.kind in QUANTIZED else ONEDNN) + (COMPILING if s.compiling else 0)
     workspace = max(layer_bytes(kind, spec.width, b.tokens, s) for kind in spec.layers)
-    workspace += max(attention_bytes(kind.mixer, b.tokens, b.rows, s.threads) for kind in spec.layers)
+    workspace += max(attention_bytes(a, b.tokens, b.rows, s.threads) for a in attentions(spec))
     workspace += s.threads * (THREAD + SEARCHED * V)
     narrow = item if item != 4 and s.head in ("packed", "dense") else 0
     ranked = max(V, RANKED_AT_ONCE) * RANKED if isinstance(s.kv, Tokens) else 0  # the reference's layout
@@ -242,9 +241,14 @@ def on_card(
     def step(T: int) -> int:
         layer = 0
         for kind in spec.layers:
-            a, m = kind.mixer, kind.mlp
-            half = max(half_width(m, D) - D, (2 * a.heads + 2 * a.kv_heads) * a.width)
-            live = item * (4 * D + half) + angle_pairs(a.rope) * 8 + (routed_bytes(m, D) if isinstance(m, MoE) else 0)
+            m = kind.mlp
+            half = max(half_width(m, D) - D, mixed_width(kind.mixer))
+            live = (
+                item * (4 * D + half)
+                + angle_pairs(kind.mixer.rope) * 8
+                + recurrent_bytes(kind.mixer)
+                + (routed_bytes(m, D) if isinstance(m, MoE) else 0)
+            )
             layer = max(layer, T * (live if compiled else live + 16 * activated(m)))  # float32, operator by operator
         # Logits, in both dtypes; what a bias, penalties and truncation each make of them; a row's tokens for penalties:
         # ids of 4 and 8 bytes, twice, and five values.
@@ -273,8 +277,9 @@ def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
     and their product. Beside them what the chosen product makes of its input.
     """
     a, m = kind.mixer, kind.mlp
-    q, kv = a.heads * a.width, a.kv_heads * a.width
-    widths = (D + (q + 2 * kv) + 2 * q, 2 * D + (q + 2 * kv), half_width(m, D))
+    q = a.heads * a.width
+    kv = a.kv_heads * a.width if isinstance(a, Attention) else 0
+    widths = (D + mixed_width(a), 2 * D + fused_width(a), half_width(m, D))
     deepest = max(D, q, m.width, m.shared if isinstance(m, MoE) else 0)
     scratch = T * deepest * 4  # widened to float32
     if s.how.kind in QUANTIZED:
@@ -289,9 +294,30 @@ def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
     live = T * max(widths) * s.dtype.itemsize
     if isinstance(m, MoE):
         live += T * routed_bytes(m, D)
+    live += T * recurrent_bytes(a)
     if not s.compiled:  # SiLU in float32, and all scores of a row at once in the reference
-        live += T * (2 * activated(m) * 4 + 2 * a.heads * s.max_len * 4) + 2 * s.max_len * kv * 4
+        scores = a.heads * s.max_len if isinstance(a, Attention) else 0
+        live += T * (2 * activated(m) * 4 + 2 * scores * 4) + 2 * s.max_len * kv * 4
     return live + scratch + angles
+
+
+def fused_width(a: Attention | Recurrent) -> int:
+    """Elements of a token that a mixer projects it to."""
+    q = a.heads * a.width
+    if isinstance(a, Attention):
+        return (1 + a.gated) * q + 2 * a.kv_heads * a.width
+    return a.channels + q + 2 * a.heads
+
+
+def mixed_width(a: Attention | Recurrent) -> int:
+    """Most elements of a token alive at once in a mixer, beside what it reads."""
+    return fused_width(a) + (2 * a.heads * a.width if isinstance(a, Attention) else 0)
+
+
+def recurrent_bytes(a: Attention | Recurrent) -> int:
+    """Bytes of a token that a mixer with a state takes in float32: what passes the convolution, before, after and as
+    what the recurrence reads, and what that gives, its square and its gate."""
+    return 0 if isinstance(a, Attention) else 4 * (4 * a.channels + 4 * a.heads * a.width)
 
 
 def half_width(m: Mlp | MoE, D: int) -> int:
@@ -310,8 +336,8 @@ def activated(m: Mlp | MoE) -> int:
 
 def widest(kind: Layer, D: int) -> int:
     """Elements of a token in the largest buffer of a layer."""
-    a, rows = kind.mixer, kind.mlp.chosen if isinstance(kind.mlp, MoE) else 1
-    return max(2 * activated(kind.mlp), (a.heads + 2 * a.kv_heads) * a.width, rows * D)
+    rows = kind.mlp.chosen if isinstance(kind.mlp, MoE) else 1
+    return max(2 * activated(kind.mlp), fused_width(kind.mixer), rows * D)
 
 
 def routed_bytes(m: MoE, D: int) -> int:

@@ -9,7 +9,8 @@ A model that reads texts whole has no head, but what its `Whole` asks for: {"typ
 "label_norm", "label_out", "bridge0", ...}, and no "norm" where none follows its last layer.
 
 A layer with experts has {"router", "correction", "experts_gate_up", "experts_down", "shared_gate_up", "shared_down",
-"shared_gate"} in place of the last two, None where its spec has no such thing.
+"shared_gate"} in place of the last two, None where its spec has no such thing. A recurrent layer has {"mix", "conv",
+"conv_bias", "decay", "step_bias", "skip", "gate_norm", "o"} in place of attention's.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from torch import Tensor
 from fnengine import experts, tree
 from fnengine.experts import Experts
 from fnengine.families import FAMILIES
-from fnengine.families.names import Family, Grouped, Interleaved, Names, Order
+from fnengine.families.names import Family, Grouped, Interleaved, Names, Order, Sorted
 from fnengine.leaves import Dense, Packing, Shape
-from fnengine.spec import RMS, Layer, Mlp, ModelSpec, MoE, Norm, Whole
+from fnengine.spec import RMS, Attention, DeltaNet, Layer, Mamba2, Mlp, ModelSpec, MoE, Norm, Recurrent, Whole
 
 TABLES = ("positions", "types")
 """Arrays that are looked up and never multiplied, beside the embedding."""
@@ -127,6 +128,13 @@ def permutation(order: Order) -> Tensor:
         case Grouped(groups, queries, C):
             rows = torch.arange(groups * (queries + 2) * C).view(groups, queries + 2, C)
             return torch.cat([rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()])
+        case Sorted(projections, numbers):
+            parts, at = [], 0
+            for groups, sizes in projections:
+                rows = torch.arange(at, at + groups * sum(sizes)).view(groups, -1)
+                parts += [part.flatten() for part in rows.split(sizes, dim=1)]
+                at += rows.numel()
+            return torch.cat([parts[i] for i in numbers])
 
 
 def arrays(infos: dict[str, Any]) -> Iterator[tuple[str, ArrayInfo]]:
@@ -232,21 +240,22 @@ def products(spec: ModelSpec) -> Products:
 
 
 def _layer(family: Family, i: int, kind: Layer, D: int) -> dict[str, Any]:
-    a, m, names = kind.mixer, kind.mlp, {**family.names, **family.renamed(kind)}
-    q, kv = a.heads * a.width, a.kv_heads * a.width
+    mixer, m, names = kind.mixer, kind.mlp, {**family.names, **family.renamed(kind)}
 
     def name(key: str) -> Any:
         n = names[key]
         return n.replace("{i}", str(i)) if isinstance(n, str) else tuple(part.replace("{i}", str(i)) for part in n)
 
     def linear(key: str, rows: tuple[int, ...], K: int, bias: bool) -> dict[str, Any]:
-        order = family.orders[key](a) if key in family.orders else None
+        order = family.orders[key](mixer) if key in family.orders else None
+        if isinstance(order, Sorted):
+            rows = tuple(groups * sum(sizes) for groups, sizes in order.projections)
         return {key: _linear(name(key), rows, K, bias, order, family.transposed)}
 
     def norm(key: str, there: bool) -> dict[str, Any]:
         return _norm(key, name(key), D, kind.norm) if there else {}
 
-    def head_norm(key: str, heads: int) -> dict[str, Any]:
+    def head_norm(key: str, a: Attention, heads: int) -> dict[str, Any]:
         if not a.qk_norm:
             return {key: None}
         width = a.width if a.qk_over == "head" else heads * a.width
@@ -259,13 +268,38 @@ def _layer(family: Family, i: int, kind: Layer, D: int) -> dict[str, Any]:
         first = linear("gate_up", (m.width, m.width), D, m.bias) if m.gated else linear("up", (m.width,), D, m.bias)
         return {**first, **linear("down", (D,), m.width, m.bias)}
 
+    def attention(a: Attention) -> dict[str, Any]:
+        q, kv = a.heads * a.width, a.kv_heads * a.width
+        return {
+            **linear("qkv", ((1 + a.gated) * q, kv, kv), D, a.qkv_bias),
+            **head_norm("q_norm", a, a.heads),
+            **head_norm("k_norm", a, a.kv_heads),
+            "sinks": ArrayInfo((a.heads,), ((name("sinks"), a.heads),), None) if a.sinks else None,
+            **linear("o", (D,), q, a.out_bias),
+        }
+
+    def recurrent(r: Recurrent) -> dict[str, Any]:
+        H, inner = r.heads, r.heads * r.width
+
+        def vector(key: str, n: int, there: bool = True, std: float | None = None, fill: float = 0.0) -> Any:
+            return {key: ArrayInfo((n,), ((name(key), n),), std, fill) if there else None}
+
+        rows = (r.channels, inner, H, H) if isinstance(r, DeltaNet) else (inner + r.channels + H,)
+        biased, mamba = isinstance(r, Mamba2) and r.bias, isinstance(r, Mamba2)
+        return {
+            **linear("mix", rows, D, biased),
+            **vector("conv", r.channels * r.taps, std=0.3),
+            **vector("conv_bias", r.channels, isinstance(r, Mamba2) and r.conv_bias),
+            **vector("decay", H),
+            **vector("step_bias", H, fill=1.0),
+            **vector("skip", H, mamba, fill=1.0),
+            **vector("gate_norm", inner if mamba else r.width, fill=1.0),
+            **linear("o", (D,), inner, biased),
+        }
+
     return {
         **norm("norm1", kind.before and not kind.bare),
-        **linear("qkv", (q, kv, kv), D, a.qkv_bias),
-        **head_norm("q_norm", a.heads),
-        **head_norm("k_norm", a.kv_heads),
-        "sinks": ArrayInfo((a.heads,), ((name("sinks"), a.heads),), None) if a.sinks else None,
-        **linear("o", (D,), q, a.out_bias),
+        **(attention(mixer) if isinstance(mixer, Attention) else recurrent(mixer)),
         **norm("after1", kind.after),
         **norm("norm2", kind.before and kind.parallel != "one norm"),
         **(_moe(names, name, m, D) if isinstance(m, MoE) else mlp(m)),

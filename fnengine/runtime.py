@@ -217,7 +217,7 @@ class Runtime:
         """
         self._need_open(seq)
         tokens, blocks = seq._buffer.data[: len(seq)], self._ledger.blocks_of(seq._path)
-        pool, kv = self._device.state.pool, self.built.ops.kv
+        pool, kv = self._device.pools, self.built.ops.kv
         salt, pure = seq._path.salt, seq._pure
         steer = salt if isinstance(salt, str) else salt[0]
         kept.write(FilePath(path), self._identity, tokens, seq._prompt_len, pool, blocks, kv, steer=steer, pure=pure)
@@ -231,7 +231,7 @@ class Runtime:
             ContextLengthError: it is longer than `max_len`.
             OutOfBlocks: the pool has too few free blocks. After any of these nothing was changed.
         """
-        pool = self._device.state.pool
+        pool = self._device.pools
         with kept.opened(FilePath(path), self._identity, pool) as file:
             n = file.length
             if n > self.max_len:

@@ -6,6 +6,7 @@ A new kind of layer is one dataclass here, one pure function in `layers`, one te
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 Act = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -135,6 +136,88 @@ class Attention:
     causal: bool = True
     """A token sees what stands before it; else what stands behind it, too, and `window` counts to both sides. Only
     texts that are read whole can be seen so (`Whole`)."""
+    gated: bool = False
+    """The output is multiplied by the sigmoid of a projection of its own, which lies behind v's."""
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """Linear attention by the gated delta rule: each head has a memory [C, P] that every token decays, corrects and
+    reads. q, k and v pass a short convolution and SiLU; q and k are unit vectors; the output is normed head by head and
+    multiplied by the SiLU of a gate.
+
+    Source: Yang et al. 2024 (arXiv 2412.06464).
+    """
+
+    heads: int
+    """H, of v"""
+    key_heads: int
+    """G, of q and k: each serves H / G heads of v."""
+    key_width: int
+    """C"""
+    width: int
+    """P"""
+    taps: int = 4
+    """Y: tokens that the convolution sees."""
+
+    @property
+    def channels(self) -> int:
+        """X: those of the convolution, q, k and v."""
+        return 2 * self.key_heads * self.key_width + self.heads * self.width
+
+    @property
+    def memory(self) -> tuple[int, int, int]:
+        return self.heads, self.key_width, self.width
+
+    @property
+    def rope(self) -> None:
+        """Nothing rotates."""
+        return None
+
+
+@dataclass(frozen=True)
+class Mamba2:
+    """A state-space layer: each head has a state [C, P] that every token decays and adds to, by a step of its own.
+    x, B and C pass a short convolution and SiLU; the output is gated and then normed, group by group.
+
+    Source: Dao and Gu 2024 (arXiv 2405.21060).
+    """
+
+    heads: int
+    """H"""
+    groups: int
+    """G, of B and C: each serves H / G heads."""
+    key_width: int
+    """C: the width of B and C, often called the size of the state"""
+    width: int
+    """P"""
+    taps: int = 4
+    """Y"""
+    conv_bias: bool = True
+    bias: bool = False
+    """of the projections"""
+    least: float = 0.0
+    """A step is at least that, ..."""
+    most: float = float("inf")
+    """... and at most that."""
+
+    @property
+    def channels(self) -> int:
+        """X: those of the convolution, x, B and C."""
+        return self.heads * self.width + 2 * self.groups * self.key_width
+
+    @property
+    def memory(self) -> tuple[int, int, int]:
+        return self.heads, self.key_width, self.width
+
+    @property
+    def rope(self) -> None:
+        """Nothing rotates."""
+        return None
+
+
+Recurrent = DeltaNet | Mamba2
+"""Mixers with a state of one size for any number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +277,7 @@ class Layer:
     `before` and `after` say where norms stand: of what a part reads, and of what it gives back.
     """
 
-    mixer: Attention
+    mixer: Attention | Recurrent
     mlp: Mlp | MoE
     eps: float
     """of the norms"""
@@ -320,7 +403,7 @@ class ModelSpec:
 def features(spec: ModelSpec) -> tuple[str, ...]:
     """What sets a model apart from Llama, in words, from its spec alone."""
     layer, ends = spec.layers[0], spec.ends
-    mixers = [kind.mixer for kind in spec.layers]
+    mixers = attentions(spec)
     turning = {m.rope for m in mixers} - {None}
     norms = {"one norm": "one norm for both", "two norms": "a norm for each", "": ""}[layer.parallel]
     said = {
@@ -342,9 +425,27 @@ def features(spec: ModelSpec) -> tuple[str, ...]:
         "multipliers": (layer.scale, ends.embed_scale, ends.logit_scale) != (1, 1, 1),
         "sinks": any(m.sinks for m in mixers),
         "q, k and v clamped": any(m.clip for m in mixers),
+        "gated attention": any(m.gated for m in mixers),
+        "gated delta rule": any(isinstance(kind.mixer, DeltaNet) for kind in spec.layers),
+        "Mamba 2": any(isinstance(kind.mixer, Mamba2) for kind in spec.layers),
         **said_of_mlps([kind.mlp for kind in spec.layers]),
     }
     return tuple(name for name, holds in said.items() if holds)
+
+
+def attentions(spec: ModelSpec) -> list[Attention]:
+    """The mixers that keep KV, layer by layer."""
+    return [kind.mixer for kind in spec.layers if isinstance(kind.mixer, Attention)]
+
+
+def recurrents(spec: ModelSpec) -> list[Recurrent]:
+    """The mixers that keep a state, layer by layer."""
+    return [kind.mixer for kind in spec.layers if isinstance(kind.mixer, Recurrent)]
+
+
+def state_bytes(spec: ModelSpec) -> int:
+    """Bytes of one state of all recurrent layers: float32, whatever the weights are."""
+    return sum(4 * ((m.taps - 1) * m.channels + prod(m.memory)) for m in recurrents(spec))
 
 
 def said_of_mlps(mlps: list[Mlp | MoE]) -> dict[str, bool]:
@@ -364,11 +465,11 @@ def for_length(spec: ModelSpec, longest: int) -> ModelSpec:
     """The spec for sequences of at most so many tokens: what a `LongScaling` divides by depends on it."""
 
     def fitted(kind: Layer) -> Layer:
-        rope = kind.mixer.rope
-        if rope is None or not isinstance(rope.scaling, LongScaling):
+        mixer = kind.mixer
+        if not isinstance(mixer, Attention) or mixer.rope is None or not isinstance(mixer.rope.scaling, LongScaling):
             return kind
-        rope = replace(rope, scaling=replace(rope.scaling, longest=longest))
-        return replace(kind, mixer=replace(kind.mixer, rope=rope))
+        rope = replace(mixer.rope, scaling=replace(mixer.rope.scaling, longest=longest))
+        return replace(kind, mixer=replace(mixer, rope=rope))
 
     return replace(spec, layers=tuple(fitted(kind) for kind in spec.layers))
 
@@ -391,7 +492,7 @@ def steerable(spec: ModelSpec) -> tuple[str, ...]:
 
 def kv_bytes_per_token(spec: ModelSpec, itemsize: int) -> int:
     """Bytes of KV a token takes over all layers: the k of the performance formulas."""
-    return sum(2 * layer.mixer.kv_heads * layer.mixer.width * itemsize for layer in spec.layers)
+    return sum(2 * a.kv_heads * a.width * itemsize for a in attentions(spec))
 
 
 def angle_pairs(rope: Rope | None) -> int:

@@ -56,6 +56,8 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "grouped_tiles": (cpu.grouped_tiles, reference.grouped_tiles),
     "top_experts": (cpu.top_experts, reference.top_experts),
     "arrange_experts": (cpu.arrange_experts, reference.arrange_experts),
+    "causal_conv": (cpu.causal_conv, reference.causal_conv),
+    "gated_scan": (cpu.gated_scan, reference.gated_scan),
     "grouped_linear": (triton.grouped_linear, vendor.grouped_linear, reference.grouped_linear),
 }
 """op -> its backends, best first."""

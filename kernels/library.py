@@ -37,6 +37,10 @@ SCHEMAS = {
     "Tensor? last=None) -> Tensor",
     "truncate": "(Tensor logits, Tensor temperature, Tensor min_p, Tensor top_k, Tensor top_p) -> Tensor",
     "apply_mask": "(Tensor logits, Tensor mask) -> Tensor",
+    "causal_conv": "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) tail, Tensor row, Tensor start, Tensor length) "
+    "-> Tensor",
+    "gated_scan": "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor? beta, Tensor(a!) memory, Tensor row, "
+    "Tensor start, Tensor length) -> Tensor",
     "penalize": "(Tensor logits, Tensor row, Tensor length, Tensor history, Tensor prompt_len, Tensor frequency, "
     "Tensor presence, Tensor repetition) -> Tensor",
 }
@@ -98,6 +102,14 @@ def _shape_of_arrangement(expert: Tensor, experts: int) -> Tensor:
     return torch.empty((experts + 1 + 2 * expert.shape[0],), dtype=torch.int32, device=expert.device)
 
 
+def _shape_of_conv(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _shape_of_scan(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
 def _nothing(*_: Any) -> None:
     return None
 
@@ -118,6 +130,8 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "truncate": _shape_of_choice,
     "apply_mask": _shape_of_logits,
     "penalize": _shape_of_logits,
+    "causal_conv": _shape_of_conv,
+    "gated_scan": _shape_of_scan,
 }
 """op -> what it gives back, without computing it (for tracing)."""
 

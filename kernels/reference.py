@@ -14,6 +14,7 @@ from fnengine.kernels.noise import GUMBEL_ARGMAX
 from fnengine.kernels.penalties import PENALIZE
 from fnengine.kernels.pool import COPY_BLOCKS
 from fnengine.kernels.quantized import QUANTIZED_LINEAR
+from fnengine.kernels.recurrence import CAUSAL_CONV, GATED_SCAN
 from fnengine.kernels.rope import ROPE_WRITE
 from fnengine.kernels.routing import ARRANGE_EXPERTS, TOP_EXPERTS
 from fnengine.kernels.truncation import APPLY_MASK, TRUNCATE
@@ -52,3 +53,7 @@ gumbel_argmax = _backend(GUMBEL_ARGMAX, invariant=True)
 truncate = _backend(TRUNCATE, invariant=True)
 apply_mask = _backend(APPLY_MASK, invariant=True)
 penalize = _backend(PENALIZE, invariant=True)
+causal_conv = _backend(CAUSAL_CONV, invariant=True)
+gated_scan = _backend(GATED_SCAN, invariant=False, capturable=False)
+"""It goes from token to token in Python, which is slow, and reads on the host where rows start. Not invariant: torch
+chooses how it multiplies by shape."""

@@ -36,6 +36,8 @@ FLOORS = {
     "fnengine.checkpoint": 2,
     "fnengine.modules": 2,
     "fnengine.hub": 2,
+    "fnengine.activations": 3,
+    "fnengine.recurrent": 3,
     "fnengine.layers": 3,
     "fnengine.sampling": 3,
     "fnengine.processors": 3,

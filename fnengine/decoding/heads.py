@@ -29,7 +29,7 @@ from fnengine.layers import rope_angles
 from fnengine.leaves import Dense, Leaf, lookup, matmul, packing
 from fnengine.model import Model
 from fnengine.sampling import prepared, probabilities, sample
-from fnengine.spec import Layer
+from fnengine.spec import Attention, Layer
 from fnengine.state import Pool
 
 Params = dict[str, Any]
@@ -62,7 +62,7 @@ class Line:
     __slots__ = ("cos", "index", "pool", "sin", "table", "used")
 
     def __init__(self, kind: Layer, like: Tensor, pairs: int):
-        a, kv = kind.mixer, kernels.ops(like.device, like.dtype).kv
+        a, kv = attention_of(kind), kernels.ops(like.device, like.dtype).kv
         blocks = -(-pairs // BLOCK)
         shapes = kv.shapes(blocks, BLOCK, a.kv_heads, a.width)
         self.pool = Pool(*(torch.zeros(s, dtype=kv.element(like.dtype), device=like.device) for s in shapes))
@@ -174,7 +174,7 @@ class Head:
 
     def _pass(self, line: Line, at: int, tokens: Tokens[int] | np.ndarray, hidden_nD: Tensor) -> tuple[Tensor, Tensor]:
         """What the last of these pairs comes to; the KV of all of them is written to the line from `at` on."""
-        p, a, n, ops = self.params, self.kind.mixer, len(hidden_nD), self.ops
+        p, a, n, ops = self.params, attention_of(self.kind), len(hidden_nD), self.ops
         token_n = torch.as_tensor(np.asarray(tokens, np.int64)).to(hidden_nD.device)
         x_nE, residual_nD = self.wiring.enter(token_n, hidden_nD)
         pool, new, index = line.pool, slice(at, at + n), line.index
@@ -232,7 +232,7 @@ class Found:
 
     def layer(self, kind: Layer, at: str, E: int) -> Params:
         """The arrays of a decoder layer below `at` whose attention reads E channels; its first norm is the wiring's."""
-        a, m, D = kind.mixer, kind.mlp, self.target.spec.width
+        a, m, D = attention_of(kind), kind.mlp, self.target.spec.width
         q, kv = a.heads * a.width, a.kv_heads * a.width
         attend, feed = f"{at}self_attn.", f"{at}mlp."
         return {
@@ -244,6 +244,12 @@ class Found:
             "gate_up": self.linear([f"{feed}gate_proj", f"{feed}up_proj"], (m.width, m.width), D, m.bias),
             "down": self.linear([f"{feed}down_proj"], (D,), m.width, m.bias),
         }
+
+
+def attention_of(kind: Layer) -> Attention:
+    """The layer's mixer, which is always attention in a head."""
+    assert isinstance(kind.mixer, Attention), f"heads of {kind.mixer} are not implemented"
+    return kind.mixer
 
 
 def embedding(target: Model, weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:

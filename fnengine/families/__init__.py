@@ -9,6 +9,7 @@ import difflib
 
 from fnengine.errors import SpecError
 from fnengine.families import (
+    bamba,
     bert,
     cohere,
     falcon,
@@ -33,7 +34,9 @@ from fnengine.families import (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5,
     qwen3_moe,
+    qwen3_next,
     smollm3,
     stablelm,
     starcoder2,
@@ -47,6 +50,7 @@ _EVERY = (
     *(olmo2.FAMILY, olmo2.OLMO3, phi3.FAMILY, gemma.FAMILY, gemma.GEMMA2, gemma3.FAMILY),
     *(cohere.FAMILY, cohere.COHERE2, glm4.GLM, glm4.FAMILY, starcoder2.FAMILY, stablelm.FAMILY),
     *(phi.FAMILY, gpt_neox.FAMILY, gpt2.FAMILY, opt.FAMILY, falcon.FAMILY),
+    *(qwen3_next.FAMILY, qwen3_5.FAMILY, qwen3_5.MOE, qwen3_5.WHOLE, qwen3_5.WHOLE_MOE, bamba.FAMILY),
     *(mixtral.FAMILY, qwen2_moe.FAMILY, qwen3_moe.FAMILY, olmoe.FAMILY, glm4_moe.FAMILY, gpt_oss.FAMILY),
     *(bert.FAMILY, bert.ROBERTA, bert.XLM_ROBERTA, modernbert.FAMILY),
     phimoe.FAMILY,

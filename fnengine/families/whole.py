@@ -63,13 +63,13 @@ def of(spec: ModelSpec, whole: Whole, where: str) -> ModelSpec:
         SpecError: it has layers that need what was computed of a text before.
     """
     for kind in spec.layers:
-        if not isinstance(kind.mixer, Attention):
+        if not isinstance(kind.mixer, Attention) or kind.mixer.gated:
             raise SpecError(
                 f"layers of {type(kind.mixer).__name__}, as {spec.architecture} has, are not run over whole texts yet",
                 where=where,
                 remedy="load it as a language model; its vectors are read off at /v1/embeddings, too",
             )
-    if whole.pooling == "last" and not spec.layers[0].mixer.causal:
+    if whole.pooling == "last" and not all(isinstance(x.mixer, Attention) and x.mixer.causal for x in spec.layers):
         whole = replace(whole, pooling="mean")  # the last token is no better than any other
     ends = replace(spec.ends, head_bias=False, logit_scale=1.0, logit_cap=0.0)
     return replace(spec, tied=False, ends=ends, whole=whole)
