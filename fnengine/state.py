@@ -216,10 +216,22 @@ class Pool:
 
 
 @dataclass(frozen=True)
+class Carry:
+    """What a companion keeps of each row, [M+1, n] each."""
+
+    seen: Tensor
+    """After the tokens that the target has computed."""
+    ahead: Tensor
+    """After the newest token that was drafted."""
+
+
+@dataclass(frozen=True)
 class State:
     pool: tuple[Pool, ...]
-    """One per layer."""
+    """One per layer; behind them a companion's, where there is one."""
     rows: Rows
+    carry: Carry | None = None
+    """Of a companion that keeps something of each row between steps."""
 
 
 @dataclass(frozen=True)
