@@ -90,6 +90,8 @@ class Extra:
     recorded: int = 0
     workspace: int = 0
     """Of its largest layer; it and the model's do not live at the same time."""
+    beside: int = 0
+    """Alive while the model's layers run."""
     loading: int = 0
     """While its weights are read."""
     on_card: int = 0
@@ -211,6 +213,8 @@ def account(s: Shapes) -> Account:
     workspace = max(layer_bytes(kind, spec.width, b.tokens, s) for kind in spec.layers)
     workspace += max(attention_bytes(kind.mixer, b.tokens, b.rows, s.threads) for kind in spec.layers)
     workspace += s.threads * (THREAD + SEARCHED * V)
+    x = s.extra or Extra("", 0, 0)
+    workspace = max(workspace + x.beside, x.workspace)
     narrow = item if item != 4 and s.head in ("packed", "dense") else 0
     ranked = max(V, RANKED_AT_ONCE) * RANKED if isinstance(s.kv, Tokens) else 0  # the reference's layout
     picks = max(b.rows, PICKS)
@@ -222,7 +226,6 @@ def account(s: Shapes) -> Account:
         arena = max(layer_bytes(kind, spec.width, most, s) for kind in spec.layers)
         programs = -(-arena // HUGE) * HUGE + PROGRAMS * layers * CALLS * CALL_BYTES
     small = PIECES + min(KEPT, _small(min(b.rows, AT_ONCE), V) + _small(SCORED_AT_ONCE, V, narrow))
-    x = s.extra or Extra("", 0, 0)
     second = () if s.extra is None else (Line("companion", x.weights, f"weights of {x.name}, which drafts"),)
     loading = max(plan.peak, plan.weights + V * TOKEN_READ, plan.weights + V * TOKEN_TEXT + x.loading)
     rest = (
@@ -234,7 +237,7 @@ def account(s: Shapes) -> Account:
         Line("rows", rows + x.rows, f"{s.mode.rows} + 1 rows of {s.max_len:,} tokens"),
         Line("swap space", s.host_slots * per_block, f"{s.host_slots} blocks of host memory"),
         Line("recorded steps", programs + x.recorded, f"up to {RECORDED_TOKENS} tokens, at most {PROGRAMS} sizes"),
-        Line("workspace", max(workspace, x.workspace), f"one layer of {b.tokens:,} tokens, {s.threads} threads"),
+        Line("workspace", workspace, f"one layer of {b.tokens:,} tokens, {s.threads} threads"),
         Line("allocator", small, "freed buffers that it does not give back"),
         Line("KV pool", s.blocks * per_block, f"{s.blocks:,} blocks of {BLOCK} tokens, the null block included"),
     )

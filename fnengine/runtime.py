@@ -431,7 +431,7 @@ class Runtime:
                         row=p.row,
                         length=p.base.length,
                         blocks=self._ledger.blocks_of(p.extension.path),
-                        tokens=p.buffer.data[: p.base.length],
+                        tokens=p.buffer.data[: p.base.length + len(p.tokens)],
                         prompt_len=p.prompt_len,
                         sampling=p.sampling or Sampling(),
                         seed=p.seed,

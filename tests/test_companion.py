@@ -1,12 +1,12 @@
-"""A draft model on the target's own rows and blocks. Oracles: the same requests without drafts, for tokens; the draft
-model over a pool of its own, asked for one text at a time (`DraftModel`), for drafts."""
+"""Draft models and heads on the target's own rows and blocks. Oracles: for tokens, the same requests without drafts;
+for drafts, the draft model or head over KV of its own, asked for one text at a time."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import fnengine as fn
 from fnengine import companions
 from fnengine.decoding import sample
 from fnengine.decoding.draft_model import DraftModel
+from fnengine.decoding.heads import Head
 from fnengine.decoding.speculate import Drawing, drafted
 from fnengine.engine import Engine
 from fnengine.errors import ConfigError, DeviceFault
@@ -30,6 +31,7 @@ from fnengine.state import Batch, Out, State
 from fnengine.step import Step
 from tests.models import tiny_model
 from tests.test_guided import TOKENIZER
+from tests.test_heads import case
 from tests.text_models import byte_tokenizer
 
 NUMBER = itertools.count()
@@ -57,6 +59,30 @@ def first_layer() -> Any:
 def alone() -> DraftModel:
     """The same draft model by itself."""
     return DraftModel(fn.Runtime(first_layer(), max_model_len=96, kv_cache_memory_bytes=1 << 20, enforce_eager=True))
+
+
+@cache
+def head(form: str) -> Head:
+    """Of random weights, which are seldom right."""
+    return case(form).head
+
+
+def model_of(form: str) -> str:
+    return "qwen2" if form == "mimo" else "qwen3"
+
+
+@cache
+def watched(name: str) -> fn.Runtime:
+    return fn.Runtime(tiny_model(name), max_model_len=96, kv_cache_memory_bytes=1 << 20, enforce_eager=True)
+
+
+def by_head(form: str, tokens: list[int], prompt: int, how: Sampling, k: int) -> tuple[int, ...]:
+    """What the head drafts that is told everything of this text at once."""
+    proposer = head(form)
+    rt = watched(model_of(form))
+    seen = rt.extend(rt.empty, tokens, logits=None, taps=proposer.taps)[-1]
+    state = proposer.start(tokens, Drawing(how, prompt), {name: x[:-1] for name, x in seen.items()})
+    return drafted(proposer.propose(state, k), k).tokens
 
 
 @dataclasses.dataclass
@@ -88,7 +114,7 @@ def engine(depth: int = 0, **options: Any) -> tuple[Engine, Rounds]:
         "tokenizer": byte_tokenizer(V),
         **options,
     }
-    e = Engine.build(target(), graph_twin=bool(depth), **options)
+    e = Engine.build(options.pop("model", None) or target(), graph_twin=bool(depth), **options)
     assert e.device.depth == depth
     e.drafting.jointly = rounds = Rounds(e.drafting.jointly)
     return e, rounds
@@ -115,8 +141,8 @@ def run(e: Engine, *requests: Request) -> list[list[list[int]]]:
 
 
 @cache
-def plain(sampling: Sampling) -> list[list[list[int]]]:
-    e, _ = engine(companion=None)
+def plain(sampling: Sampling, model: str = "qwen3") -> list[list[list[int]]]:
+    e, _ = engine(companion=None, model=tiny_model(model))
     return run(e, *(ask(p, sampling, n=2) for p in PROMPTS))
 
 
@@ -126,11 +152,11 @@ def by_itself(tokens: list[int], prompt: int, how: Sampling, k: int) -> tuple[in
     return drafted(proposer.propose(proposer.advance(state, tokens[prompt:]), k), k).tokens
 
 
-def check_drafts(rounds: Rounds) -> int:
-    """Asserts that every draft is the beginning of what the draft model says of that text by itself; how many."""
+def check_drafts(rounds: Rounds, alone: Any = by_itself) -> int:
+    """Asserts that drafts are the beginning of what is drafted for that text by itself, of every third; how many."""
     some = [made for made in rounds.made if made[-1]]
     for tokens, prompt, how, k, way in some[::3]:
-        assert way == by_itself(tokens, prompt, how, k)[: len(way)]
+        assert way == alone(tokens, prompt, how, k)[: len(way)]
     return len(some)
 
 
@@ -161,6 +187,28 @@ def test_drafts_are_those_of_the_draft_model_alone_and_change_no_token(options: 
         assert counts.accepted > 20 and counts.prefix_hits > 0
         if "blocks" in options:
             assert counts.preemptions > 0 and (counts.swaps > 0) == ("swap_space" in options)
+
+
+@pytest.mark.parametrize(
+    "form, where",
+    [
+        ("eagle", "in chunks"),
+        ("eagle", "one ahead and preempted"),
+        ("eagle-own-head", "swapped"),
+        ("mimo", "one ahead"),
+        ("deepseek", "preempted"),
+    ],
+)
+def test_drafts_of_heads_are_those_of_the_head_alone_and_change_no_token(form: str, where: str):
+    proposer, options = head(form), CASES[where]
+    how = dataclasses.replace(HOW, method=proposer.method)
+    for sampling in (GREEDY, SAMPLED):
+        e, rounds = engine(**{**options, "companion": proposer, "model": proposer.target})
+        want = plain(sampling, model_of(form))
+        asks = [ask(p, sampling, h, n=2) for p, h in zip(PROMPTS, (how, how, None, how), strict=True)]
+        assert run(e, *asks) == want
+        assert run(e, ask(PROMPTS[2], sampling, how, n=2)) == [want[2]]
+        assert check_drafts(rounds, partial(by_head, form)) > 20 and e.gauges().prefix_hits > 0
 
 
 def test_a_companion_that_does_not_follow_is_caught(monkeypatch: pytest.MonkeyPatch):
