@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fnengine as fn
-from fnengine import companions
+from fnengine import companions, leaves, tree
 from fnengine.decoding import sample
 from fnengine.decoding.draft_model import DraftModel
 from fnengine.decoding.heads import Head
@@ -330,3 +330,38 @@ def test_pairs_that_do_not_fit_are_refused():
     other = dataclasses.replace(model, spec=dataclasses.replace(model.spec, vocab=130), name="other")
     with pytest.raises(ConfigError, match="other: a draft model of 130 tokens for a target of 131"):
         engine(companion=other)
+    with pytest.raises(ConfigError, match="eagle head: a head of another model"):
+        engine(companion=head("eagle"))
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["model", "head"])
+def test_the_ledger_counts_weights_and_blocks_of_a_companion(which: str):
+    """Oracle: the bytes of the real tensors."""
+    companion: Any = first_layer() if which == "model" else head("eagle")
+    model = target() if which == "model" else companion.target
+    e, _ = engine(companion=companion, model=model, kv_cache_memory_bytes=None, memory=1 << 31)
+    built, state = e.built, e.built.device.state
+    assert built is not None and built.account is not None
+    held = [tensor for pool in state.pool for tensor in (pool.k, pool.v)]
+    assert len(state.pool) == 3 and built.account.line("KV pool").bytes == sum(x.nbytes for x in held)
+    assert built.pool.bytes == sum(x.nbytes for x in held) and built.account.at_worst <= 1 << 31
+    weights = built.account.line("companion")
+    params = tree.leaves(companion.params)
+    if which == "model":
+        assert weights.bytes == sum(leaf_bytes(x) for _, x in tree.items(companion.params, stop=leaves.KINDS))
+    else:  # beside its layer, the projection of three taps, and norms
+        assert weights.bytes == sum(x.nbytes for x in case("eagle").tensors.values())
+        assert state.carry is not None
+        rows = sum(x.nbytes for x in tree.leaves(state.rows)) + state.carry.seen.nbytes + state.carry.ahead.nbytes
+        assert built.account.line("rows").bytes == rows
+    assert params and e.device.blocks > 1
+    plain_, _ = engine(companion=None, kv_cache_memory_bytes=None, memory=1 << 31)
+    assert plain_.built is not None and plain_.built.account is not None
+    assert all(line.name != "companion" for line in plain_.built.account.rest)
+
+
+def leaf_bytes(leaf: Any) -> int:
+    return leaves.weight_bytes(leaf) if isinstance(leaf, leaves.KINDS) else leaf.nbytes
