@@ -6,6 +6,8 @@
 A proposer that reads the target's activations gets them from the run's own steps: of its whole prompt, so that the
 prefix cache is not looked at, and of every token that stays.
 
+A companion of the device drafts for all runs that want some in one round, and needs no proposer of theirs.
+
 A proposer and the pace are those of `decoding.speculate`; verification happens inside the step (`host.step`), so drafts
 never change tokens. What a step takes is learned for all runs together, by rows and by tokens a row.
 """
@@ -32,7 +34,13 @@ from fnengine.host.commit import Event
 from fnengine.host.plan import Planned, Run
 from fnengine.host.request import MAX_DRAFT, Request, Speculate
 
-Maker = Callable[[Speculate], AnyProposer]
+
+@dataclass(frozen=True)
+class Jointly:
+    """In a proposer's place: the device's companion drafts, for all its runs at once."""
+
+
+Maker = Callable[[Speculate], AnyProposer | Jointly]
 
 MAKERS: Mapping[str, Maker] = {
     "ngram": lambda _: NGram(),
@@ -62,7 +70,7 @@ UNTOLD = 64
 class _Guess:
     """What is known about one run's drafts."""
 
-    proposer: AnyProposer
+    proposer: AnyProposer | Jointly
     how: Speculate
     pace: Pace
     state: Any = None
@@ -111,6 +119,8 @@ class Drafting:
     default: Speculate | None = None
     makers: Mapping[str, Maker] = field(default_factory=dict)
     taps: tuple[str, ...] = ()
+    jointly: Callable[[list[tuple[Run, int]]], list[tuple[int, ...]]] | None = None
+    """The companion's drafts of at most so many tokens for each of these runs."""
     clock: Callable[[], float] = time.perf_counter
     counts: Counts = field(default_factory=Counts)
     guesses: dict[Run, _Guess] = field(default_factory=dict)
@@ -142,7 +152,7 @@ class Drafting:
                 remedy=f"one of {', '.join(self.makers)}",
             )
 
-    def made(self, request: Request) -> AnyProposer | None:
+    def made(self, request: Request) -> AnyProposer | Jointly | None:
         """The proposer of the first choice; None if nobody wants drafts.
 
         Raises:
@@ -150,7 +160,7 @@ class Drafting:
         """
         return self._make(request.speculate or self.default)
 
-    def _make(self, how: Speculate | None) -> AnyProposer | None:
+    def _make(self, how: Speculate | None) -> AnyProposer | Jointly | None:
         if how is None or not how.k:
             return None
         try:
@@ -161,6 +171,8 @@ class Drafting:
             raise RequestError(
                 f"the proposer {how.method!r} could not be made: {type(e).__name__}: {e}", param="speculative"
             ) from e
+        if isinstance(proposer, Jointly):
+            return proposer
         if unknown := [name for name in taps_of(proposer) if name not in self.taps]:
             raise RequestError(
                 f"{how.method!r} reads {', '.join(unknown)} of a model that has {', '.join(self.taps) or 'no taps'}",
@@ -168,7 +180,7 @@ class Drafting:
             )
         return proposer
 
-    def begin(self, request: Request, runs: tuple[Run, ...], first: AnyProposer | None) -> None:
+    def begin(self, request: Request, runs: tuple[Run, ...], first: AnyProposer | Jointly | None) -> None:
         """Guesses for these runs from now on, with what `made` gave."""
         how = request.speculate or self.default
         if first is None or how is None:
@@ -181,7 +193,8 @@ class Drafting:
             elif (earlier := self.earlier.get((how.method, how.k))) is not None:
                 pace = resumed(pace, earlier)
             self.guesses[run] = _Guess(proposer, how, pace)
-            run.patient, run.guessed, run.taps = True, True, taps_of(proposer)
+            run.patient, run.guessed = True, True
+            run.taps = () if isinstance(proposer, Jointly) else taps_of(proposer)
             run.plain = run.plain and not run.taps
 
     def forget(self, runs: tuple[Run, ...]) -> None:
@@ -192,6 +205,7 @@ class Drafting:
 
     def draft(self, failed: Callable[[Run, FnError], None]) -> None:
         """Gives a draft to each run that has one now. A proposer that raises, or breaks its contract, ends its run."""
+        together: list[tuple[Run, _Guess]] = []
         for run, guess in list(self.guesses.items()):
             if run.inside and not self._saw(run, guess, failed):
                 continue
@@ -204,6 +218,9 @@ class Drafting:
             guess.asked = min(guess.k, run.limit - run.known - 1)
             if guess.asked < 1:
                 guess.asked = 0
+                continue
+            if isinstance(guess.proposer, Jointly):
+                together.append((run, guess))
                 continue
             began = self.clock()
             try:
@@ -220,6 +237,28 @@ class Drafting:
             way = made.tokens
             if made.parents is not None:  # a row holds one way; of a tree, the longest
                 way = tuple(made.tokens[i] for i in max(ways(made.parents), key=len))
+            guiding.guess(run, way)
+        if together:
+            self._draft_together(together, failed)
+
+    def _draft_together(self, wishes: list[tuple[Run, _Guess]], failed: Callable[[Run, FnError], None]) -> None:
+        """Gives these runs the companion's drafts. Its round holds up all of them, so each counts all of its time."""
+        assert self.jointly is not None
+        began = self.clock()
+        try:
+            ways = self.jointly([(run, guess.asked) for run, guess in wishes])
+        except Exception as e:
+            for run, guess in wishes:
+                failed(run, _fault(guess, e))
+            return
+        seconds = self.clock() - began
+        for (run, guess), way in zip(wishes, ways, strict=True):
+            guess.proposing = seconds
+            guess.new.clear()
+            if not way:
+                guess.empty += 1
+                if guess.empty >= LOOK:
+                    guess.k = -1
             guiding.guess(run, way)
 
     def _decide(self, run: Run, guess: _Guess, rows: int) -> None:
@@ -255,6 +294,7 @@ class Drafting:
 
     def _propose(self, run: Run, guess: _Guess) -> Draft:
         proposer = guess.proposer
+        assert not isinstance(proposer, Jointly)
         if isinstance(proposer, Tapped):
             _tell(run, guess)
         elif guess.state is None:

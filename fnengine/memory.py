@@ -78,6 +78,27 @@ SEARCHED = 8
 
 
 @dataclass(frozen=True)
+class Extra:
+    """Bytes that a companion, which drafts on the model's rows and blocks, takes beside it."""
+
+    name: str
+    weights: int
+    per_block: int
+    """KV of a block."""
+    rows: int = 0
+    """What it keeps of all rows."""
+    recorded: int = 0
+    workspace: int = 0
+    """Of its largest layer; it and the model's do not live at the same time."""
+    beside: int = 0
+    """Alive while the model's layers run."""
+    loading: int = 0
+    """While its weights are read."""
+    on_card: int = 0
+    """On a GPU, buffers of its largest step."""
+
+
+@dataclass(frozen=True)
 class Shapes:
     """Everything the ledger is a function of."""
 
@@ -105,6 +126,8 @@ class Shapes:
     """Logits processors of the engine's own."""
     steer: int = 0
     """Layers that may be steered."""
+    extra: Extra | None = None
+    """What drafts beside the model."""
 
     @property
     def kinds(self) -> set[str]:
@@ -118,8 +141,9 @@ class Shapes:
 
     @property
     def per_block(self) -> int:
-        """Bytes of a block of KV, all layers."""
-        return sum(block_bytes(self.kv, BLOCK, a.kv_heads, a.width, self.dtype) for a in attentions(self.spec))
+        """Bytes of a block of KV, all layers, and a companion's."""
+        own = sum(block_bytes(self.kv, BLOCK, a.kv_heads, a.width, self.dtype) for a in attentions(self.spec))
+        return own + (0 if self.extra is None else self.extra.per_block)
 
 
 @dataclass(frozen=True)
@@ -188,6 +212,8 @@ def account(s: Shapes) -> Account:
     workspace = max(layer_bytes(kind, spec.width, b.tokens, s) for kind in spec.layers)
     workspace += max(attention_bytes(a, b.tokens, b.rows, s.threads) for a in attentions(spec))
     workspace += s.threads * (THREAD + SEARCHED * V)
+    x = s.extra or Extra("", 0, 0)
+    workspace = max(workspace + x.beside, x.workspace)
     narrow = item if item != 4 and s.head in ("packed", "dense") else 0
     ranked = max(V, RANKED_AT_ONCE) * RANKED if isinstance(s.kv, Tokens) else 0  # the reference's layout
     picks = max(b.rows, PICKS)
@@ -199,14 +225,17 @@ def account(s: Shapes) -> Account:
         arena = max(layer_bytes(kind, spec.width, most, s) for kind in spec.layers)
         programs = -(-arena // HUGE) * HUGE + PROGRAMS * layers * CALLS * CALL_BYTES
     small = PIECES + min(KEPT, _small(min(b.rows, AT_ONCE), V) + _small(SCORED_AT_ONCE, V, narrow))
+    second = () if s.extra is None else (Line("companion", x.weights, f"weights of {x.name}, which drafts"),)
+    loading = max(plan.peak, plan.weights + V * TOKEN_READ, plan.weights + V * TOKEN_TEXT + x.loading)
     rest = (
         Line("base", s.base, "interpreter, torch and what serving imports: measured, not computed"),
         Line("code", code, "native libraries, layers" + ", compiler" * s.compiling),
         Line("tokenizer", V * TOKEN_TEXT, f"{V:,} tokens"),
         Line("weights", plan.weights, f"{s.how.name}, {'the embedding is the head' if spec.tied else 'own head'}"),
-        Line("rows", rows, f"{s.mode.rows} + 1 rows of {s.max_len:,} tokens"),
+        *second,
+        Line("rows", rows + x.rows, f"{s.mode.rows} + 1 rows of {s.max_len:,} tokens"),
         Line("swap space", s.host_slots * per_block, f"{s.host_slots} blocks of host memory"),
-        Line("recorded steps", programs, f"up to {RECORDED_TOKENS} tokens, at most {PROGRAMS} sizes"),
+        Line("recorded steps", programs + x.recorded, f"up to {RECORDED_TOKENS} tokens, at most {PROGRAMS} sizes"),
         Line("workspace", workspace, f"one layer of {b.tokens:,} tokens, {s.threads} threads"),
         Line("allocator", small, "freed buffers that it does not give back"),
         Line("KV pool", s.blocks * per_block, f"{s.blocks:,} blocks of {BLOCK} tokens, the null block included"),
@@ -220,7 +249,23 @@ def account(s: Shapes) -> Account:
         rest,
         passing,
         Line("answers", 3 * s.answer_bytes, "and prompts held by the server, and what clients left unread"),
-        Line("loading", max(plan.peak, plan.weights + V * TOKEN_READ), "weights, and one array in both of its forms"),
+        Line("loading", loading, "weights, and one array in both of its forms"),
+    )
+
+
+def beside(s: Shapes, name: str) -> Extra:
+    """What a draft model of these shapes takes beside its target."""
+    a = account(s)
+    once = dataclasses.replace(s.mode, budget=min(s.mode.budget, MIXED))
+    rows = _rows(s.spec, s.dtype, s.mode.rows, s.max_len)
+    return Extra(
+        name,
+        weights=a.line("weights").bytes,
+        per_block=s.per_block,
+        recorded=a.line("recorded steps").bytes,
+        workspace=a.line("workspace").bytes,
+        loading=a.line("loading").bytes,
+        on_card=on_card(s.spec, s.dtype, once, s.max_len, graphs=0, compiled=s.compiled) - rows - LIBRARIES,
     )
 
 

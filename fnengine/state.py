@@ -231,11 +231,22 @@ LayerState = Pool | Memory
 """What a layer keeps of tokens: attention each of them, in blocks; a recurrent layer one state of all of them."""
 
 
+class Carry:
+    """What a companion keeps of each row, [M+1, n] each."""
+
+    seen: Tensor
+    """After the tokens that the target has computed."""
+    ahead: Tensor
+    """After the newest token that was drafted."""
+
+
 @dataclass(frozen=True)
 class State:
     pool: tuple[LayerState, ...]
-    """One per layer."""
+    """One per layer; behind them a companion's, where there is one."""
     rows: Rows
+    carry: Carry | None = None
+    """Of a companion that keeps something of each row between steps."""
 
 
 @dataclass(frozen=True)

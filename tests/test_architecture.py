@@ -50,6 +50,7 @@ FLOORS = {
     "fnengine.device": 6,
     "fnengine.captures": 6,
     "fnengine.memory": 6,
+    "fnengine.companions": 6,
     "fnengine.build": 6,
     "fnengine.artifacts": 6,
     "fnengine.kept": 6,

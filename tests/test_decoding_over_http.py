@@ -23,6 +23,7 @@ from fnengine import cli
 from fnengine.cli import drafts, own, start
 from fnengine.config import resolve
 from fnengine.decoding import SHIPPED, Bounds
+from fnengine.decoding.draft_model import DraftModel
 from fnengine.decoding.speculate import Stateless
 from fnengine.engine import Engine
 from fnengine.errors import ConfigError, OutOfBlocks, RequestError
@@ -344,13 +345,16 @@ def test_what_is_no_strategy_is_said_at_the_start(mine, name, words):
     "config, words",
     [
         ({}, "method is missing.*ngram, suffix, draft_model"),
-        ({"method": "eagle3"}, "no method is called 'eagle3'"),
+        ({"method": "medusa"}, "no method is called 'medusa'"),
         ({"method": "ngram", "prompt_lookup_max": 3}, "'prompt_lookup_max' is not implemented.*the keys are"),
         ({"method": "ngram", "num_speculative_tokens": "4"}, "num_speculative_tokens must be a int, got '4'"),
         ({"method": "ngram", "num_speculative_tokens": True}, "must be a int"),
         ({"method": "ngram", "num_speculative_tokens": 40}, "between 0 and 16"),
         ({"method": "ngram", "num_speculative_tokens": 4, "k": 3}, "two names"),
         ({"method": "draft_model"}, "needs a model"),
+        ({"method": "eagle3"}, "eagle needs a model"),
+        ({"method": "eagle", "model": "demo-eagle", "dtype": "float32"}, "dtype is about a draft model"),
+        ({"model": "demo", "kv_cache_memory_bytes": 1 << 20}, "the engine's own pool.*--kv-cache-memory-bytes"),
         ({"method": "ngram", "model": "demo"}, "a model means nothing to ngram"),
         ({"method": "ngram", "dtype": "float32"}, "dtype is about a draft model"),
         ({"method": "my_decoding:absent"}, "has no absent"),
@@ -367,6 +371,7 @@ def test_what_is_wrong_with_a_speculative_config_is_said(mine, model, config, wo
     {"method": "ngram", "num_speculative_tokens": 3},
     {"method": "my_decoding:Parrot", "adapt": False},
     {"model": "demo", "num_speculative_tokens": 3, "adapt": False},
+    {"method": "eagle3", "model": "demo-eagle", "num_speculative_tokens": 3, "adapt": False},
 ])  # fmt: skip
 def test_a_server_drafts_for_requests_that_say_nothing(mine, model, config):
     engine = start.build_engine(options("--speculative-config", json.dumps(config)), model)
@@ -374,7 +379,7 @@ def test_a_server_drafts_for_requests_that_say_nothing(mine, model, config):
     assert answer(engine) == plain[0].choices[0].tokens
     counts = engine.drafting.counts
     assert counts.proposed > 0
-    if "model" in config:  # its own draft model: every guess is right
+    if config.get("model") == "demo":  # its own draft model: every guess is right
         assert counts.accepted == counts.proposed
 
 
@@ -389,7 +394,9 @@ def answer(engine, **kw):
 
 
 def test_a_draft_model_whose_pool_is_full_drafts_nothing(mine, model, monkeypatch):
-    engine = start.build_engine(options("--speculative-config", '{"model": "demo", "adapt": false}'), model)
+    draft = DraftModel(fn.Runtime(model, **OPTIONS))
+    how = fn.Speculate("small", adapt=False)
+    engine = Engine.build(model, speculate=how, proposers={"small": lambda _: draft}, **OPTIONS)
     plain, proposed = answer(engine), engine.drafting.counts.proposed
     assert proposed
 
