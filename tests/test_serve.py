@@ -1102,7 +1102,7 @@ def test_stream_interval_makes_fewer_chunks(server):
 
 def test_every_route_is_in_the_schema_with_its_body(server):
     paths = server.http.get("/openapi.json").json()["paths"]
-    assert len(paths) == 40
+    assert len(paths) == 41
     bodies = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/abort_requests"]
     bodies += ["/v1/embeddings", "/pooling", "/score", "/rerank", "/v1/messages", "/v1/responses"]
     for path in (*bodies, "/v1/messages/count_tokens"):
