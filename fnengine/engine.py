@@ -272,6 +272,7 @@ class Engine:
             include_stop=stops.include_stop,
             from_token=max(0, stops.min_tokens - 1),
             skip_special=request.skip_special_tokens,
+            repetition=stops.repetition,
         )
 
     def abort(self, request_id: str) -> bool:
@@ -431,7 +432,7 @@ class Engine:
 
     def _follow(self, request: Request, sink: Sink) -> None:
         """Runs the strategy that a request names, once for each choice."""
-        strategy = named(request, self.strategies if self._runtime_of is not None else {}, self.policy)
+        strategy = named(request, self.strategies if self._runtime_of is not None else None, self.policy)
         assert self._runtime_of is not None
         n, waiting = request.n, self.host.waiting + (0 if self._stage is None else len(self._stage.guests))
         if waiting + n > self.policy.queue:

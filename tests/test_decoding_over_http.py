@@ -22,7 +22,7 @@ import fnengine as fn
 from fnengine import cli
 from fnengine.cli import drafts, own, start
 from fnengine.config import resolve
-from fnengine.decoding import SHIPPED, Bounds
+from fnengine.decoding import SHIPPED, Bounds, Job, run
 from fnengine.decoding.draft_model import DraftModel
 from fnengine.decoding.speculate import Stateless
 from fnengine.engine import Engine
@@ -151,6 +151,32 @@ def test_a_strategy_answers_as_it_does_offline(model, client):
     ask = dict(model="demo", messages=[{"role": "user", "content": "Hi"}], max_tokens=8, temperature=0)
     talk = client.chat.completions.create(**ask, extra_body={"strategy": {"name": "sample", "args": {}}})
     assert talk.choices[0].message.content == client.chat.completions.create(**ask).choices[0].message.content
+
+
+def test_beam_search_by_fields_gives_its_best_texts(served, model, client):
+    """Its fields need no --strategy. Oracle: the strategy offline, all of whose texts one run gives."""
+    rt = fn.Runtime(model, **OPTIONS)
+    job = Job(SHIPPED["beam"], STORY, {"width": 3, "texts": 2, "length_penalty": 0.5}, stop=fn.Stop(max_tokens=20))
+    (done,) = run(rt, [job], eos=served[0].policy.eos)
+    want = [model.decode(o.tokens) for o in (done, *done.more)]
+    ask = dict(use_beam_search=True, beam_width=3, n=2, length_penalty=0.5)
+    steps = served[0].gauges().steps
+    whole = complete(client, max_tokens=20, **ask)
+    assert [c.text for c in whole.choices] == want and len(set(want)) == 2
+    assert served[0].gauges().steps - steps < 30, "one search for both"
+    assert whole.usage.completion_tokens == sum(len(o.tokens) for o in (done, *done.more))
+    texts = ["", ""]
+    for part in complete(client, stream=True, max_tokens=20, **ask):
+        for c in part.choices:
+            texts[c.index] += c.text
+    assert texts == want
+    mark = want[1][4:7]
+    cut = complete(client, stop=[mark], max_tokens=20, **ask)
+    assert [c.text for c in cut.choices] == [t.partition(mark)[0] for t in want]
+    by_name = complete(
+        client, strategy={"name": "beam", "args": {"width": 3, "length_penalty": 0.5}}, n=2, max_tokens=20
+    )
+    assert [c.text for c in by_name.choices] == want
 
 
 @pytest.mark.parametrize(

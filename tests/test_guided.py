@@ -3,9 +3,11 @@ written by hand, and the same requests without speculation, without forced token
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -320,3 +322,28 @@ def test_the_bundled_model_writes_what_it_is_told():
     done = llm.generate("Tell me about Anna: ", grammar=SCHEMA, n=3, stop=Stop(max_tokens=120))
     assert all(person(json.loads(c.text)) for c in done[0].choices)
     assert right(CHOICE, llm.generate("Her favourite colour is ", grammar=CHOICE)[0].text)
+
+
+def test_the_loop_goes_on_while_the_vocabulary_is_read():
+    """A thread reads 8,000 tokens. Oracle: the loop turned at least once for every other pause that the thread made."""
+    letters = {v: k for k, v in byte_alphabet().items()}
+    words = {letters[b]: b for b in range(256)} | {f"t{i}": 256 + i for i in range(8000)} | {"<|end|>": 8256}
+    backend = tokenizers.Tokenizer(models.BPE(words, []))
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(backend, Decoding("byte_level"), frozenset({8256}), {"eos_token": "<|end|>"})
+    pauses, turns = [0], [0]
+
+    def pause():
+        pauses[0] += 1
+        time.sleep(0.001)
+
+    async def turning():
+        done = asyncio.ensure_future(asyncio.to_thread(guides.prepare, ask(DATE)))
+        while not done.done():
+            turns[0] += 1
+            await asyncio.sleep(0)
+        return await done
+
+    guides = guiding.Guides(tokenizer, 8257, (8256,), pause)
+    assert asyncio.run(turning()).guide is not None
+    assert pauses[0] >= 8257 // 256 and turns[0] >= pauses[0] // 2

@@ -12,8 +12,10 @@ that must come are a draft that is always right: they cost one step together, an
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -179,6 +181,8 @@ class Guides:
     size: int
     """V, the width of the logits."""
     eos: tuple[int, ...]
+    pause: Callable[[], None] = partial(time.sleep, 0.0005)
+    """Lets other threads go on while the vocabulary is read."""
     _vocabulary: Vocabulary | None = None
     _cache: Cache | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -203,7 +207,8 @@ class Guides:
         with self._lock:
             if self._vocabulary is None or self._cache is None:
                 try:
-                    self._vocabulary, self._cache = m.vocabulary(self.tokenizer, self.size, self.eos), m.Cache()
+                    self._vocabulary = m.vocabulary(self.tokenizer, self.size, self.eos, self.pause)
+                    self._cache = m.Cache()
                 except ConfigError as e:
                     raise RequestError(str(e), where=grammar.field, param=grammar.field) from e
         vocabulary = self._vocabulary

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fnengine.errors import RequestError
+from fnengine.host.repeats import Repetition
 
 if TYPE_CHECKING:
     from fnengine.host.grammar import Grammar
@@ -177,6 +178,8 @@ class Stop:
     ignore_eos: bool = False
     include_stop: bool = False
     """Keep the matched stop string in the text."""
+    repetition: Repetition | None = None
+    """What counts as going in circles, which ends the text; None for nothing."""
 
     def __post_init__(self):
         if self.max_tokens is not None and self.max_tokens < 0:

@@ -212,9 +212,8 @@ def make_app(
         ignored = tuple(sorted({*ignored, *job.ignored}))
         headers = {"x-fnengine-ignored": header(ignored)} if ignored else {}
         if job.shape.stream:
-            return EventStream(
-                events(flight, answer, Thinning(stream_interval), log, job.shape.strategy), close, headers, silence
-            )
+            thin = Thinning(job.shape.interval or stream_interval)
+            return EventStream(events(flight, answer, thin, log, job.shape.strategy), close, headers, silence)
 
         async def rest(client: Request | None) -> Response:
             try:

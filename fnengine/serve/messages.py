@@ -185,8 +185,8 @@ def chat_of(body: MessagesBody, thinks: bool = True) -> tuple[ChatBody, tuple[st
 class Message:
     """An answer as content blocks; the events of the stream and the whole message come of the same steps."""
 
-    def __init__(self, answer: Answer):
-        self.answer = answer
+    def __init__(self, answer: Answer, stops: Sequence[str] = ()):
+        self.answer, self.stops = answer, stops
         self.blocks: list[dict[str, Any]] = []
         self.open = False
         self.ended: tuple[str | None, str | None] = (None, None)
@@ -235,7 +235,7 @@ class Message:
                     out.append(self.grown("input_json_delta", "partial_json", arguments))
             if (finish := piece.get("finish")) is not None:
                 out += self.close()
-                matched = piece["stop_reason"] if isinstance(piece["stop_reason"], str) else None
+                matched = piece["stop_reason"] if piece["stop_reason"] in self.stops else None
                 self.ended = ENDS.get(finish, "stop_sequence" if matched else "end_turn"), matched
         return out
 
@@ -298,8 +298,10 @@ def routes(core: Core) -> list[Route]:
     def make(body: MessagesBody, engine: Any, *, id: str, created: int, model: str) -> Job:
         chat, ignored = chat_of(body, core.thinks)
         job: Job = core.from_chat(chat, engine, id=id, created=created, model=model)
-        shape = replace(job.shape, id=f"msg_{id}")
-        return Job(job.requests, shape, job.ignored + ignored, lambda shape, *more: Message(Answer(shape, *more)))
+        shape, stops = replace(job.shape, id=f"msg_{id}"), job.requests[0].stop.strings
+        return Job(
+            job.requests, shape, job.ignored + ignored, lambda shape, *more: Message(Answer(shape, *more), stops)
+        )
 
     async def messages(request: Request) -> Response:
         return await core.generate(request, MessagesBody, make)
