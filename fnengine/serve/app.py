@@ -38,6 +38,7 @@ from fnengine.serve.replies import (
     Fault,
     NotImplementedHere,
     Room,
+    TooLate,
     Unavailable,
     as_json,
     error,
@@ -182,6 +183,16 @@ def make_app(
         if why is not None:
             raise Unavailable(f"the engine cannot serve: {why}")
         flight = open_flight(flights, body.request_id or request.scope.get("fnengine.id"))
+        deadline = None
+        if (limit := getattr(body, "timeout", None)) is not None:
+            late = TooLate(f"no end within the {limit:g} seconds of `timeout`", where="timeout", param="timeout")
+            deadline = asyncio.get_running_loop().call_later(limit, flight.close, late)
+
+        def over():
+            if deadline is not None:
+                deadline.cancel()
+            flight.close()
+
         try:
 
             def work():
@@ -190,12 +201,12 @@ def make_app(
             job = await asyncio.to_thread(work) if _large(body) else work()
             prompts = room.take(0, PROMPT_TOKEN * translate.tokens_held(job))
         except BaseException:
-            flight.close()
+            over()
             raise
 
         def close():
             nonlocal prompts
-            flight.close()
+            over()
             room.held, prompts = room.held - prompts, 0
 
         ids, ends, before = [r.id for r in job.requests], request.scope["fnengine.ends"], engine.gauges()

@@ -67,6 +67,12 @@ class Unavailable(FnError):
     code, type = 503, "ServiceUnavailableError"
 
 
+class TooLate(FnError):
+    """The time that the request gave itself is over. Asking again would take as long, and the client did not wait."""
+
+    code, type = 408, "TimeoutError"
+
+
 class Aborted(Unavailable):
     """Somebody ended this request on purpose; asking again would undo that."""
 
@@ -190,7 +196,7 @@ def problem(e: FnError) -> Response:
     headers: dict[str, str] = {}
     if isinstance(e, QueueFull):
         headers["retry-after"] = str(max(1, math.ceil(e.retry_after)))
-    if isinstance(e, Aborted | NotImplementedHere | StrategyFault):
+    if isinstance(e, Aborted | NotImplementedHere | StrategyFault | TooLate):
         headers["x-should-retry"] = "false"
     code: int | str = e.code
     if isinstance(e, Unauthorized):
