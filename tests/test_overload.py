@@ -13,7 +13,9 @@ import openai
 import psutil
 import pytest
 
+from fnengine.host.answers import ENTRY, TOKEN
 from fnengine.serve.connections import Limits, Overdue, state_of
+from tests import test_serve
 from tests.test_serve import CHAT, SCRIPTS, TEXT, Script, ScriptedEngine, problem, serving
 
 ENDLESS = {"model": "tiny", "prompt": "endless", "max_tokens": 399}
@@ -27,9 +29,12 @@ def until(truth, seconds=5.0):
         time.sleep(0.01)
 
 
-def call(server):
-    at = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), 10)
+def call(server, buffer=None):
+    at = socket.socket()
+    if buffer is not None:
+        at.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     at.settimeout(10)
+    at.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
     return closing(at)
 
 
@@ -168,8 +173,7 @@ def test_a_head_without_an_end_is_431(server, before):
 
 
 def test_who_does_not_read_is_cut_and_its_request_ended(server):
-    with call(server) as at:
-        at.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with call(server, 4096) as at:
         body = json.dumps({"model": "tiny", "prompt": "wide", "max_tokens": 300_000, "stream": True}).encode()
         at.sendall(head_of(body) + body)
         until(lambda: server.engine.live)
@@ -178,8 +182,7 @@ def test_who_does_not_read_is_cut_and_its_request_ended(server):
 
 
 def test_a_reader_that_is_only_slow_gets_everything(server):
-    with call(server) as at:
-        at.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with call(server, 4096) as at:
         body = json.dumps({"model": "tiny", "prompt": "endless", "max_tokens": 800, "stream": True}).encode()
         at.sendall(head_of(body, connection="close") + body)
         got = b""
@@ -188,6 +191,40 @@ def test_a_reader_that_is_only_slow_gets_everything(server):
             time.sleep(0.005)
     assert got.count(b"\ndata: ") + got.startswith(b"data: ") >= 800 and b"[DONE]" in got
     server.quiet()
+
+
+def test_whole_answers_that_nobody_reads_are_counted_until_they_are_cut(monkeypatch):
+    """Each is more than sockets buffer: a third finds no room until the first two are cut."""
+
+    def bind(*where):
+        at = honest(*where)
+        at.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 15)  # what it accepts has the same
+        return at
+
+    honest = test_serve.bind
+    monkeypatch.setattr(test_serve, "bind", bind)
+    tokens, one = 1500, TOKEN + ENTRY * 21
+    answer = {
+        "model": "tiny",
+        "prompt": "wide",
+        "max_tokens": tokens,
+        "logprobs": 20,
+        "return_tokens_as_token_ids": True,
+    }
+    limits = Limits(unread=2.0, every=0.1)
+    engine = ScriptedEngine(WIDE, max_len=500_000)
+    with (
+        serving(engine, limits=limits, answer_bytes=int(1.05 * one * tokens)) as server,
+        call(server, 4096) as a,
+        call(server, 4096) as b,
+    ):
+        raw = json.dumps(answer).encode()
+        for at in (a, b):
+            at.sendall(head_of(raw) + raw)
+            until(lambda at=at: at.recv(1, socket.MSG_PEEK), 10)
+        r = server.post("/v1/completions", answer)
+        assert r.status_code == 503 and "--answer-memory" in r.text
+        until(lambda: server.post("/v1/completions", answer).status_code == 200, 10)
 
 
 def test_half_closed_sockets_leave_nothing_behind(server):

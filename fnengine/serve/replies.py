@@ -160,10 +160,16 @@ async def whole(
 ) -> Response:
     """The one body of a request that does not stream; a client that goes away ends it early.
 
+    What it holds of the room is given back when it has been sent, so that answers which nobody reads are counted.
+
     Raises:
         RequestError, Unavailable: there is no room to hold the answer until it is whole.
     """
     held = 0
+
+    def give_back():
+        room.held -= held
+
     listener = asyncio.ensure_future(until_gone(request.receive))
     listener.add_done_callback(lambda task: None if task.cancelled() else flight.close())
     try:
@@ -172,13 +178,37 @@ async def whole(
             for prompt, delta in batch:
                 held += room.take(held, weigh(delta))
                 answer.take(prompt, delta)
+        if not answer.done:
+            raise flight.reason or Unavailable("the client has gone")
+        return Paced(dump(answer.body()), headers, give_back)
+    except BaseException:
+        give_back()
+        raise
     finally:
-        room.held -= held
         listener.cancel()
         flight.close()
-    if not answer.done:
-        raise flight.reason or Unavailable("the client has gone")
-    return as_json(answer.body(), headers=headers)
+
+
+PIECE = 1 << 16
+"""Bytes of an answer that are handed to the connection at once."""
+
+
+class Paced(Response):
+    """A body of JSON that goes out in pieces, each when the one before has left: what a client does not read waits
+    here, where it is counted, and not in the connection's buffer."""
+
+    def __init__(self, text: str, headers: dict[str, str], sent: Callable[[], None]):
+        super().__init__(text, headers=headers, media_type="application/json")
+        self._sent = sent
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            for at in range(0, len(self.body), PIECE):
+                more, piece = at + PIECE < len(self.body), bytes(self.body[at : at + PIECE])
+                await send({"type": "http.response.body", "body": piece, "more_body": more})
+        finally:
+            self._sent()
 
 
 def as_json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
