@@ -34,6 +34,7 @@ from fnengine.serve.parsing.choose import choose
 from fnengine.serve.recent import Recent
 from fnengine.serve.replies import (
     Aborted,
+    Blame,
     BodyTooLarge,
     Fault,
     NotImplementedHere,
@@ -176,7 +177,7 @@ def make_app(
             )
         return name
 
-    async def generate(request: Request, model: Any, make: Callable[..., translate.Job]) -> Response:
+    async def generate(request: Request, model: type[Any], make: Callable[..., translate.Job]) -> Response:
         body, ignored = await read(request, model)
         name = named(body)
         why = engine.healthy()
@@ -184,7 +185,7 @@ def make_app(
             raise Unavailable(f"the engine cannot serve: {why}")
         flight = open_flight(flights, body.request_id or request.scope.get("fnengine.id"))
         deadline = None
-        if (limit := getattr(body, "timeout", None)) is not None:
+        if (limit := body.timeout) is not None:
             late = TooLate(f"no end within the {limit:g} seconds of `timeout`", where="timeout", param="timeout")
             deadline = asyncio.get_running_loop().call_later(limit, flight.close, late)
 
@@ -220,14 +221,14 @@ def make_app(
             raise
         recent.arrived(ids, before, ends)
         answer = (job.write or Answer)(job.shape, engine.tokenizer, lambda: operations.timings(ids, ends))
+        grammar = job.requests[0].grammar
+        blame = Blame(job.shape.strategy, None if grammar is None else grammar.field)
         ignored = tuple(sorted({*ignored, *job.ignored}))
         headers = {"x-fnengine-ignored": header(ignored)} if ignored else {}
         if job.shape.stream:
-            return EventStream(
-                events(flight, answer, Thinning(stream_interval), log, job.shape.strategy), close, headers, silence
-            )
+            return EventStream(events(flight, answer, Thinning(stream_interval), log, blame), close, headers, silence)
         try:
-            return await whole(request, flight, answer, headers, room, job.shape.strategy)
+            return await whole(request, flight, answer, headers, room, blame)
         finally:
             close()
 
@@ -428,7 +429,7 @@ def cut(app: FastAPI, reason: str) -> int:
 def _large(body: Any) -> bool:
     if not protocol.FIELDS.isdisjoint(body.model_extra or ()) or getattr(body, "tools", None):  # schemas to be read
         return True
-    prediction = getattr(body, "prediction", None)
+    prediction = body.prediction if isinstance(body, protocol.Generate) else None
     if prediction is not None and len(str(prediction.content)) > LARGE:
         return True
     if isinstance(body, protocol.ChatBody):

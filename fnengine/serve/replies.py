@@ -6,6 +6,7 @@ import asyncio
 import math
 import traceback
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any, Protocol
 
@@ -114,10 +115,26 @@ class StrategyFault(Fault):
     """The strategy of this request failed; it would do so again."""
 
 
-def _check(batch: Batch, strategy: str | None) -> None:
+@dataclass(frozen=True)
+class Blame:
+    """What of a request may be what an answer fails of."""
+
+    strategy: str | None = None
+    constraint: str | None = None
+    """The field of its grammar."""
+
+
+def _check(batch: Batch, blame: Blame) -> None:
+    strategy, field = blame.strategy, blame.constraint
     for _, delta in batch:
         if delta.finish == "error" and strategy is not None:
             raise StrategyFault(f"strategy {strategy!r}: {delta.error or 'it failed'}", param="strategy")
+        if (
+            delta.finish == "error"
+            and field is not None
+            and (delta.error or "").startswith((f"{field}: ", "reasoning: "))
+        ):
+            raise RequestError((delta.error or "").partition(": ")[2], where=field, param=field)
         if delta.finish == "error":
             raise Fault(delta.error or "the engine failed")
         if delta.finish == "abort":
@@ -125,7 +142,7 @@ def _check(batch: Batch, strategy: str | None) -> None:
 
 
 async def events(
-    flight: Flight, answer: Writer, thin: Thinning, log: Callable[[str], None], strategy: str | None = None
+    flight: Flight, answer: Writer, thin: Thinning, log: Callable[[str], None], blame: Blame = Blame()
 ) -> AsyncGenerator[str, None]:
     """The events of one stream, an error among them."""
     try:
@@ -136,7 +153,7 @@ async def events(
             if faults:
                 if text:
                     yield text
-                _check(batch, strategy)
+                _check(batch, blame)
             if answer.done:
                 yield text + answer.last()
                 return
@@ -156,7 +173,7 @@ async def whole(
     answer: Writer,
     headers: dict[str, str],
     room: Room,
-    strategy: str | None = None,
+    blame: Blame = Blame(),
 ) -> Response:
     """The one body of a request that does not stream; a client that goes away ends it early.
 
@@ -174,7 +191,7 @@ async def whole(
     listener.add_done_callback(lambda task: None if task.cancelled() else flight.close())
     try:
         async for batch in flight.batches():
-            _check(batch, strategy)
+            _check(batch, blame)
             for prompt, delta in batch:
                 held += room.take(held, weigh(delta))
                 answer.take(prompt, delta)
