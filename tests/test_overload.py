@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import time
 from contextlib import closing
 from types import SimpleNamespace
@@ -248,6 +250,22 @@ def test_a_killed_client_leaves_nothing_behind(server):
             at.recv(100)
             at.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
     server.quiet()
+
+
+def test_clients_ended_by_sigkill_leave_nothing_behind(server):
+    """Real processes, killed while they read a stream."""
+    body = json.dumps({"model": "tiny", "prompt": "wide", "max_tokens": 300_000, "stream": True}).encode()
+    port = int(server.url.rsplit(":", 1)[1])
+    begin = f"import socket; s = socket.create_connection(('127.0.0.1', {port})); s.sendall({head_of(body) + body!r})"
+    program = begin + "\nwhile s.recv(4096): pass"
+    before = psutil.Process().num_fds()
+    clients = [subprocess.Popen([sys.executable, "-S", "-c", program]) for _ in range(4)]
+    until(lambda: len(server.engine.live) == 4, 20)
+    for p in clients:
+        p.kill()
+        p.wait()
+    server.quiet()
+    until(lambda: psutil.Process().num_fds() <= before + 2)
 
 
 def test_many_open_streams_are_held_and_freed():

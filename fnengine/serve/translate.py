@@ -23,6 +23,8 @@ COMPLETION_TOKENS = 16
 """max_tokens of a completion that names none (OpenAI's legacy default)."""
 MOST_CHOICES = 128
 """Largest n, as OpenAI's."""
+MOST_PROMPTS = 2048
+"""Most prompts of a completion, as OpenAI's; beyond it a small body makes very many requests."""
 BREAKERS = ("\n", ":", '"', "*")
 """Sequence breakers of DRY where a request names none. Source: llama.cpp and text-generation-webui."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -236,6 +238,8 @@ def _prompts(prompt: Any) -> list[str | Sequence[int]]:
         prompt = [prompt]
     if not prompt or any(len(p) == 0 for p in prompt):
         _refuse("prompt", "must not be empty")
+    if len(prompt) > MOST_PROMPTS:
+        _refuse("prompt", f"must be at most {MOST_PROMPTS} prompts, got {len(prompt)}")
     return prompt
 
 
