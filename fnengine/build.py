@@ -231,6 +231,7 @@ def policy_of(model: Model, settings: Settings, built: Built, tokenizer: Tokeniz
         budget=built.mode.budget,
         rows=built.mode.rows,
         queue=settings.max_queue,
+        queue_tokens=settings.max_queue_tokens,
         max_len=built.pool.max_len,
         vocab=model.spec.vocab,
         eos=tuple(sorted({*model.spec.eos, *own_eos})),

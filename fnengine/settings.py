@@ -86,6 +86,8 @@ class Settings:
     """Root of the seeds of requests that bring none."""
     max_queue: int = 4096
     """Most waiting sequences; more are refused with 429."""
+    max_queue_tokens: int = 1 << 22
+    """Most prompt tokens of waiting sequences together; more are refused with 429, unless nobody waits."""
     max_logprobs: int = 20
     """-1 means the vocabulary."""
     answer_bytes: int = 128 << 20

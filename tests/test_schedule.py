@@ -162,6 +162,23 @@ def test_the_context_ends_a_run_and_the_last_token_is_never_computed():
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_queue_is_bounded_by_tokens_too():
+    w = world(max_len=64, blocks=12, queue=100, rows=1, queue_tokens=40)
+    w.submit(request("a", tokens(50), 4))  # nobody waits, so it may be longer than the bound
+    w.tick()
+    w.submit(request("b", tokens(20), 4))
+    w.submit(request("c", tokens(10), 4, n=2))
+    with pytest.raises(QueueFull, match=r"40 prompt tokens wait already, 1 more .* takes 40"):
+        w.submit(request("d", tokens(1), 4))
+    assert planning.gauges(w.host).rejections == 1 and w.host.waiting_tokens == 40
+    planning.abort(w.host, "c")
+    assert w.host.waiting_tokens == 20
+    w.submit(request("e", tokens(20), 4))
+    w.drain()
+    assert w.host.waiting_tokens == 0
+    w.host.check()
+
+
 def test_refusals_say_what_and_leave_nothing_behind():
     w = world(max_len=64, blocks=3, queue=2)  # a pool of 32 tokens serves sequences of 33
     with pytest.raises(ContextLengthError, match=r"64 tokens, the context holds 64"):

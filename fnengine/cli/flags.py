@@ -254,6 +254,15 @@ def _flags() -> tuple[Flag, ...]:
         ),
         Flag(("--max-queue",), "engine.max_queue", "most waiting sequences; more are a 429", steps, read_size, (), "N"),
         Flag(
+            ("--max-queue-tokens",),
+            "engine.max_queue_tokens",
+            "most prompt tokens of waiting sequences; more are a 429",
+            steps,
+            read_size,
+            (),
+            "N",
+        ),
+        Flag(
             ("--steer",),
             "engine.steer",
             "layers after which requests may add a vector, such as layers.3,layers.5",

@@ -77,6 +77,14 @@ def submit(host: Host, request: Request, now: float) -> tuple[Run, ...]:
             f"{host.waiting} sequences wait already, {request.n} more do not fit the queue of {host.policy.queue}",
             remedy="try again later",
         )
+    more = request.n * len(request.prompt)
+    if host.waiting and host.waiting_tokens + more > host.policy.queue_tokens:
+        host.rejections += 1
+        raise QueueFull(
+            f"{host.waiting_tokens} prompt tokens wait already, {more} more do not fit the queue, which takes "
+            f"{host.policy.queue_tokens}",
+            remedy="try again later",
+        )
     assert request.id not in host.requests, f"request id {request.id!r} is in use"
     policy, stop, sampling = host.policy, request.stop, request.sampling
     seed = host.new_seed() if sampling.seed is None else sampling.seed
@@ -508,6 +516,7 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
     popped = heapq.heappop(host.queue)[1]
     assert popped is run
     host.waiting -= 1
+    host.waiting_tokens -= run.prompt_len
     if run.scheduled is None:
         run.scheduled, run.cached = now, path.length
         if host.policy.caching and not run.unscored() and run.base is None and not run.taps:

@@ -231,7 +231,6 @@ class Request:
     """One of `pooling.POOLINGS`: the answer is no text but the prompt's embedding, and `stop.max_tokens` is 0."""
     arrival: float = 0.0
     """Seconds of the engine's clock."""
-    timeout: float | None = None
 
 
 def fold_in(seed: int, index: int) -> int:

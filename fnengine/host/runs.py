@@ -98,6 +98,8 @@ class Policy:
     """Layers that may be steered, ..."""
     width: int = 0
     """... by vectors of so many numbers."""
+    queue_tokens: int = 1 << 22
+    """Most prompt tokens of waiting runs together; more are refused, unless nobody waits."""
 
     def __post_init__(self):
         assert self.budget >= 1 and self.rows >= 1 and self.queue >= 0 and self.max_len >= 2 and self.vocab >= 1
@@ -258,6 +260,8 @@ class Host:
         """Heap of waiting runs; those that ended while waiting leave when they reach the top."""
         self.waiting = 0
         """Live runs in `queue`."""
+        self.waiting_tokens = 0
+        """Tokens of their prompts."""
         self.deferred = 0
         """Of those, preempted ones whose steps in flight must be read first."""
         self.ending = 0
@@ -305,6 +309,7 @@ class Host:
         assert len({*rows, *self.free_rows}) == len(rows) + len(self.free_rows), "a row has two owners"
         queued = [run for _, run in self.queue if not run.ended]
         assert len(queued) == len(live) - len(running) == self.waiting, "waiting runs are miscounted"
+        assert self.waiting_tokens == sum(r.prompt_len for r in queued), "tokens of waiting runs are miscounted"
         assert self.deferred == sum(1 for r in queued if r.inflight), "deferred runs are miscounted"
         assert self.owed == sum(r.owed for r in self.running), "owed blocks are miscounted"
         slots = [s for r in queued for s in r.slots] + self.free_slots + self.resting_slots
@@ -321,6 +326,7 @@ def enqueue(host: Host, run: Run) -> None:
     heapq.heappush(host.queue, (run.key, run))
     run.status = "waiting"
     host.waiting += 1
+    host.waiting_tokens += run.prompt_len
     host.deferred += run.inflight > 0
 
 
@@ -373,6 +379,7 @@ def end(host: Host, run: Run, reason: Finish) -> None:
             _release(host, run)
     else:
         host.waiting -= 1
+        host.waiting_tokens -= run.prompt_len
         host.deferred -= run.inflight > 0
         drop_saved(host, run)
     run.status, run.finish = "ended", reason

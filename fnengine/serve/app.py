@@ -34,10 +34,12 @@ from fnengine.serve.parsing.choose import choose
 from fnengine.serve.recent import Recent
 from fnengine.serve.replies import (
     Aborted,
+    Blame,
     BodyTooLarge,
     Fault,
     NotImplementedHere,
     Room,
+    TooLate,
     Unavailable,
     as_json,
     error,
@@ -175,13 +177,23 @@ def make_app(
             )
         return name
 
-    async def generate(request: Request, model: Any, make: Callable[..., translate.Job]) -> Response:
+    async def generate(request: Request, model: type[Any], make: Callable[..., translate.Job]) -> Response:
         body, ignored = await read(request, model)
         name = named(body)
         why = engine.healthy()
         if why is not None:
             raise Unavailable(f"the engine cannot serve: {why}")
         flight = open_flight(flights, body.request_id or request.scope.get("fnengine.id"))
+        deadline = None
+        if (limit := body.timeout) is not None:
+            late = TooLate(f"no end within the {limit:g} seconds of `timeout`", where="timeout", param="timeout")
+            deadline = asyncio.get_running_loop().call_later(limit, flight.close, late)
+
+        def over():
+            if deadline is not None:
+                deadline.cancel()
+            flight.close()
+
         try:
 
             def work():
@@ -190,12 +202,12 @@ def make_app(
             job = await asyncio.to_thread(work) if _large(body) else work()
             prompts = room.take(0, PROMPT_TOKEN * translate.tokens_held(job))
         except BaseException:
-            flight.close()
+            over()
             raise
 
         def close():
             nonlocal prompts
-            flight.close()
+            over()
             room.held, prompts = room.held - prompts, 0
 
         ids, ends, before = [r.id for r in job.requests], request.scope["fnengine.ends"], engine.gauges()
@@ -209,15 +221,17 @@ def make_app(
             raise
         recent.arrived(ids, before, ends)
         answer = (job.write or Answer)(job.shape, engine.tokenizer, lambda: operations.timings(ids, ends))
+        grammar = job.requests[0].grammar
+        blame = Blame(job.shape.strategy, None if grammar is None else grammar.field)
         ignored = tuple(sorted({*ignored, *job.ignored}))
         headers = {"x-fnengine-ignored": header(ignored)} if ignored else {}
         if job.shape.stream:
             thin = Thinning(job.shape.interval or stream_interval)
-            return EventStream(events(flight, answer, thin, log, job.shape.strategy), close, headers, silence)
+            return EventStream(events(flight, answer, thin, log, blame), close, headers, silence)
 
         async def rest(client: Request | None) -> Response:
             try:
-                return await whole(client, flight, answer, headers, room, job.shape.strategy)
+                return await whole(client, flight, answer, headers, room, blame)
             finally:
                 close()
 
@@ -420,7 +434,7 @@ def cut(app: FastAPI, reason: str) -> int:
 def _large(body: Any) -> bool:
     if not protocol.FIELDS.isdisjoint(body.model_extra or ()) or getattr(body, "tools", None):  # schemas to be read
         return True
-    prediction = getattr(body, "prediction", None)
+    prediction = body.prediction if isinstance(body, protocol.Generate) else None
     if prediction is not None and len(str(prediction.content)) > LARGE:
         return True
     if isinstance(body, protocol.ChatBody):

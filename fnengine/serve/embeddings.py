@@ -34,6 +34,7 @@ class PoolBody(BaseModel):
     truncate_prompt_tokens: Int | None = None
     truncation_side: str | None = None
     add_special_tokens: Bool = None
+    timeout: float | None = Field(default=None, gt=0)
     priority: Int | None = None
     cache_salt: str | None = Field(default=None, min_length=1, max_length=128)
     request_id: str | None = Field(default=None, min_length=1, max_length=128)

@@ -164,6 +164,8 @@ class Generate(BaseModel):
     return_tokens_as_token_ids: Bool = None
     return_token_ids: Bool = None
     timing: Bool = None
+    timeout: float | None = Field(default=None, gt=0)
+    """Seconds from here to the end of the answer; then it ends with an error."""
     priority: Int | None = None
     cache_salt: str | None = Field(default=None, min_length=1, max_length=128)
     request_id: str | None = Field(default=None, min_length=1, max_length=128)

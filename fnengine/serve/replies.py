@@ -6,6 +6,7 @@ import asyncio
 import math
 import traceback
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any, Protocol
 
@@ -67,6 +68,12 @@ class Unavailable(FnError):
     code, type = 503, "ServiceUnavailableError"
 
 
+class TooLate(FnError):
+    """The time that the request gave itself is over. Asking again would take as long, and the client did not wait."""
+
+    code, type = 408, "TimeoutError"
+
+
 class Aborted(Unavailable):
     """Somebody ended this request on purpose; asking again would undo that."""
 
@@ -108,10 +115,26 @@ class StrategyFault(Fault):
     """The strategy of this request failed; it would do so again."""
 
 
-def _check(batch: Batch, strategy: str | None) -> None:
+@dataclass(frozen=True)
+class Blame:
+    """What of a request may be what an answer fails of."""
+
+    strategy: str | None = None
+    constraint: str | None = None
+    """The field of its grammar."""
+
+
+def _check(batch: Batch, blame: Blame) -> None:
+    strategy, field = blame.strategy, blame.constraint
     for _, delta in batch:
         if delta.finish == "error" and strategy is not None:
             raise StrategyFault(f"strategy {strategy!r}: {delta.error or 'it failed'}", param="strategy")
+        if (
+            delta.finish == "error"
+            and field is not None
+            and (delta.error or "").startswith((f"{field}: ", "reasoning: "))
+        ):
+            raise RequestError((delta.error or "").partition(": ")[2], where=field, param=field)
         if delta.finish == "error":
             raise Fault(delta.error or "the engine failed")
         if delta.finish == "abort":
@@ -119,7 +142,7 @@ def _check(batch: Batch, strategy: str | None) -> None:
 
 
 async def events(
-    flight: Flight, answer: Writer, thin: Thinning, log: Callable[[str], None], strategy: str | None = None
+    flight: Flight, answer: Writer, thin: Thinning, log: Callable[[str], None], blame: Blame = Blame()
 ) -> AsyncGenerator[str, None]:
     """The events of one stream, an error among them."""
     try:
@@ -130,7 +153,7 @@ async def events(
             if faults:
                 if text:
                     yield text
-                _check(batch, strategy)
+                _check(batch, blame)
             if answer.done:
                 yield text + answer.last()
                 return
@@ -150,9 +173,11 @@ async def whole(
     answer: Writer,
     headers: dict[str, str],
     room: Room,
-    strategy: str | None = None,
+    blame: Blame = Blame(),
 ) -> Response:
     """The one body of a request that does not stream; a client that goes away ends it early.
+
+    What it holds of the room is given back when it has been sent, so that answers which nobody reads are counted.
 
     Args:
         request: whose client waits; None: nobody does, and it goes on by itself.
@@ -162,23 +187,54 @@ async def whole(
     """
     held = 0
     listener = None
+
+    def give_back():
+        room.held -= held
+
     if request is not None:
         listener = asyncio.ensure_future(until_gone(request.receive))
         listener.add_done_callback(lambda task: None if task.cancelled() else flight.close())
     try:
         async for batch in flight.batches():
-            _check(batch, strategy)
+            _check(batch, blame)
             for prompt, delta in batch:
                 held += room.take(held, weigh(delta))
                 answer.take(prompt, delta)
+        if not answer.done:
+            raise flight.reason or Unavailable("the client has gone")
+        made = Paced(dump(answer.body()), headers, give_back)
+        if request is None:
+            give_back()
+        return made
+    except BaseException:
+        give_back()
+        raise
     finally:
-        room.held -= held
         if listener is not None:
             listener.cancel()
         flight.close()
-    if not answer.done:
-        raise flight.reason or Unavailable("the client has gone")
-    return as_json(answer.body(), headers=headers)
+
+
+PIECE = 1 << 16
+"""Bytes of an answer that are handed to the connection at once."""
+
+
+class Paced(Response):
+    """A body of JSON that goes out in pieces, each when the one before has left: what a client does not read waits
+    here, where it is counted, and not in the connection's buffer."""
+
+    def __init__(self, text: str, headers: dict[str, str], sent: Callable[[], None]):
+        super().__init__(text, headers=headers, media_type="application/json")
+        self._sent = sent
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            for at in range(0, len(self.body), PIECE):
+                more, piece = at + PIECE < len(self.body), bytes(self.body[at : at + PIECE])
+                await send({"type": "http.response.body", "body": piece, "more_body": more})
+        finally:
+            self._sent()
 
 
 def as_json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -196,7 +252,7 @@ def problem(e: FnError) -> Response:
     headers: dict[str, str] = {}
     if isinstance(e, QueueFull):
         headers["retry-after"] = str(max(1, math.ceil(e.retry_after)))
-    if isinstance(e, Aborted | NotImplementedHere | StrategyFault):
+    if isinstance(e, Aborted | NotImplementedHere | StrategyFault | TooLate):
         headers["x-should-retry"] = "false"
     code: int | str = e.code
     if isinstance(e, Unauthorized):

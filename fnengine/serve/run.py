@@ -19,6 +19,7 @@ import uvicorn
 
 from fnengine.errors import ConfigError
 from fnengine.serve.app import cut, make_app
+from fnengine.serve.connections import Limits, bounded, watch
 from fnengine.serve.engine_port import EnginePort
 
 GRACE = 2.0
@@ -112,6 +113,7 @@ def serve(
     root_path: str = "",
     on_ready: Callable[[str], None] = lambda url: None,
     stop: threading.Event | None = None,
+    limits: Limits | None = None,
     **app_options: Any,
 ) -> None:
     """Serves an engine until SIGTERM or SIGINT, then returns normally (so that the process exits with 0).
@@ -122,6 +124,7 @@ def serve(
             error event.
         on_ready: called once with the URL when connections are accepted.
         stop: setting it is as good as a signal, for servers that run in a thread.
+        limits: of what a connection may take; None is the defaults.
         app_options: go to `make_app`.
 
     Raises:
@@ -132,9 +135,10 @@ def serve(
             raise ConfigError(f"cannot read {file}", where=flag)
     sock = bind(host, port, uds) if sock is None else sock
     app = make_app(engine, root_path=root_path, shutdown_timeout=0.0, **app_options)
+    limits = limits or Limits()
     config = uvicorn.Config(
         app,
-        http="httptools" if importlib.util.find_spec("httptools") else "h11",
+        http=bounded(_protocol(), limits),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
         log_level=log_level,
@@ -146,6 +150,7 @@ def serve(
         ssl_certfile=ssl_certfile,
         timeout_graceful_shutdown=max(1, round(shutdown_timeout + GRACE)),
     )
+    _raise_descriptors()
     server = uvicorn.Server(config)
     signals: list[int] = []
 
@@ -163,13 +168,32 @@ def serve(
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             url = url_of(sock, ssl_certfile is not None)
-            runner.run(_watch(server, sock, url, on_ready, stop, shutdown_timeout, signals))
+            runner.run(_watch(server, sock, url, on_ready, stop, shutdown_timeout, signals, limits))
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
         sock.close()
         if uds is not None:
             Path(uds).unlink(missing_ok=True)
+
+
+def _protocol() -> Any:
+    if importlib.util.find_spec("httptools"):
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+        return HttpToolsProtocol
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    return H11Protocol
+
+
+def _raise_descriptors() -> None:
+    """Lets this process hold as many sockets as it may: a thousand streams are more than most systems' soft limit."""
+    with suppress(ImportError, OSError, ValueError):  # Windows has no such limit; some containers do not let it move
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -193,10 +217,12 @@ async def _watch(
     stop: threading.Event | None,
     timeout: float,
     signals: list[int],
+    limits: Limits,
 ) -> None:
     """Runs the server; tells when it is ready, and cuts what still runs when its time after a signal is over."""
     clock = asyncio.get_running_loop().time
     task = asyncio.ensure_future(_served(server, sock))
+    watching = asyncio.ensure_future(watch(server.server_state.connections, limits))
     ready, end = False, None
     while not task.done():
         await asyncio.wait({task}, timeout=0.01 if not ready else 0.1)
@@ -209,6 +235,7 @@ async def _watch(
             end = clock() + timeout
         if end is not None and (clock() >= end or len(signals) > 1):
             cut(server.config.app, "the server is shutting down")  # type: ignore[arg-type]
+    watching.cancel()
     await task
     if not ready:
         fault = server.config.app.state.fault  # type: ignore[union-attr]

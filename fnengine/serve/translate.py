@@ -29,6 +29,8 @@ BEAMS = "use_beam_search"
 """The field, and the name of the strategy that it stands for."""
 BEAM_WIDTH = 4
 """Of a beam search that gives one text and names none."""
+MOST_PROMPTS = 2048
+"""Most prompts of a completion, as OpenAI's; beyond it a small body makes very many requests."""
 BREAKERS = ("\n", ":", '"', "*")
 """Sequence breakers of DRY where a request names none. Source: llama.cpp and text-generation-webui."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -263,6 +265,8 @@ def _prompts(prompt: Any) -> list[str | Sequence[int]]:
         prompt = [prompt]
     if not prompt or any(len(p) == 0 for p in prompt):
         _refuse("prompt", "must not be empty")
+    if len(prompt) > MOST_PROMPTS:
+        _refuse("prompt", f"must be at most {MOST_PROMPTS} prompts, got {len(prompt)}")
     return prompt
 
 
