@@ -22,7 +22,6 @@ from fnengine.host.runs import PICKS
 from fnengine.host.step import BLOCK
 from fnengine.host.tokenizer import Tokenizer
 from fnengine.kernels import Heads, Ops, team
-from fnengine.kernels.layout import block_bytes
 from fnengine.kernels.recording import RECORDED_TOKENS
 from fnengine.memory import Account, Shapes
 from fnengine.model import Model, one_by_one
@@ -30,7 +29,8 @@ from fnengine.params import memory_plan
 from fnengine.processors import Own, check_own
 from fnengine.program import Recorded, compiled_layers, wanted_layers
 from fnengine.settings import Mode, PoolSize, Settings, check_kv, size_pool, wanted_len
-from fnengine.spec import ModelSpec, for_length, steerable
+from fnengine.spec import Attention, Latent, Mixer, ModelSpec, for_length, steerable
+from fnengine.state import pool_bytes
 from fnengine.step import make_step
 
 log = logging.getLogger("fnengine")
@@ -78,7 +78,7 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
     if compiling and why_not is None and not kept(folder()):
         start_compiler()  # while the native kernels are built
     ops = choose_ops(spec, device, model.dtype, settings.kv_cache_dtype, settings.attention_backend)
-    per_block = sum(block_bytes(ops.kv, BLOCK, x.mixer.kv_heads, x.mixer.width, model.dtype) for x in spec.layers)
+    per_block = pool_bytes(ops.kv, spec, model.dtype)
     slots = int(settings.swap_space * 2**30) // per_block
     kinds = []
     if compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu"):
@@ -248,7 +248,13 @@ def choose_ops(
             f"no attention is called {attention!r}", where=where, remedy=f"auto, {' or '.join(kernels.ATTENTION)}"
         )
     mixers = {layer.mixer for layer in spec.layers}
-    heads = [Heads(m.width, m.window or 0, m.soft_cap, m.sinks) for m in mixers]
+    heads = [asked_of_attention(m) for m in mixers]
+    if kv != "auto" and any(h.shares for h in heads):
+        raise ConfigError(
+            f"{kv}: latents, which are keys and values at once, are not rounded to 8 bits",
+            where="--kv-cache-dtype",
+            remedy="leave it out: a latent is smaller than the KV of heads in 8 bits would be",
+        )
     name = None if attention == "auto" else attention
     try:
         return choose(device, dtype, kv=kv, attention=name, heads=heads)
@@ -256,6 +262,15 @@ def choose_ops(
         if name is None:
             raise
         raise ConfigError(str(e), where=where, remedy="auto takes what fits") from None
+
+
+def asked_of_attention(mixer: Mixer) -> Heads:
+    """What a layer's mixer needs of whoever does attention."""
+    match mixer:
+        case Attention():
+            return Heads(mixer.width, mixer.window or 0, mixer.soft_cap, mixer.sinks)
+        case Latent():
+            return Heads(mixer.width, shares=True)
 
 
 def check_indices(spec: ModelSpec, budget: int) -> None:

@@ -21,7 +21,7 @@ from fnengine.errors import CheckpointError, ConfigError, SpecError
 from fnengine.experts import Experts
 from fnengine.families import FAMILIES, spec_from_config
 from fnengine.leaves import Dense, Packing, Tiles, packing, place_ends, tiles
-from fnengine.params import ArrayInfo, abstract, arrays, dummy_array, noise, permutation, stored_shape
+from fnengine.params import ArrayInfo, abstract, arrays, dummy_array, noise, permutation, stored_shape, taken
 from fnengine.spec import ModelSpec
 
 Progress = Callable[[int, int], None]
@@ -209,13 +209,12 @@ def load(
 
         def make(path: str, info: ArrayInfo) -> Tensor:
             nonlocal done
-            out = torch.empty(info.shape, dtype=dtype)
+            out = torch.empty(info.shape, dtype=info.kept_in(dtype))
             flat, row = out.view(-1, *info.shape[2:]) if len(info.shape) == 3 else out, 0
             for name, rows in info.parts:
                 file = files[name]
                 try:
-                    held = file.handle.get_tensor(file.name)
-                    held = held.mT if info.transposed or (info.fused and info.fused.transposed) else held
+                    held = taken(info, file.handle.get_tensor(file.name))
                     flat[row : row + rows].copy_(held.reshape(rows, *flat.shape[1:]))
                 except Exception as e:
                     raise CheckpointError(f"tensor {name} cannot be read: {e}", where=str(file.path)) from e
@@ -264,7 +263,7 @@ def dummy(
 
 def outline(spec: ModelSpec, dtype: torch.dtype, how: Packing) -> dict[str, Any]:
     """A params tree on the meta device: the shapes and dtypes that `load` and `dummy` give, and no values."""
-    return build(abstract(spec), lambda _path, info: torch.empty(info.shape, dtype=dtype, device="meta"), how)
+    return build(abstract(spec), lambda _, info: torch.empty(info.shape, dtype=info.kept_in(dtype), device="meta"), how)
 
 
 def build(infos: dict[str, Any], make: Callable[[str, ArrayInfo], Tensor], how: Packing) -> dict[str, Any]:

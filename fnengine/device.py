@@ -28,7 +28,18 @@ from fnengine.host.step import BLOCK, Admission, Ask, Scores, StepInput, StepOut
 from fnengine.kernels import KVLayout, Ops, memory
 from fnengine.kernels.layout import movable
 from fnengine.spec import ModelSpec
-from fnengine.state import Out, Packed, Pool, State, Top, common_columns, empty_rows, packed_parts, rare_columns
+from fnengine.state import (
+    Out,
+    Packed,
+    Pool,
+    State,
+    Top,
+    common_columns,
+    empty_rows,
+    packed_parts,
+    pool_shapes,
+    rare_columns,
+)
 from fnengine.step import Step
 
 
@@ -47,7 +58,7 @@ def make_state(
     """Empty state: `blocks` (N) blocks a layer laid out as `kv` says, `rows` (M) rows and the null row, with arguments
     for `own` processors and vectors for `steer` layers."""
     pool = tuple(
-        Pool(*(_zeros(shape, kv.element(dtype), device) for shape in kv.shapes(blocks, BLOCK, a.kv_heads, a.width)))
+        Pool(*(_zeros(shape, kv.element(dtype), device) for shape in pool_shapes(kv, a, blocks)))
         for a in (layer.mixer for layer in spec.layers)
     )
     columns = -(-max_len // BLOCK)
@@ -260,7 +271,7 @@ class TorchDevice:
             grow = self._stage(step.grow).long()
             self.state.rows.table[grow[:, 0], grow[:, 1]] = grow[:, 2].int()
         if len(step.copy):
-            self.ops.copy_blocks([t for p in pool for t in (p.k, p.v)], self._stage(step.copy))
+            self.ops.copy_blocks([t for p in pool for t in (p.k, p.v) if t.numel()], self._stage(step.copy))
         choice = self.steps.choose(len(step.token), len(step.row), step.ask)
         out = self.steps.run(choice, self.params, self.state, self._packed(step, choice.bucket, choice.ask))
         done = None

@@ -22,6 +22,7 @@ from fnengine.spec import (
     RMS,
     Act,
     Attention,
+    Latent,
     Layer,
     LinearScaling,
     Llama3Scaling,
@@ -49,7 +50,7 @@ def layer(
     Donates: `pool`, in which the KV of the new tokens is written (all of them, before attention reads any).
     """
     read_TD = normed(kind.norm, params, "norm1", kind.eps, x_TD) if kind.before else x_TD
-    mixed_TD = attention(kind.mixer, params, pool, where, angles, ops, read_TD, kind.eps)
+    mixed_TD = mix(kind, params, pool, where, angles, ops, read_TD)
     if kind.parallel:
         if kind.parallel == "two norms":
             read_TD = normed(kind.norm, params, "norm2", kind.eps, x_TD)
@@ -85,6 +86,18 @@ def normed(n: Norm, params: dict[str, Any], name: str, eps: float, x: Tensor) ->
     return x32.to(x.dtype)
 
 
+def mix(
+    kind: Layer, params: dict[str, Any], pool: Pool, where: Where, angles: Angles, ops: Ops, x_TD: Tensor
+) -> Tensor:
+    """The first half of a layer, as its spec says. Donates `pool`."""
+    match kind.mixer:
+        case Attention() as a:
+            return attention(a, params, pool, where, angles, ops, x_TD, kind.eps)
+        case Latent() as a:
+            return latent_attention(a, params, pool, where, angles, ops, x_TD)
+    raise AssertionError(f"no mixer: {kind.mixer}")
+
+
 def attention(
     a: Attention,
     params: dict[str, Any],
@@ -110,6 +123,32 @@ def attention(
     at = (where.table, where.row, where.start, where.length)
     o_THC = ops.paged_attention(q_THC, pool.k, pool.v, *at, a.scale, window, a.soft_cap, sinks)
     return matmul(params["o"], o_THC.flatten(1))
+
+
+def latent_attention(
+    a: Latent, params: dict[str, Any], pool: Pool, where: Where, angles: Angles, ops: Ops, x_TD: Tensor
+) -> Tensor:
+    """Causal softmax attention of the new tokens over their rows' latents, projected back to [T, D]. Donates `pool`."""
+    if a.query_rank:
+        q_TE = matmul(params["q_up"], rms_norm(matmul(params["q_down"], x_TD), params["q_norm"], a.eps))
+    else:
+        q_TE = matmul(params["q"], x_TD)
+    still_THC, turning_THC = q_TE.unflatten(1, (a.heads, -1)).split((a.still, a.turning), dim=-1)
+    latent_TE, key_TE = matmul(params["kv_down"], x_TD).split((a.rank, a.turning), dim=-1)
+    heads_THC = torch.cat([turning_THC, each_head(params["k_up"], still_THC)], dim=-1)
+    qk_TE = torch.cat([heads_THC.flatten(1), key_TE, rms_norm(latent_TE, params["kv_norm"], a.eps)], dim=-1)
+    q_THC = ops.rope_write(qk_TE, None, None, *angles, pool.k, pool.v, where.slot, a.eps)
+    at = (where.table, where.row, where.start, where.length)
+    o_THC = ops.paged_attention(q_THC, pool.k, pool.v, *at, a.scale, 0, 0.0, None)
+    return matmul(params["o"], each_head(params["v_up"], o_THC[..., a.turning :]).flatten(1))
+
+
+def each_head(leaf: experts.Experts | experts.TiledExperts, x_THC: Tensor) -> Tensor:
+    """y_THC: the rows of each head times a matrix of its own, as experts are multiplied."""
+    T, H, _ = x_THC.shape
+    offsets_H1 = torch.arange(H + 1, device=x_THC.device, dtype=torch.int32) * T
+    y_SC = experts.grouped_matmul(leaf, x_THC.transpose(0, 1).flatten(0, 1), offsets_H1)
+    return y_SC.unflatten(0, (H, T)).transpose(0, 1)
 
 
 def normed_heads(a: Attention, params: dict[str, Any], eps: float, qkv_TE: Tensor) -> Tensor:
@@ -213,7 +252,7 @@ def moe(m: MoE, params: dict[str, Any], slot_T: Tensor, x_TD: Tensor) -> Tensor:
 def route(m: MoE, params: dict[str, Any], x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """(experts of each token, best first, int32; their weights, float32), both [T, J]. Logits are rounded to the
     model's dtype where upstream's are, because that is what makes them equal or not."""
-    logits_TE = matmul(params["router"], x_TD, wide=m.scores == "sigmoid").float()
+    logits_TE = matmul(params["router"], x_TD, wide=m.wide or m.scores == "sigmoid").float()
     if m.scores == "sigmoid":
         score_TE = sigmoid(logits_TE)
     elif m.scores == "softmax":
@@ -251,11 +290,11 @@ def near_weights(m: MoE, score_TE: Tensor, chosen_TJ: Tensor) -> Tensor:
 def eligible(m: MoE, params: dict[str, Any], score_TE: Tensor) -> Tensor:
     """What experts are chosen by: scores with their correction, -inf in groups that are not kept."""
     if m.correction:
-        score_TE = score_TE + params["correction"].float()
+        score_TE = score_TE + params["correction"]
     if m.kept == m.groups:
         return score_TE
     each_Gn = score_TE.view(-1, m.experts // m.groups)
-    best_TG = each_Gn.gather(1, experts.top(each_Gn, 2).long()).sum(1).view(-1, m.groups)
+    best_TG = each_Gn.gather(1, experts.top(each_Gn, m.best).long()).sum(1).view(-1, m.groups)
     group_G = torch.arange(m.groups, device=score_TE.device, dtype=torch.int32)
     kept_TG = (experts.top(best_TG, m.kept)[:, :, None] == group_G).any(1)
     return score_TE.masked_fill(~kept_TG.repeat_interleave(m.experts // m.groups, 1), -math.inf)

@@ -26,7 +26,7 @@ from fnengine.graphs.ladder import MIXED
 from fnengine.host.answers import most_logprobs
 from fnengine.host.runs import PICKS
 from fnengine.host.step import BLOCK
-from fnengine.kernels.layout import KVLayout, Tokens, block_bytes
+from fnengine.kernels.layout import KVLayout, Tokens
 from fnengine.kernels.memory import HUGE
 from fnengine.kernels.quantized import GROUP
 from fnengine.kernels.recording import RECORDED_TOKENS
@@ -36,7 +36,8 @@ from fnengine.params import memory_plan, products
 from fnengine.program import PROGRAMS
 from fnengine.sampling import AT_ONCE, rows_at_once
 from fnengine.settings import Mode, PoolSize, Settings, size_pool, wanted_len
-from fnengine.spec import Attention, Layer, Mlp, ModelSpec, MoE, angle_pairs
+from fnengine.spec import Latent, Layer, Mixer, Mlp, ModelSpec, MoE, angle_pairs
+from fnengine.state import pool_bytes
 from fnengine.step import SCORED_AT_ONCE
 
 MIB = 1 << 20
@@ -119,8 +120,7 @@ class Shapes:
     @property
     def per_block(self) -> int:
         """Bytes of a block of KV, all layers."""
-        mixers = [layer.mixer for layer in self.spec.layers]
-        return sum(block_bytes(self.kv, BLOCK, a.kv_heads, a.width, self.dtype) for a in mixers)
+        return pool_bytes(self.kv, self.spec, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,8 @@ def on_card(
         layer = 0
         for kind in spec.layers:
             a, m = kind.mixer, kind.mlp
-            half = max(half_width(m, D) - D, (2 * a.heads + 2 * a.kv_heads) * a.width)
+            mixed = max(mixer_widths(a, D)) - D if isinstance(a, Latent) else (2 * a.heads + 2 * a.kv_heads) * a.width
+            half = max(half_width(m, D) - D, mixed)
             live = item * (4 * D + half) + angle_pairs(a.rope) * 8 + (routed_bytes(m, D) if isinstance(m, MoE) else 0)
             layer = max(layer, T * (live if compiled else live + 16 * activated(m)))  # float32, operator by operator
         # Logits, in both dtypes; what a bias, penalties and truncation each make of them; a row's tokens for penalties:
@@ -274,8 +275,8 @@ def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
     """
     a, m = kind.mixer, kind.mlp
     q, kv = a.heads * a.width, a.kv_heads * a.width
-    widths = (D + (q + 2 * kv) + 2 * q, 2 * D + (q + 2 * kv), half_width(m, D))
     deepest = max(D, q, m.width, m.shared if isinstance(m, MoE) else 0)
+    widths = (*mixer_widths(a, D), half_width(m, D))
     scratch = T * deepest * 4  # widened to float32
     if s.how.kind in QUANTIZED:
         size, group = 1 if s.how.kind.endswith("dynamic") else 2, GROUP[QUANTIZED[s.how.kind]]
@@ -292,6 +293,19 @@ def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
     if not s.compiled:  # SiLU in float32, and all scores of a row at once in the reference
         live += T * (2 * activated(m) * 4 + 2 * a.heads * s.max_len * 4) + 2 * s.max_len * kv * 4
     return live + scratch + angles
+
+
+def mixer_widths(a: Mixer, D: int) -> tuple[int, int]:
+    """Elements of a token alive at once in the first half of a layer: where attention runs, and before it.
+
+    Of latents: x; queries before and after they meet the matrices of their heads, once more in the order of heads; all
+    that is written, and queries as they come back; what attention gives, twice, and what heads make of it.
+    """
+    q, kv = a.heads * a.width, a.kv_heads * a.width
+    if not isinstance(a, Latent):
+        return D + (q + 2 * kv) + 2 * q, 2 * D + (q + 2 * kv)
+    own = a.heads * (a.still + a.turning)
+    return D + 3 * q + a.heads * a.values, 2 * D + max(a.query_rank, 2 * own) + 2 * q + 2 * a.width
 
 
 def half_width(m: Mlp | MoE, D: int) -> int:
@@ -320,17 +334,18 @@ def routed_bytes(m: MoE, D: int) -> int:
     return 2 * D * 4 + 4 * m.experts * 4 + m.chosen * 24
 
 
-def attention_bytes(a: Attention, T: int, R: int, threads: int) -> int:
+def attention_bytes(a: Mixer, T: int, R: int, threads: int) -> int:
     """Scratch memory of native attention, for T tokens in R rows. Sums of a (query, head) pair are a running softmax of
     two cache lines and C floats; they exist twice, for the parts of KV that were merged and for the one that goes on.
 
     A thread goes over a tile of 64 tokens with 96 pairs, or with all heads of four queries, each with its query, scores
     and weights; its 11 buffers begin on lines of their own. Rows that share a prefix keep their sums, of four queries
-    each at most, until they go on alone.
+    each at most, until they go on alone. Latents of a tile are laid out once more, as values.
     """
     C = -(-a.width // 16) * 16
     sums = 2 * (128 + C * 4)
     each = max(96, 4 * a.heads) * (C * 4 + 2 * 64 * 4 + 12 + sums) + C * 4 + 11 * 128
+    each += 64 * C * 4 * isinstance(a, Latent)
     return threads * (each + PARTIALS) + min(T, 4 * R) * a.heads * sums
 
 

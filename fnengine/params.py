@@ -6,7 +6,8 @@ From this one tree come checkpoint loading, dummy weights and the memory plan, s
      "norm": array, "head": Dense, or None when the embedding is the head}
 
 A layer with experts has {"router", "correction", "experts_gate_up", "experts_down", "shared_gate_up", "shared_down",
-"shared_gate"} in place of the last two, None where its spec has no such thing.
+"shared_gate"} in place of the last two, None where its spec has no such thing. One with latent attention has
+{"q_down", "q_norm", "q_up"} or {"q"}, and {"kv_down", "kv_norm", "k_up", "v_up"}, in place of what goes before "o".
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fnengine.experts import Experts
 from fnengine.families import FAMILIES
 from fnengine.families.names import Family, Grouped, Interleaved, Order
 from fnengine.leaves import Dense, Packing, Shape
-from fnengine.spec import RMS, Layer, Mlp, ModelSpec, MoE, Norm
+from fnengine.spec import RMS, Attention, Latent, Layer, Mlp, ModelSpec, MoE, Norm
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Fused:
     shape: tuple[int, ...]
     transposed: bool = False
     """Its last two dimensions are the array's, swapped."""
+    rows: tuple[int, int, int] | None = None
+    """(groups, first, end): its rows stand in so many groups, of each of which the array has these."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,12 @@ class ArrayInfo:
     """The checkpoint has [columns, rows]."""
     fused: Fused | None = None
     """What holds all of it in some checkpoints, or in every one where there are no parts."""
+    exact: bool = False
+    """Kept in float32 whatever the parameters' dtype."""
+
+    def kept_in(self, dtype: torch.dtype) -> torch.dtype:
+        """Its own dtype, where parameters are kept in this one."""
+        return torch.float32 if self.exact else dtype
 
     @property
     def size(self) -> int:
@@ -89,11 +98,20 @@ def stored_shape(info: ArrayInfo, rows: int) -> tuple[int, ...]:
     return shape[::-1] if info.transposed else shape
 
 
+def taken(info: ArrayInfo, held: Tensor) -> Tensor:
+    """What an array has of a tensor of the checkpoint, in the array's order of dimensions."""
+    if info.fused is not None and info.fused.rows is not None:
+        groups, first, end = info.fused.rows
+        held = held.unflatten(0, (groups, -1))[:, first:end]
+    return held.mT if info.transposed or (info.fused is not None and info.fused.transposed) else held
+
+
 def permutation(order: Order) -> Tensor:
     """Index of a checkpoint's row for every row of ours."""
     match order:
-        case Interleaved(turning, still, C, pairs):
-            head = torch.cat([torch.arange(2 * pairs).view(pairs, 2).T.flatten(), torch.arange(2 * pairs, C)])
+        case Interleaved(turning, still, C, pairs, first):
+            turned = first + torch.arange(2 * pairs).view(pairs, 2).T.flatten()
+            head = torch.cat([torch.arange(first), turned, torch.arange(first + 2 * pairs, C)])
             turned = torch.arange(turning)[:, None] * C + head
             return torch.cat([turned.flatten(), torch.arange(turning * C, (turning + still) * C)])
         case Grouped(groups, queries, C):
@@ -132,7 +150,7 @@ def memory_plan(spec: ModelSpec, dtype: torch.dtype, how: Packing) -> MemoryPlan
         if len(info.shape) == 3:
             return experts.size(*info.shape, how.experts) * dtype.itemsize
         if len(info.shape) != 2 or path == "positions" or (path == "embed.weight" and looked_up):
-            return info.size * dtype.itemsize
+            return info.size * info.kept_in(dtype).itemsize
         placed = how.ends if path in ("embed.weight", "head.weight") else how
         return placed.nbytes(*info.shape, dtype)
 
@@ -164,7 +182,7 @@ def dummy_array(
     It is repeated where the array is to lie: a card copies its own memory at terabytes a second, and would else wait
     for every byte to come over the bus.
     """
-    out = torch.empty(info.shape, dtype=dtype, device=device)
+    out = torch.empty(info.shape, dtype=info.kept_in(dtype), device=device)
     if info.std is None:
         return out.fill_(info.fill)
     start = int.from_bytes(hashlib.blake2b(path.encode(), digest_size=6).digest(), "little") % NOISE
@@ -202,7 +220,6 @@ def products(spec: ModelSpec) -> Products:
 
 def _layer(family: Family, i: int, kind: Layer, D: int) -> dict[str, Any]:
     a, m, names = kind.mixer, kind.mlp, {**family.names, **family.renamed(kind)}
-    q, kv = a.heads * a.width, a.kv_heads * a.width
 
     def name(key: str) -> Any:
         n = names[key]
@@ -215,7 +232,7 @@ def _layer(family: Family, i: int, kind: Layer, D: int) -> dict[str, Any]:
     def norm(key: str, there: bool) -> dict[str, Any]:
         return _norm(key, name(key), D, kind.norm) if there else {}
 
-    def head_norm(key: str, heads: int) -> dict[str, Any]:
+    def head_norm(a: Attention, key: str, heads: int) -> dict[str, Any]:
         if not a.qk_norm:
             return {key: None}
         width = a.width if a.qk_over == "head" else heads * a.width
@@ -224,17 +241,42 @@ def _layer(family: Family, i: int, kind: Layer, D: int) -> dict[str, Any]:
             one = tuple(one.replace("{h}", str(h)) for h in range(heads))
         return _norm(key, one, width, a.qk_as, family.orders[key](a) if key in family.orders else None)
 
+    def attention(a: Attention) -> dict[str, Any]:
+        q, kv = a.heads * a.width, a.kv_heads * a.width
+        return {
+            **linear("qkv", (q, kv, kv), D, a.qkv_bias),
+            **head_norm(a, "q_norm", a.heads),
+            **head_norm(a, "k_norm", a.kv_heads),
+            "sinks": ArrayInfo((a.heads,), ((name("sinks"), a.heads),), None) if a.sinks else None,
+            **linear("o", (D,), q, a.out_bias),
+        }
+
+    def latent(a: Latent) -> dict[str, Any]:
+        both = f"{name('kv_up')}.weight"  # of each head first what keys are made by, then values
+        rows = a.still + a.values
+        k_up = Fused(both, (a.heads * rows, a.rank), transposed=True, rows=(a.heads, 0, a.still))
+        v_up = Fused(both, (a.heads * rows, a.rank), rows=(a.heads, a.still, rows))
+        asked = a.heads * (a.still + a.turning)
+        down = {}
+        if a.query_rank:
+            down = {**linear("q_down", (a.query_rank,), D, False), **_norm("q_norm", name("q_norm"), a.query_rank)}
+        return {
+            **down,
+            **(linear("q_up", (asked,), a.query_rank, False) if a.query_rank else linear("q", (asked,), D, False)),
+            **linear("kv_down", (a.rank + a.turning,), D, False),
+            **_norm("kv_norm", name("kv_norm"), a.rank),
+            "k_up": Experts(ArrayInfo((a.heads, a.rank, a.still), (), 0.02, fused=k_up)),  # type: ignore[arg-type]
+            "v_up": Experts(ArrayInfo((a.heads, a.values, a.rank), (), 0.02, fused=v_up)),  # type: ignore[arg-type]
+            **linear("o", (D,), a.heads * a.values, False),
+        }
+
     def mlp(m: Mlp) -> dict[str, Any]:
         first = linear("gate_up", (m.width, m.width), D, m.bias) if m.gated else linear("up", (m.width,), D, m.bias)
         return {**first, **linear("down", (D,), m.width, m.bias)}
 
     return {
         **norm("norm1", kind.before),
-        **linear("qkv", (q, kv, kv), D, a.qkv_bias),
-        **head_norm("q_norm", a.heads),
-        **head_norm("k_norm", a.kv_heads),
-        "sinks": ArrayInfo((a.heads,), ((name("sinks"), a.heads),), None) if a.sinks else None,
-        **linear("o", (D,), q, a.out_bias),
+        **(attention(a) if isinstance(a, Attention) else latent(a)),
         **norm("after1", kind.after),
         **norm("norm2", kind.before and kind.parallel != "one norm"),
         **(_moe(names, name, m, D) if isinstance(m, MoE) else mlp(m)),
@@ -258,13 +300,14 @@ def _moe(names: dict[str, Any], name: Callable[[str], Any], m: MoE, D: int) -> d
         bias = ArrayInfo((m.experts * N,), (), None, fused=Fused(f"{fused}_bias", (m.experts, N))) if m.bias else None
         return Experts(weight, bias)  # type: ignore[arg-type]
 
+    correction = ArrayInfo((m.experts,), ((name("correction"), m.experts),), None, exact=True) if m.correction else None
     router = _linear(name("router"), (m.experts,), D, m.router_bias)
     if "fused.router" in names:
         other = Fused(f"{name('fused.router')}.weight", (m.experts, D))
         router = replace(router, weight=replace(router.weight, fused=other))
     return {
         "router": router,
-        "correction": ArrayInfo((m.experts,), ((name("correction"), m.experts),), None) if m.correction else None,
+        "correction": correction,
         "experts_gate_up": stacked("experts_gate_up", (m.width, m.width), D),
         "experts_down": stacked("experts_down", (D,), m.width),
         "shared_gate_up": _linear(name("shared_gate_up"), (F, F), D, False) if F else None,

@@ -21,7 +21,6 @@ from fnengine import experts, kernels, keys, layers, leaves, tree
 from fnengine.experts import Experts
 from fnengine.graphs import compile, replay
 from fnengine.graphs.compile import Artifact, Traces, Wanted, make, wanted
-from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops
 from fnengine.kernels.recording import (
     RECORDED_TOKENS,
@@ -35,7 +34,7 @@ from fnengine.kernels.recording import (
 from fnengine.layers import Angles
 from fnengine.model import RunLayers, one_by_one
 from fnengine.spec import Layer, ModelSpec, Rope, angle_pairs
-from fnengine.state import Pool, Where
+from fnengine.state import Pool, Where, pool_shapes
 
 log = logging.getLogger("fnengine")
 
@@ -166,7 +165,7 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
         return torch.empty(shape, dtype=dt, device="meta")
 
     angles = [floats(_T, angle_pairs(a.rope), dt=torch.float32) for _ in range(2)]
-    pools = [floats(*shape, dt=ops.kv.element(dtype)) for shape in ops.kv.shapes(_N, BLOCK, a.kv_heads, a.width)]
+    pools = [floats(*shape, dt=ops.kv.element(dtype)) for shape in pool_shapes(ops.kv, a, _N)]
     fixed = [floats(_T, width), *angles, ints(_T), ints(_R), ints(_R + 1), ints(_R), ints(_M, _P), *pools]
     dynamic: list[tuple[int, ...]] = [(0,), (0,), (0,), (0,), (0,), (0,), (0,), (0, 1), (0,), (0,)]
     weights = tree.leaves(p)

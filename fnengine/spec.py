@@ -135,6 +135,48 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Softmax attention over latents: of a token the pool keeps `rank` normed channels, of which each head's key and
+    value are linear functions, and `turning` rotated ones, which belong to every head's key.
+
+    Those functions are applied to queries and to what attention gives back, not to the pool. So it sees one KV head for
+    all query heads, whose keys are the rotated channels and the latent, and whose values are its keys.
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
+    """
+
+    heads: int
+    """H"""
+    rank: int
+    """Channels of the latent."""
+    still: int
+    """Channels of a head's query that meet the latent, and do not rotate ..."""
+    turning: int
+    """... and those that rotate."""
+    values: int
+    """Channels of a head's value."""
+    rope: Rope
+    scale: float
+    """Multiplies q.k before softmax."""
+    query_rank: int = 0
+    """Queries are made of so many normed channels; 0: of x."""
+    eps: float = 1e-6
+    """of the norms of latents, whatever the layer's is"""
+
+    @property
+    def kv_heads(self) -> int:
+        """K that attention sees."""
+        return 1
+
+    @property
+    def width(self) -> int:
+        """C that attention sees."""
+        return self.turning + self.rank
+
+
+Mixer = Attention | Latent
+
+
+@dataclass(frozen=True)
 class Mlp:
     """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
 
@@ -167,10 +209,14 @@ class MoE:
     """How far below the best a logit may lie, relative to the larger of itself and the best, to share its softmax."""
     correction: bool = False
     """The parameter `correction` [E] is added to scores for the choice, not for the weights."""
+    wide: bool = False
+    """The router's logits are not rounded to the model's dtype; those of sigmoids never are."""
     groups: int = 1
     """Experts stand in so many groups, and ..."""
     kept: int = 1
-    """... only those of so many groups, whose best two have the largest sums, can be chosen."""
+    """... only those of so many groups, ..."""
+    best: int = 2
+    """... whose so many best ones have the largest sums, can be chosen."""
     router_bias: bool = False
     bias: bool = False
     """of experts"""
@@ -191,7 +237,7 @@ class Layer:
     `before` and `after` say where norms stand: of what a part reads, and of what it gives back.
     """
 
-    mixer: Attention
+    mixer: Mixer
     mlp: Mlp | MoE
     eps: float
     """of the norms"""
@@ -250,8 +296,9 @@ class ModelSpec:
 def features(spec: ModelSpec) -> tuple[str, ...]:
     """What sets a model apart from Llama, in words, from its spec alone."""
     layer, ends = spec.layers[0], spec.ends
-    mixers = [kind.mixer for kind in spec.layers]
-    turning = {m.rope for m in mixers} - {None}
+    every = [kind.mixer for kind in spec.layers]
+    mixers = [m for m in every if isinstance(m, Attention)]
+    turning = {m.rope for m in every} - {None}
     norms = {"one norm": "one norm for both", "two norms": "a norm for each", "": ""}[layer.parallel]
     said = {
         "LayerNorm": layer.norm.centred,
@@ -270,6 +317,7 @@ def features(spec: ModelSpec) -> tuple[str, ...]:
         "multipliers": (layer.scale, ends.embed_scale, ends.logit_scale) != (1, 1, 1),
         "sinks": any(m.sinks for m in mixers),
         "q, k and v clamped": any(m.clip for m in mixers),
+        "latent attention": any(isinstance(m, Latent) for m in every),
         **said_of_mlps([kind.mlp for kind in spec.layers]),
     }
     return tuple(name for name, holds in said.items() if holds)
@@ -319,7 +367,13 @@ def steerable(spec: ModelSpec) -> tuple[str, ...]:
 
 def kv_bytes_per_token(spec: ModelSpec, itemsize: int) -> int:
     """Bytes of KV a token takes over all layers: the k of the performance formulas."""
-    return sum(2 * layer.mixer.kv_heads * layer.mixer.width * itemsize for layer in spec.layers)
+    mixers = [layer.mixer for layer in spec.layers]
+    return sum((1 if shares(m) else 2) * m.kv_heads * m.width * itemsize for m in mixers)
+
+
+def shares(mixer: Mixer) -> bool:
+    """Whether values are keys, so that the pool keeps a token's once."""
+    return isinstance(mixer, Latent)
 
 
 def angle_pairs(rope: Rope | None) -> int:

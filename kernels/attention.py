@@ -26,6 +26,8 @@ class Heads:
     window: int = 0
     soft_cap: float = 0.0
     sinks: bool = False
+    shares: bool = False
+    """A token's values are its keys."""
 
 
 def _attend(
@@ -96,7 +98,8 @@ def paged_attention(
 
     single = [r for r in range(len(length)) if start[r + 1] - start[r] == 1 and length[r] > 0]
     longest = max((length[r] for r in single), default=1)
-    together = max(1, AT_ONCE // (longest * prod(heads_of(v_NBKC)))) if q_THC.device.type == "cpu" else len(single)
+    each = longest * prod(heads_of(k_NBKC, v_NBKC))
+    together = max(1, AT_ONCE // each) if q_THC.device.type == "cpu" else len(single)
     for i in range(0, len(single), together or 1):
         rows = single[i : i + together]
         go(rows, torch.tensor([start[r] for r in rows], device=q_THC.device), 1)
@@ -154,6 +157,8 @@ PAGED_ATTENTION = Contract(
 
     A score is q.k * scale, and with soft_cap > 0 then soft_cap * tanh(score / soft_cap) (Gemma 2, arXiv 2408.00118).
     Pools may be rounded to 8 bits (`layout.Rounded`); a backend may then round queries and weights to 16.
+
+    Where v_NBKC is empty, [N, 0], a token's values are its keys: C channels, however many of them a caller wants.
 
     A sink is a logit of a query head that takes part in the softmax's sum, but has no value (GPT-OSS): with it weights
     add up to less than 1.

@@ -30,7 +30,7 @@ from fnengine.leaves import Dense, Leaf, lookup, matmul, packing
 from fnengine.model import Model
 from fnengine.sampling import prepared, probabilities, sample
 from fnengine.spec import Layer
-from fnengine.state import Pool
+from fnengine.state import Pool, pool_shapes
 
 Params = dict[str, Any]
 FIRST = 64
@@ -64,7 +64,7 @@ class Line:
     def __init__(self, kind: Layer, like: Tensor, pairs: int):
         a, kv = kind.mixer, kernels.ops(like.device, like.dtype).kv
         blocks = -(-pairs // BLOCK)
-        shapes = kv.shapes(blocks, BLOCK, a.kv_heads, a.width)
+        shapes = pool_shapes(kv, a, blocks)
         self.pool = Pool(*(torch.zeros(s, dtype=kv.element(like.dtype), device=like.device) for s in shapes))
         self.index = torch.arange(blocks * BLOCK + 1, dtype=torch.int32, device=like.device)
         self.table = self.index[:blocks][None]

@@ -10,6 +10,7 @@ import difflib
 from fnengine.errors import SpecError
 from fnengine.families import (
     cohere,
+    deepseek,
     falcon,
     gemma,
     gemma3,
@@ -45,7 +46,7 @@ _EVERY = (
     *(cohere.FAMILY, cohere.COHERE2, glm4.GLM, glm4.FAMILY, starcoder2.FAMILY, stablelm.FAMILY),
     *(phi.FAMILY, gpt_neox.FAMILY, gpt2.FAMILY, opt.FAMILY, falcon.FAMILY),
     *(mixtral.FAMILY, qwen2_moe.FAMILY, qwen3_moe.FAMILY, olmoe.FAMILY, glm4_moe.FAMILY, gpt_oss.FAMILY),
-    phimoe.FAMILY,
+    *(phimoe.FAMILY, deepseek.V2, deepseek.V3),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _EVERY}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from fnengine.spec import Attention, Layer, ModelSpec
+from fnengine.spec import Layer, ModelSpec
 
 Names = Mapping[str, str | tuple[str, ...]]
 """Key of the params tree -> checkpoint module(s); `{i}` stands for the layer. `.weight` and `.bias` are appended."""
@@ -26,6 +26,8 @@ class Interleaved:
     width: int
     """C"""
     pairs: int
+    first: int = 0
+    """Channels before those that rotate."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ class Family:
     names: Names
     ignored: tuple[str, ...]
     """Suffixes of checkpoint tensors that carry nothing: buffers that old versions saved."""
-    orders: Mapping[str, Callable[[Attention], Order]] = field(default_factory=dict)
-    """Key of the params tree -> the order of its rows in the checkpoint."""
+    orders: Mapping[str, Callable[[Any], Order]] = field(default_factory=dict)
+    """Key of the params tree -> (mixer of the layer) -> the order of its rows in the checkpoint."""
     renamed: Callable[[Layer], Names] = lambda kind: {}
     """What the arrays of such a layer are called instead."""
     transposed: bool = False
