@@ -21,15 +21,16 @@ from fnengine.host.plan import Policy
 from fnengine.host.runs import PICKS
 from fnengine.host.step import BLOCK
 from fnengine.host.tokenizer import Tokenizer
-from fnengine.kernels import Heads, Ops, team
+from fnengine.kernels import Ops, team
 from fnengine.kernels.recording import RECORDED_TOKENS
+from fnengine.layers import asked_of_attention
 from fnengine.memory import Account, Shapes
 from fnengine.model import Model, one_by_one
 from fnengine.params import memory_plan
 from fnengine.processors import Own, check_own
 from fnengine.program import Recorded, compiled_layers, wanted_layers
 from fnengine.settings import Mode, PoolSize, Settings, check_kv, size_pool, wanted_len
-from fnengine.spec import Attention, Latent, Mixer, ModelSpec, for_length, steerable
+from fnengine.spec import ModelSpec, for_length, steerable
 from fnengine.state import pool_bytes
 from fnengine.step import make_step
 
@@ -262,15 +263,6 @@ def choose_ops(
         if name is None:
             raise
         raise ConfigError(str(e), where=where, remedy="auto takes what fits") from None
-
-
-def asked_of_attention(mixer: Mixer) -> Heads:
-    """What a layer's mixer needs of whoever does attention."""
-    match mixer:
-        case Attention():
-            return Heads(mixer.width, mixer.window or 0, mixer.soft_cap, mixer.sinks)
-        case Latent():
-            return Heads(mixer.width, shares=True)
 
 
 def check_indices(spec: ModelSpec, budget: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
@@ -207,27 +207,28 @@ def load(
         total = sum(_bytes(files[name]) for _, info in arrays(infos) for name, _ in info.parts)
         done = 0
 
-        def make(path: str, info: ArrayInfo) -> Tensor:
+        def get(name: str) -> Tensor:
             nonlocal done
-            out = torch.empty(info.shape, dtype=info.kept_in(dtype))
-            flat, row = out.view(-1, *info.shape[2:]) if len(info.shape) == 3 else out, 0
-            for name, rows in info.parts:
-                file = files[name]
-                try:
-                    held = taken(info, file.handle.get_tensor(file.name))
-                    flat[row : row + rows].copy_(held.reshape(rows, *flat.shape[1:]))
-                except Exception as e:
-                    raise CheckpointError(f"tensor {name} cannot be read: {e}", where=str(file.path)) from e
-                row += rows
-                done += _bytes(file)
-                if progress is not None:
-                    progress(done, total)
-            return (out if info.order is None else out[permutation(info.order)]).to(device)
+            held = files[name].tensor()
+            done += _bytes(files[name])
+            if progress is not None:
+                progress(done, total)
+            return held
 
-        return build(infos, make, how)
+        return build(infos, lambda _, info: assembled(info, get, dtype).to(device), how)
 
 
-def stored_as(info: ArrayInfo, files: dict[str, Stored]) -> ArrayInfo:
+def assembled(info: ArrayInfo, get: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
+    """The array from its parts in a checkpoint, where parameters are kept in `dtype`."""
+    out = torch.empty(info.shape, dtype=info.kept_in(dtype))
+    flat, row = out.view(-1, *info.shape[2:]) if len(info.shape) == 3 else out, 0
+    for name, rows in info.parts:
+        flat[row : row + rows].copy_(taken(info, get(name)).reshape(rows, *flat.shape[1:]))
+        row += rows
+    return out if info.order is None else out[permutation(info.order)]
+
+
+def stored_as(info: ArrayInfo, files: Container[str]) -> ArrayInfo:
     """The array with the one form that these files have it in: its parts, or its fused tensor as the only part."""
     if info.fused is None:
         return info
@@ -268,26 +269,28 @@ def outline(spec: ModelSpec, dtype: torch.dtype, how: Packing) -> dict[str, Any]
 
 def build(infos: dict[str, Any], make: Callable[[str, ArrayInfo], Tensor], how: Packing) -> dict[str, Any]:
     """The tree with `make(path, info)` for every array, each multiplied leaf placed as soon as it is whole."""
-
-    def fill_in(path: str, node: Any, place: bool = True) -> Any:  # the ends wait, because a tied one may serve as both
-        if isinstance(node, ArrayInfo):
-            return make(path, node)
-        if isinstance(node, Dense):
-            bias = None if node.bias is None else make(f"{path}.bias", node.bias)  # type: ignore[arg-type]
-            whole = Dense(make(f"{path}.weight", node.weight), bias)  # type: ignore[arg-type]
-            return how.place(whole) if place else whole
-        if isinstance(node, Experts):
-            bias = None if node.bias is None else make(f"{path}.bias", node.bias)  # type: ignore[arg-type]
-            return experts.place(Experts(make(f"{path}.weight", node.weight), bias), how.experts)  # type: ignore
-        return None
-
     params = {
-        k: tuple({k: fill_in(f"layers.{i}.{k}", v) for k, v in layer.items()} for i, layer in enumerate(part))
+        k: tuple({k: placed(f"layers.{i}.{k}", v, make, how) for k, v in layer.items()} for i, layer in enumerate(part))
         if k == "layers"
-        else fill_in(k, part, place=False)
+        else placed(k, part, make, None)  # the ends wait, because a tied one may serve as both
         for k, part in infos.items()
     }
     return {**params, **place_ends(params, how)}
+
+
+def placed(path: str, node: Any, make: Callable[[str, ArrayInfo], Tensor], how: Packing | None) -> Any:
+    """A node of an abstract tree with its arrays made, stored as `how` says, or as they are."""
+    if isinstance(node, ArrayInfo):
+        return make(path, node)
+    if isinstance(node, Dense):
+        bias = None if node.bias is None else make(f"{path}.bias", node.bias)  # type: ignore[arg-type]
+        whole = Dense(make(f"{path}.weight", node.weight), bias)  # type: ignore[arg-type]
+        return whole if how is None else how.place(whole)
+    if isinstance(node, Experts):
+        bias = None if node.bias is None else make(f"{path}.bias", node.bias)  # type: ignore[arg-type]
+        weight = make(f"{path}.weight", node.weight)  # type: ignore[arg-type]
+        return experts.place(Experts(weight, bias), 0 if how is None else how.experts)
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +302,13 @@ class Stored:
     """safetensors.safe_open: memory-mapped"""
     name: str
     """Of the tensor in it."""
+
+    def tensor(self) -> Tensor:
+        """The tensor, read. Raises CheckpointError when it cannot be."""
+        try:
+            return self.handle.get_tensor(self.name)
+        except Exception as e:
+            raise CheckpointError(f"tensor {self.name} cannot be read: {e}", where=str(self.path)) from e
 
 
 @contextmanager
@@ -419,10 +429,9 @@ def _check(spec: ModelSpec, infos: dict[str, Any], files: dict[str, Stored], fol
 
 
 def _further(spec: ModelSpec, name: str) -> bool:
-    """Whether a tensor is of a layer beyond the config's last one, where a family has such."""
-    begin = FAMILIES[spec.family].further
-    number = name.removeprefix(begin).partition(".")[0]
-    return bool(begin) and name.startswith(begin) and number.isdecimal() and int(number) >= len(spec.layers)
+    """Whether a tensor is of a layer that predicts further tokens, where a family has such."""
+    further = FAMILIES[spec.family].further
+    return further is not None and further.has(name, len(spec.layers))
 
 
 def _bytes(file: Stored) -> int:

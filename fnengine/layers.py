@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fnengine import experts
 from fnengine.host.step import BLOCK
+from fnengine.kernels.attention import Heads
 from fnengine.kernels.rope import rms_norm
 from fnengine.leaves import matmul
 from fnengine.spec import (
@@ -27,6 +28,7 @@ from fnengine.spec import (
     LinearScaling,
     Llama3Scaling,
     LongScaling,
+    Mixer,
     Mlp,
     MoE,
     Norm,
@@ -40,6 +42,15 @@ if TYPE_CHECKING:
 
 Angles = tuple[Tensor, Tensor]
 """cos and sin, each [T, width / 2] float32."""
+
+
+def asked_of_attention(mixer: Mixer) -> Heads:
+    """What a layer's mixer needs of whoever does attention."""
+    match mixer:
+        case Attention():
+            return Heads(mixer.width, mixer.window or 0, mixer.soft_cap, mixer.sinks)
+        case Latent():
+            return Heads(mixer.width, shares=True)
 
 
 def layer(
@@ -91,15 +102,14 @@ def mix(
 ) -> Tensor:
     """The first half of a layer, as its spec says. Donates `pool`."""
     match kind.mixer:
-        case Attention() as a:
-            return attention(a, params, pool, where, angles, ops, x_TD, kind.eps)
-        case Latent() as a:
-            return latent_attention(a, params, pool, where, angles, ops, x_TD)
+        case Attention() | Latent() as a:
+            q_THC = queries(a, params, pool, where, angles, ops, x_TD, kind.eps)
+            return attended(a, params, pool, where, ops, q_THC)
     raise AssertionError(f"no mixer: {kind.mixer}")
 
 
-def attention(
-    a: Attention,
+def queries(
+    a: Attention | Latent,
     params: dict[str, Any],
     pool: Pool,
     where: Where,
@@ -108,7 +118,9 @@ def attention(
     x_TD: Tensor,
     eps: float,
 ) -> Tensor:
-    """Causal softmax attention of the new tokens over their rows' KV, projected back to [T, D]. Donates `pool`."""
+    """q_THC: what the new tokens ask, rotated. Donates `pool`, to which their keys and values are written."""
+    if isinstance(a, Latent):
+        return latent_queries(a, params, pool, where, angles, ops, x_TD)
     qkv_TE = matmul(params["qkv"], x_TD)
     norms = (None, None)
     if a.qk_norm and a.qk_over == "head" and a.qk_as == RMS and not a.clip:
@@ -117,18 +129,28 @@ def attention(
         qkv_TE = normed_heads(a, params, eps, qkv_TE)
     if a.clip:
         qkv_TE = qkv_TE.clamp(-a.clip, a.clip)
-    q_THC = ops.rope_write(qkv_TE, *norms, *angles, pool.k, pool.v, where.slot, eps)
-    window = 0 if a.window is None else a.window
-    sinks = params["sinks"] if a.sinks else None
+    return ops.rope_write(qkv_TE, *norms, *angles, pool.k, pool.v, where.slot, eps)
+
+
+def attended(
+    a: Attention | Latent, params: dict[str, Any], pool: Pool, where: Where, ops: Ops, q_THC: Tensor
+) -> Tensor:
+    """Causal softmax attention of queries over their rows' KV, projected back to [T, D]."""
     at = (where.table, where.row, where.start, where.length)
-    o_THC = ops.paged_attention(q_THC, pool.k, pool.v, *at, a.scale, window, a.soft_cap, sinks)
+    if isinstance(a, Latent):
+        o_THC = ops.paged_attention(q_THC, pool.k, pool.v, *at, a.scale, 0, 0.0, None)
+        o_THC = each_head(params["v_up"], o_THC[..., a.turning :])
+    else:
+        window = 0 if a.window is None else a.window
+        sinks = params["sinks"] if a.sinks else None
+        o_THC = ops.paged_attention(q_THC, pool.k, pool.v, *at, a.scale, window, a.soft_cap, sinks)
     return matmul(params["o"], o_THC.flatten(1))
 
 
-def latent_attention(
+def latent_queries(
     a: Latent, params: dict[str, Any], pool: Pool, where: Where, angles: Angles, ops: Ops, x_TD: Tensor
 ) -> Tensor:
-    """Causal softmax attention of the new tokens over their rows' latents, projected back to [T, D]. Donates `pool`."""
+    """q_THC: what the new tokens ask of latents. Donates `pool`, to which their own are written."""
     if a.query_rank:
         q_TE = matmul(params["q_up"], rms_norm(matmul(params["q_down"], x_TD), params["q_norm"], a.eps))
     else:
@@ -137,10 +159,7 @@ def latent_attention(
     latent_TE, key_TE = matmul(params["kv_down"], x_TD).split((a.rank, a.turning), dim=-1)
     heads_THC = torch.cat([turning_THC, each_head(params["k_up"], still_THC)], dim=-1)
     qk_TE = torch.cat([heads_THC.flatten(1), key_TE, rms_norm(latent_TE, params["kv_norm"], a.eps)], dim=-1)
-    q_THC = ops.rope_write(qk_TE, None, None, *angles, pool.k, pool.v, where.slot, a.eps)
-    at = (where.table, where.row, where.start, where.length)
-    o_THC = ops.paged_attention(q_THC, pool.k, pool.v, *at, a.scale, 0, 0.0, None)
-    return matmul(params["o"], each_head(params["v_up"], o_THC[..., a.turning :]).flatten(1))
+    return ops.rope_write(qk_TE, None, None, *angles, pool.k, pool.v, where.slot, a.eps)
 
 
 def each_head(leaf: experts.Experts | experts.TiledExperts, x_THC: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 from fnengine import experts, tree
 from fnengine.experts import Experts
 from fnengine.families import FAMILIES
-from fnengine.families.names import Family, Grouped, Interleaved, Order
+from fnengine.families.names import Family, Further, Grouped, Interleaved, Order
 from fnengine.leaves import Dense, Packing, Shape
 from fnengine.spec import RMS, Attention, Latent, Layer, Mlp, ModelSpec, MoE, Norm
 
@@ -87,6 +87,19 @@ def abstract(spec: ModelSpec) -> dict[str, Any]:
         "layers": tuple(_layer(family, i, kind, D) for i, kind in enumerate(spec.layers)),
         **_norm("norm", names["norm"], D, ends.norm),
         "head": None if spec.tied else _linear(names["head"], (spec.vocab,), D, ends.head_bias),
+    }
+
+
+def further(spec: ModelSpec, layout: Further, number: int, kind: Layer) -> dict[str, Any]:
+    """The abstract arrays of a layer that predicts further tokens: those of a decoder layer of this kind, `token_norm`,
+    `hidden_norm`, `project` and `norm`."""
+    D, at = spec.width, layout.at.format(i=number, n=len(spec.layers) + number)
+    return {
+        **_layer(FAMILIES[spec.family], number, kind, D, at),
+        **_norm("token_norm", f"{at}{layout.token_norm}", D),
+        **_norm("hidden_norm", f"{at}{layout.hidden_norm}", D),
+        "project": _linear(f"{at}{layout.project}", (D,), 2 * D, False),
+        **_norm("norm", f"{at}{layout.norm}", D),
     }
 
 
@@ -218,12 +231,16 @@ def products(spec: ModelSpec) -> Products:
     return Products(layers, len(spec.layers), (spec.vocab, spec.width), spec.tied)
 
 
-def _layer(family: Family, i: int, kind: Layer, D: int) -> dict[str, Any]:
+def _layer(family: Family, i: int, kind: Layer, D: int, at: str = "") -> dict[str, Any]:
+    """The abstract arrays of layer i, whose tensors begin with `at` if they do not with what the family says."""
     a, m, names = kind.mixer, kind.mlp, {**family.names, **family.renamed(kind)}
+
+    def put(n: str) -> str:
+        return (n.replace("model.layers.{i}.", at) if at else n).replace("{i}", str(i))
 
     def name(key: str) -> Any:
         n = names[key]
-        return n.replace("{i}", str(i)) if isinstance(n, str) else tuple(part.replace("{i}", str(i)) for part in n)
+        return put(n) if isinstance(n, str) else tuple(map(put, n))
 
     def linear(key: str, rows: tuple[int, ...], K: int, bias: bool) -> dict[str, Any]:
         order = family.orders[key](a) if key in family.orders else None

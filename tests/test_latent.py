@@ -16,7 +16,6 @@ import torch
 
 import fnengine as fn
 from fnengine import checkpoint, kernels
-from fnengine.build import asked_of_attention
 from fnengine.engine import Engine
 from fnengine.errors import ConfigError, SpecError
 from fnengine.families import spec_from_config
@@ -26,6 +25,7 @@ from fnengine.kernels.attention import PAGED_ATTENTION
 from fnengine.kernels.checking import canonical, disagreement
 from fnengine.kernels.layout import Lanes
 from fnengine.kernels.rope import ROPE_WRITE
+from fnengine.layers import asked_of_attention
 from fnengine.leaves import Packing, packing
 from fnengine.params import memory_plan
 from fnengine.spec import kv_bytes_per_token

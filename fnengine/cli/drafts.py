@@ -9,6 +9,7 @@ from typing import Any
 from fnengine.build import memory
 from fnengine.cli.own import find
 from fnengine.config import Options
+from fnengine.decoding import mtp
 from fnengine.decoding.draft_model import DraftModel, check_pair
 from fnengine.decoding.speculate import Proposer
 from fnengine.drafting import MAKERS, Maker
@@ -56,9 +57,9 @@ def read(config: Mapping[str, Any]) -> Speculate:
         if type(value) is not KEYS[key]:
             raise ConfigError(f"{key} must be a {KEYS[key].__name__}, got {value!r}", where=WHERE)
     method = config.get("method", "draft_model" if "model" in config else None)
-    if method is None or (method not in ("ngram", "suffix", "draft_model") and ":" not in method):
+    if method is None or (method not in ("ngram", "suffix", "mtp", "draft_model") and ":" not in method):
         got = "method is missing" if method is None else f"no method is called {method!r}"
-        raise ConfigError(got, where=WHERE, remedy="ngram, suffix, draft_model, or module:Class of your own")
+        raise ConfigError(got, where=WHERE, remedy="ngram, suffix, mtp, draft_model, or module:Class of your own")
     if (method == "draft_model") != ("model" in config):
         what = "needs a model" if method == "draft_model" else f"a model means nothing to {method}"
         raise ConfigError(what, where=WHERE, remedy='{"method": "draft_model", "model": "folder or name"}')
@@ -74,7 +75,8 @@ def read(config: Mapping[str, Any]) -> Speculate:
 
 
 def prepare(config: Mapping[str, Any] | None, target: Model, options: Options) -> Drafts:
-    """Drafts as a command line wants them; a draft model is loaded, with a KV pool of its own.
+    """Drafts as a command line wants them; a draft model is loaded, with a KV pool of its own, or the layer that the
+    target's checkpoint ships.
 
     Raises:
         ConfigError, and what loading raises.
@@ -84,6 +86,10 @@ def prepare(config: Mapping[str, Any] | None, target: Model, options: Options) -
     how = read(config)
     if how.method in MAKERS:
         return Drafts(how, about=f"{how.method}, up to {how.k} tokens")
+    if how.method == "mtp":
+        uncounted(options, "layers that draft")
+        head, about = mtp.load(target), f"the layer that {target.name} ships to draft"
+        return Drafts(how, {"mtp": lambda _: head}, f"{about}, up to {how.k} tokens")
     if how.method != "draft_model":
         return Drafts(how, {how.method: maker(how.method)}, f"{how.method}, up to {how.k} tokens")
     draft = _draft_model(config, target, options)
@@ -107,10 +113,15 @@ def maker(spec: str) -> Maker:
     raise ConfigError(f"{spec} is no proposer", where=WHERE, remedy="it needs start, propose and advance")
 
 
+def uncounted(options: Options, what: str) -> None:
+    """Raises ConfigError where a budget was given that does not hold what drafts."""
+    if options.engine.memory is not None:
+        raise ConfigError(f"--memory does not count {what}", where=WHERE, remedy="give --kv-cache-memory-bytes")
+
+
 def _draft_model(config: Mapping[str, Any], target: Model, options: Options) -> Runtime:
     settings = options.engine
-    if settings.memory is not None:
-        raise ConfigError("--memory does not count a draft model", where=WHERE, remedy="give --kv-cache-memory-bytes")
+    uncounted(options, "a draft model")
     draft = load(
         config["model"],
         dtype=config.get("dtype", "auto"),

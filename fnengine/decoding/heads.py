@@ -10,7 +10,7 @@ One layer needs no output of earlier pairs, only their keys and values: a prompt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,12 +25,12 @@ from fnengine import kernels
 from fnengine.decoding.speculate import Draft, Drawing, Text, grown, memoryless, text
 from fnengine.errors import CheckpointError
 from fnengine.host.step import BLOCK
-from fnengine.layers import rope_angles
+from fnengine.layers import asked_of_attention, attended, feed_forward, queries, rope_angles
 from fnengine.leaves import Dense, Leaf, lookup, matmul, packing
 from fnengine.model import Model
 from fnengine.sampling import prepared, probabilities, sample
-from fnengine.spec import Layer
-from fnengine.state import Pool, pool_shapes
+from fnengine.spec import Attention, Layer, Mlp
+from fnengine.state import Pool, Where, pool_shapes
 
 Params = dict[str, Any]
 FIRST = 64
@@ -62,7 +62,7 @@ class Line:
     __slots__ = ("cos", "index", "pool", "sin", "table", "used")
 
     def __init__(self, kind: Layer, like: Tensor, pairs: int):
-        a, kv = kind.mixer, kernels.ops(like.device, like.dtype).kv
+        a, kv = kind.mixer, kernels.ops(like.device, like.dtype, heads=[asked_of_attention(kind.mixer)]).kv
         blocks = -(-pairs // BLOCK)
         shapes = pool_shapes(kv, a, blocks)
         self.pool = Pool(*(torch.zeros(s, dtype=kv.element(like.dtype), device=like.device) for s in shapes))
@@ -109,7 +109,7 @@ class Head:
     """What `Runtime.extend` is asked for beside tokens."""
     kind: Layer
     params: Params
-    """`qkv`, `q_norm`, `k_norm`, `o`, `norm2`, `gate_up` and `down`; what else there is, the wiring reads."""
+    """Those of a layer of this kind; what else there is, the wiring reads."""
     wiring: Wiring
     claims: bool = False
     """Also give the distributions that tokens were drawn from, for rejection sampling."""
@@ -117,7 +117,7 @@ class Head:
     @cached_property
     def ops(self) -> kernels.Ops:
         """Of the target's device and dtype."""
-        return kernels.ops(self.target.device, self.target.dtype)
+        return kernels.ops(self.target.device, self.target.dtype, heads=[asked_of_attention(self.kind.mixer)])
 
     def start(self, tokens: Tokens[int], how: Drawing, seen: Mapping[str, Tensor]) -> Paired:
         draw = None
@@ -174,22 +174,24 @@ class Head:
 
     def _pass(self, line: Line, at: int, tokens: Tokens[int] | np.ndarray, hidden_nD: Tensor) -> tuple[Tensor, Tensor]:
         """What the last of these pairs comes to; the KV of all of them is written to the line from `at` on."""
-        p, a, n, ops = self.params, self.kind.mixer, len(hidden_nD), self.ops
+        p, kind, n, ops = self.params, self.kind, len(hidden_nD), self.ops
         token_n = torch.as_tensor(np.asarray(tokens, np.int64)).to(hidden_nD.device)
         x_nE, residual_nD = self.wiring.enter(token_n, hidden_nD)
-        pool, new, index = line.pool, slice(at, at + n), line.index
-        qkv = matmul(p["qkv"], x_nE)
-        q_nHC = ops.rope_write(
-            qkv, p["q_norm"], p["k_norm"], line.cos[new], line.sin[new], pool.k, pool.v, index[new], self.kind.eps
-        )
-        where = (line.table, index[:1], index[:2], index[at + n : at + n + 1])  # one row with one query, the last
-        window = a.window or 0
-        o_1HC = ops.paged_attention(q_nHC[-1:], pool.k, pool.v, *where, a.scale, window, a.soft_cap, None)
-        x_1D = residual_nD[-1:] + matmul(p["o"], o_1HC.flatten(1))
-        gate_up = matmul(p["gate_up"], normed(x_1D, p["norm2"], self.kind.eps))
-        gate_1F, up_1F = gate_up.split(self.kind.mlp.width, dim=-1)
-        x_1D = x_1D + matmul(p["down"], F.silu(gate_1F) * up_1F)
+        new, index = slice(at, at + n), line.index
+        one = (index[:1], index[:2])  # a row with one query, the last
+        where = Where(*one, index[:1], index[new], index[new], index[at + n : at + n + 1], line.table)
+        angles = (line.cos[new], line.sin[new])
+        q_nHC = queries(kind.mixer, p, line.pool, where, angles, ops, x_nE, kind.eps)
+        x_1D = residual_nD[-1:] + attended(kind.mixer, p, line.pool, where, ops, q_nHC[-1:])
+        x_1D = x_1D + self._fed(replace(where, slot=index[at + n - 1 : at + n]), normed(x_1D, p["norm2"], kind.eps))
         return self.wiring.leave(x_1D)
+
+    def _fed(self, where: Where, x_1D: Tensor) -> Tensor:
+        """What the second half of the layer makes of the last pair."""
+        if self.kind.mlp != Mlp(self.kind.mlp.width):
+            return feed_forward(self.kind.mlp, self.params, where, x_1D)
+        gate_1F, up_1F = matmul(self.params["gate_up"], x_1D).split(self.kind.mlp.width, dim=-1)
+        return matmul(self.params["down"], F.silu(gate_1F) * up_1F)
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -205,23 +207,28 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class Found:
     """The tensors of a checkpoint, to be taken by name."""
 
-    tensors: Mapping[str, Tensor]
+    names: Container[str]
+    get: Callable[[str], Tensor]
     target: Model
     where: str
     """For errors."""
 
-    def array(self, name: str, *shape: int) -> Tensor:
-        """A tensor as the target's activations are. Raises CheckpointError unless it is there in this shape."""
-        if name not in self.tensors:
+    def stored(self, name: str, *shape: int) -> Tensor:
+        """A tensor as it is. Raises CheckpointError unless it is there in this shape."""
+        if name not in self.names:
             raise CheckpointError(f"tensor {name} is missing", where=self.where)
-        x = self.tensors[name]
+        x = self.get(name)
         if tuple(x.shape) != shape:
             raise CheckpointError(
                 f"tensor {name} has shape {list(x.shape)}, {list(shape)} is wanted",
                 where=self.where,
                 remedy="the head belongs to another model",
             )
-        return x.to(device=self.target.device, dtype=self.target.dtype).contiguous()
+        return x
+
+    def array(self, name: str, *shape: int) -> Tensor:
+        """A tensor as the target's activations are. Raises as `stored`."""
+        return self.stored(name, *shape).to(device=self.target.device, dtype=self.target.dtype).contiguous()
 
     def linear(self, names: Tokens[str], rows: Tokens[int], K: int, bias: bool = False) -> Leaf:
         """Matrices one under the other, multiplied as one, in the best layout that rounds nothing."""
@@ -231,8 +238,10 @@ class Found:
         return packing(self.target.device, self.target.dtype).place(Dense(weight, b))
 
     def layer(self, kind: Layer, at: str, E: int) -> Params:
-        """The arrays of a decoder layer below `at` whose attention reads E channels; its first norm is the wiring's."""
+        """The arrays of a decoder layer of Llama's below `at` whose attention reads E channels; its first norm is the
+        wiring's."""
         a, m, D = kind.mixer, kind.mlp, self.target.spec.width
+        assert isinstance(a, Attention) and isinstance(m, Mlp)
         q, kv = a.heads * a.width, a.kv_heads * a.width
         attend, feed = f"{at}self_attn.", f"{at}mlp."
         return {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from fnengine.families.fields import Fields, kv_heads, model_spec, rope
-from fnengine.families.names import EXPERTS, IGNORED, NAMES, ROUTING, Family, Interleaved
+from fnengine.families.names import DEEPSEEK, EXPERTS, IGNORED, NAMES, ROUTING, Family, Interleaved
 from fnengine.spec import Latent, Layer, Mlp, ModelSpec, MoE
 
 
@@ -172,5 +172,5 @@ V3 = Family(
     {**NAMES, **EXPERTS, **LATENT},
     IGNORED,
     orders=ORDERS,
-    further="model.layers.",
+    further=DEEPSEEK,
 )
