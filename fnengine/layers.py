@@ -33,6 +33,8 @@ from fnengine.spec import (
     MoE,
     Norm,
     Rope,
+    Tempered,
+    Turning,
     YarnScaling,
 )
 from fnengine.state import Pool, Where
@@ -48,9 +50,14 @@ def asked_of_attention(mixer: Mixer) -> Heads:
     """What a layer's mixer needs of whoever does attention."""
     match mixer:
         case Attention():
-            return Heads(mixer.width, mixer.window or 0, mixer.soft_cap, mixer.sinks)
+            return Heads(mixer.width, sight(mixer), mixer.soft_cap, mixer.sinks)
         case Latent():
             return Heads(mixer.width, shares=True)
+
+
+def sight(a: Attention) -> int:
+    """How far back a layer's tokens see, as attention's contract has it."""
+    return -a.chunk or a.window or 0
 
 
 def layer(
@@ -129,7 +136,11 @@ def queries(
         qkv_TE = normed_heads(a, params, eps, qkv_TE)
     if a.clip:
         qkv_TE = qkv_TE.clamp(-a.clip, a.clip)
-    return ops.rope_write(qkv_TE, *norms, *angles, pool.k, pool.v, where.slot, eps)
+    if not isinstance(a.rope, Tempered):
+        return ops.rope_write(qkv_TE, *norms, *angles, pool.k, pool.v, where.slot, eps)
+    still = (x_T2[:, :1].contiguous() for x_T2 in angles)
+    q_THC = ops.rope_write(qkv_TE, *norms, *still, pool.k, pool.v, where.slot, eps)
+    return (q_THC.float() * angles[0][:, 1, None, None]).to(q_THC.dtype)
 
 
 def attended(
@@ -141,9 +152,8 @@ def attended(
         o_THC = ops.paged_attention(q_THC, pool.k, pool.v, *at, a.scale, 0, 0.0, None)
         o_THC = each_head(params["v_up"], o_THC[..., a.turning :])
     else:
-        window = 0 if a.window is None else a.window
         sinks = params["sinks"] if a.sinks else None
-        o_THC = ops.paged_attention(q_THC, pool.k, pool.v, *at, a.scale, window, a.soft_cap, sinks)
+        o_THC = ops.paged_attention(q_THC, pool.k, pool.v, *at, a.scale, sight(a), a.soft_cap, sinks)
     return matmul(params["o"], o_THC.flatten(1))
 
 
@@ -254,7 +264,11 @@ def moe(m: MoE, params: dict[str, Any], slot_T: Tensor, x_TD: Tensor) -> Tensor:
     T, S = x_TD.shape[0], x_TD.shape[0] * m.chosen
     chosen_TJ = torch.where((slot_T < BLOCK)[:, None], chosen_TJ[:1], chosen_TJ)
     offsets_E1, order_S, place_S = experts.arrange(chosen_TJ.reshape(S), m.experts)
-    gate_up_SF = experts.grouped_matmul(params["experts_gate_up"], x_TD[order_S // m.chosen], offsets_E1)
+    x_SD = x_TD[order_S // m.chosen]
+    if m.early:
+        x_SD = (x_SD.float() * weight_TJ.reshape(S, 1)[order_S]).to(x_TD.dtype)
+        weight_TJ = torch.ones_like(weight_TJ)
+    gate_up_SF = experts.grouped_matmul(params["experts_gate_up"], x_SD, offsets_E1)
     y_SD = experts.grouped_matmul(params["experts_down"], expert_act(m, gate_up_SF).to(x_TD.dtype), offsets_E1)
     place_TJ = place_S.view(T, m.chosen)
     y_TD = y_SD[place_TJ[:, 0]].float() * weight_TJ[:, :1]
@@ -277,7 +291,7 @@ def route(m: MoE, params: dict[str, Any], x_TD: Tensor) -> tuple[Tensor, Tensor]
     elif m.scores == "softmax":
         score_TE = softmax(logits_TE)
     else:
-        assert m.scores in ("logits", "near"), m.scores
+        assert m.scores in ("logits", "near", "gates"), m.scores
         score_TE = logits_TE
     chosen_TJ = experts.top(eligible(m, params, score_TE), m.chosen)
     if m.scores == "near":
@@ -285,6 +299,8 @@ def route(m: MoE, params: dict[str, Any], x_TD: Tensor) -> tuple[Tensor, Tensor]
     weight_TJ = score_TE.gather(1, chosen_TJ.long())
     if m.scores == "logits":
         weight_TJ = softmax(weight_TJ)
+    elif m.scores == "gates":
+        weight_TJ = sigmoid(weight_TJ)
     elif m.normalized:
         weight_TJ = weight_TJ / (weight_TJ.sum(1, keepdim=True) + (1e-20 if m.scores == "sigmoid" else 0.0))
     return chosen_TJ, weight_TJ * m.factor
@@ -368,14 +384,21 @@ def inverse_frequencies(rope: Rope, device: torch.device) -> Tensor:
     raise AssertionError(f"not a scaling: {rope.scaling}")
 
 
-def rope_angles(rope: Rope | None, position_T: Tensor) -> Angles:
+def rope_angles(rope: Turning, position_T: Tensor) -> Angles:
     """(cos, sin) of every token's rotary angles, [T, width / 2] float32; once a step for each distinct Rope.
 
     Where nothing rotates one pair of channels turns by 0, which leaves its bits, so that kernels need no second form.
+    A temperature stands beside the 1 of its cosine.
     """
     if rope is None:
         still = torch.zeros(len(position_T), 1, device=position_T.device)
         return still + 1, still
+    if isinstance(rope, Tempered):
+        times_T = torch.floor((position_T.float() + 1) / rope.every)
+        temperature_T = torch.log1p(times_T) * rope.scale + 1
+        return torch.stack([torch.ones_like(temperature_T), temperature_T], 1), torch.zeros(
+            len(position_T), 2, device=position_T.device
+        )
     gain = rope.scaling.gain if isinstance(rope.scaling, (YarnScaling, LongScaling)) else 1.0
     angle = position_T.float()[:, None] * inverse_frequencies(rope, position_T.device)
     return (angle.cos(), angle.sin()) if gain == 1 else (angle.cos() * gain, angle.sin() * gain)

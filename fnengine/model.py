@@ -20,7 +20,7 @@ from fnengine.graphs import compile
 from fnengine.host.tokenizer import Tokenizer
 from fnengine.layers import Angles, layer, normed, rope_angles, soft_capped
 from fnengine.leaves import Packing, lookup, matmul
-from fnengine.spec import Layer, ModelSpec, Rope
+from fnengine.spec import Layer, ModelSpec, Turning
 from fnengine.state import Pool, Where
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 RunLayer = Callable[[Layer, Any, Pool, Where, Angles, "Ops", Tensor], Tensor]
 """`layers.layer`, or anything that computes the same: a compiled form of it."""
 RunLayers = Callable[
-    [Sequence[Layer], Sequence[Any], Sequence[Pool], Where, dict[Rope | None, Angles], "Ops", Tensor], Tensor
+    [Sequence[Layer], Sequence[Any], Sequence[Pool], Where, dict[Turning, Angles], "Ops", Tensor], Tensor
 ]
 """(layers in a row, their params, their pools, where, angles, ops, x_TD) -> x_TD after them: `one_by_one`, or a
 recorded form of it, whose x_TD the next call overwrites."""
@@ -162,7 +162,7 @@ def body(
         after: number of a layer -> a function of x_TD after it, whose result, a new tensor, the next layer reads.
             Layers between two of them are one call of `run_layers`.
     """
-    angles: dict[Rope | None, Angles] = {}
+    angles: dict[Turning, Angles] = {}
     for kind in spec.layers:
         if kind.mixer.rope not in angles:
             angles[kind.mixer.rope] = rope_angles(kind.mixer.rope, where.position)
@@ -184,7 +184,7 @@ def one_by_one(run_layer: RunLayer = layer) -> RunLayers:
         params: Sequence[Any],
         pool: Sequence[Pool],
         where: Where,
-        angles: dict[Rope | None, Angles],
+        angles: dict[Turning, Angles],
         ops: Ops,
         x_TD: Tensor,
     ) -> Tensor:

@@ -33,7 +33,7 @@ from fnengine.kernels.recording import (
 )
 from fnengine.layers import Angles
 from fnengine.model import RunLayers, one_by_one
-from fnengine.spec import Layer, ModelSpec, Rope, angle_pairs
+from fnengine.spec import Layer, ModelSpec, Turning, angle_pairs
 from fnengine.state import Pool, Where, pool_shapes
 
 log = logging.getLogger("fnengine")
@@ -101,7 +101,7 @@ class Recorded:
         params: Sequence[Any],
         pool: Sequence[Pool],
         where: Where,
-        angles: dict[Rope | None, Angles],
+        angles: dict[Turning, Angles],
         ops: Ops,
         x_TD: Tensor,
     ) -> Tensor:

@@ -104,6 +104,19 @@ RMS = Norm()
 
 
 @dataclass(frozen=True)
+class Tempered:
+    """Nothing rotates, and the query at position p is multiplied by 1 + scale * ln(1 + floor((p + 1) / every)).
+
+    Source: Nakanishi 2025 (arXiv 2501.19399), as in Llama 4.
+    """
+
+    every: int
+    """floor_scale"""
+    scale: float
+    """attn_scale"""
+
+
+@dataclass(frozen=True)
 class Attention:
     """Softmax attention with grouped heads over the paged pool."""
 
@@ -113,7 +126,7 @@ class Attention:
     """K"""
     width: int
     """C"""
-    rope: Rope | None
+    rope: Rope | Tempered | None
     """None: nothing rotates."""
     scale: float
     """Multiplies q.k before softmax, normally C ** -0.5."""
@@ -132,6 +145,8 @@ class Attention:
     qk_as: Norm = RMS
     clip: float = 0.0
     """q, k and v are clamped to +- clip after their norms; 0 leaves them."""
+    chunk: int = 0
+    """A token sees nothing before the last multiple of so many positions; 0: it does."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +215,10 @@ class MoE:
     scores: str = "softmax"
     """By what of the router's logits experts are chosen and weighed: their `softmax`; the `sigmoid` of each, of logits
     in float32; the `logits` themselves, which weigh by their softmax over the chosen ones; or the logits that are
-    `near`, which weigh each chosen one by a softmax of its own (`layers.near_weights`)."""
+    `near`, which weigh each chosen one by a softmax of its own (`layers.near_weights`); or logits that weigh by the
+    sigmoids of the chosen ones, `gates`."""
+    early: bool = False
+    """Weights multiply what experts read, and not what they give."""
     normalized: bool = True
     """Weights of the chosen ones are divided by their sum."""
     factor: float = 1.0
@@ -298,7 +316,7 @@ def features(spec: ModelSpec) -> tuple[str, ...]:
     layer, ends = spec.layers[0], spec.ends
     every = [kind.mixer for kind in spec.layers]
     mixers = [m for m in every if isinstance(m, Attention)]
-    turning = {m.rope for m in every} - {None}
+    turning = {m.rope for m in every if isinstance(m.rope, Rope)}
     norms = {"one norm": "one norm for both", "two norms": "a norm for each", "": ""}[layer.parallel]
     said = {
         "LayerNorm": layer.norm.centred,
@@ -307,12 +325,14 @@ def features(spec: ModelSpec) -> tuple[str, ...]:
         "norms before and after each part": layer.after and layer.before,
         f"parts side by side, {norms}": bool(layer.parallel),
         "learned positions": ends.positions > 0,
-        "layers without rope": len(turning) > 0 and any(m.rope is None for m in mixers),
+        "layers without rope": len(turning) > 0 and any(not isinstance(m.rope, Rope) for m in mixers),
+        "a temperature by position": any(isinstance(m.rope, Tempered) for m in mixers),
         "a rope for each kind of layer": len(turning) > 1,
-        "part of a head rotates": any(r.width < m.width for m in mixers if (r := m.rope)),
+        "part of a head rotates": any(r.width < m.width for m in mixers if isinstance(r := m.rope, Rope)),
         "q and k normed": any(m.qk_norm for m in mixers),
         "biases": any(m.qkv_bias or m.out_bias for m in mixers),
         "sliding window": any(m.window for m in mixers),
+        "attention in chunks": any(m.chunk for m in mixers),
         "soft caps": any(m.soft_cap for m in mixers) or ends.logit_cap > 0,
         "multipliers": (layer.scale, ends.embed_scale, ends.logit_scale) != (1, 1, 1),
         "sinks": any(m.sinks for m in mixers),
@@ -341,7 +361,7 @@ def for_length(spec: ModelSpec, longest: int) -> ModelSpec:
 
     def fitted(kind: Layer) -> Layer:
         rope = kind.mixer.rope
-        if rope is None or not isinstance(rope.scaling, LongScaling):
+        if not isinstance(rope, Rope) or not isinstance(rope.scaling, LongScaling):
             return kind
         rope = replace(rope, scaling=replace(rope.scaling, longest=longest))
         return replace(kind, mixer=replace(kind.mixer, rope=rope))
@@ -376,6 +396,11 @@ def shares(mixer: Mixer) -> bool:
     return isinstance(mixer, Latent)
 
 
-def angle_pairs(rope: Rope | None) -> int:
-    """Pairs of channels that a mixer is given angles for: one, which stands still, where nothing rotates."""
-    return 1 if rope is None else rope.width // 2
+Turning = Rope | Tempered | None
+"""What a mixer is given angles by."""
+
+
+def angle_pairs(rope: Turning) -> int:
+    """Pairs of channels that a mixer is given angles for: one, which stands still, where nothing rotates, and beside it
+    the temperature where there is one."""
+    return rope.width // 2 if isinstance(rope, Rope) else 1 if rope is None else 2

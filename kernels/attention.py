@@ -24,6 +24,7 @@ class Heads:
     width: int
     """C"""
     window: int = 0
+    """As in the contract: of chunks it is negative."""
     soft_cap: float = 0.0
     sinks: bool = False
     shares: bool = False
@@ -56,6 +57,8 @@ def _attend(
     seen = kv <= position_Rn[..., None]
     if window > 0:
         seen &= kv > position_Rn[..., None] - window
+    if window < 0:
+        seen &= kv >= (position_Rn // -window * -window)[..., None]
     score = score.masked_fill_(~seen[:, None, None], -torch.inf)
     if sink_H is not None:
         score = torch.cat([score, sink_H.float().view(K, G, 1, 1).expand(R, K, G, n, 1)], -1)
@@ -150,10 +153,11 @@ PAGED_ATTENTION = Contract(
 
     Ragged causal attention. Batch row r owns the queries start[r]:start[r+1]; query t stands at position
     length[r] - (start[r+1] - t) and sees the KV positions up to and including its own; with window > 0 only the last
-    `window` of those. KV position p of batch row r lies in block table[row[r], p // B] at offset p % B (beyond the
-    table, where only padding goes, its last column stands for the missing ones); the pool already holds the new tokens'
-    KV (the write of *all* rows comes first). Query head h reads KV head h // (H // K). Softmax in float32, output in
-    the dtype of q. start[r] == start[r+1] is legal: the row has no queries.
+    `window` of those, with window < 0 those from the last multiple of -window on (chunks). KV position p of batch row r
+    lies in block table[row[r], p // B] at offset p % B (beyond the table, where only padding goes, its last column
+    stands for the missing ones); the pool already holds the new tokens' KV (the write of *all* rows comes first). Query
+    head h reads KV head h // (H // K). Softmax in float32, output in the dtype of q. start[r] == start[r+1] is legal:
+    the row has no queries.
 
     A score is q.k * scale, and with soft_cap > 0 then soft_cap * tanh(score / soft_cap) (Gemma 2, arXiv 2408.00118).
     Pools may be rounded to 8 bits (`layout.Rounded`); a backend may then round queries and weights to 16.

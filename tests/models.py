@@ -238,6 +238,29 @@ TINY: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 64,
         },
     ),
+    "llama4": dict(
+        architecture="Llama4ForCausalLM",
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=40,
+        intermediate_size_mlp=96,
+        num_local_experts=4,
+        interleave_moe_layer_step=2,
+        attention_chunk_size=18,
+        floor_scale=7,
+        attn_scale=0.4,
+        tie_word_embeddings=False,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
     "gpt-oss": dict(
         architecture="GptOssForCausalLM",
         num_attention_heads=4,
@@ -583,7 +606,9 @@ def dense_ops() -> Any:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
             at = torch.arange(n - (hi - lo), n)[:, None]
             kv = torch.arange(n)[None, :]
-            seen = (kv <= at) & ((kv > at - window) if window else torch.ones_like(kv <= at))
+            seen = (kv <= at) & ((kv > at - window) if window > 0 else torch.ones_like(kv <= at))
+            if window < 0:
+                seen &= kv // -window == at // -window
             score = torch.einsum("thc,shc->hts", q[lo:hi].float(), k) * scale
             if soft_cap:
                 score = soft_cap * (score / soft_cap).tanh()

@@ -845,6 +845,7 @@ def test_builds_for_lesser_processors_are_right_too(compiler, isa, monkeypatch):
         assert first_variation(lambda **e: canonical(cpu.paged_attention)(*e.values()), dtype) is None
         assert reads_rubbish(canonical(cpu.paged_attention), dtype) is None
         test_latent.keys_serve_as_values(dtype)
+        test_latent.chunks_are_right(dtype)
         test_kv8.attention_is_right(dtype)
         test_kv8.laws_of_attention(dtype)
         test_kv8.writes_what_the_layout_says(dtype)

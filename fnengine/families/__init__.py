@@ -21,6 +21,7 @@ from fnengine.families import (
     gpt_oss,
     granite,
     llama,
+    llama4,
     mimo,
     mistral,
     mixtral,
@@ -47,7 +48,7 @@ _EVERY = (
     *(cohere.FAMILY, cohere.COHERE2, glm4.GLM, glm4.FAMILY, starcoder2.FAMILY, stablelm.FAMILY),
     *(phi.FAMILY, gpt_neox.FAMILY, gpt2.FAMILY, opt.FAMILY, falcon.FAMILY),
     *(mixtral.FAMILY, qwen2_moe.FAMILY, qwen3_moe.FAMILY, olmoe.FAMILY, glm4_moe.FAMILY, gpt_oss.FAMILY),
-    *(phimoe.FAMILY, deepseek.V2, deepseek.V3, mimo.FAMILY),
+    *(phimoe.FAMILY, deepseek.V2, deepseek.V3, mimo.FAMILY, llama4.FAMILY),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _EVERY}
 

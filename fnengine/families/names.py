@@ -97,8 +97,8 @@ class Family:
     names: Names
     ignored: tuple[str, ...]
     """Suffixes of checkpoint tensors that carry nothing: buffers that old versions saved."""
-    orders: Mapping[str, Callable[[Any], Order]] = field(default_factory=dict)
-    """Key of the params tree -> (mixer of the layer) -> the order of its rows in the checkpoint."""
+    orders: Mapping[str, Callable[[Any], Order | None]] = field(default_factory=dict)
+    """Key of the params tree -> (mixer of the layer) -> the order of its rows in the checkpoint, if not ours."""
     renamed: Callable[[Layer], Names] = lambda kind: {}
     """What the arrays of such a layer are called instead."""
     transposed: bool = False

@@ -80,10 +80,15 @@ struct Item {
     const Group* group;
     const State* state;  // where the row's stand at `begin`, or null: nothing was read
 };
+// First token that a query at a position sees: with a window the last `window`, with -window those of its own chunk.
+FN_INLINE int64_t first_seen(const Call& a, int64_t position) {
+    if (a.window < 0) return position / -a.window * -a.window;
+    return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
+}
+
 // First token of the first tile that some query of the item sees.
 FN_INLINE int64_t first_tile(const Call& a, int r, int from) {
-    const int64_t position = a.length[r] - (a.start[r + 1] - from);
-    return a.window > 0 && position >= a.window ? (position - a.window + 1) / TILE * TILE : 0;
+    return first_seen(a, a.length[r] - (a.start[r + 1] - from)) / TILE * TILE;
 }
 
 // The tile of tokens [t, end) of batch row r; columns beyond the table, where only padding goes, are its last.
@@ -198,8 +203,10 @@ FN_INLINE void read_tile(const Call& a, const Tile& tile, const Rows& s, int m, 
 
 // Queries are in order, so those of an item that see some of tokens [t, end) are a range of them.
 FN_INLINE Span seeing(const Call& a, const Item& it, int64_t t, int64_t end) {
-    const int64_t passed = end - 1 + a.window - it.position;  // the first whose window begins at `end` or behind it
-    return {t > it.position ? int(t - it.position) : 0, a.window > 0 && passed < it.n ? int(passed) : it.n};
+    // The first query whose window or chunk begins at `end` or behind it.
+    const int64_t chunk = -a.window, at = a.window < 0 ? (end + chunk - 1) / chunk * chunk : end - 1 + a.window;
+    const int64_t passed = at - it.position;
+    return {t > it.position ? int(t - it.position) : 0, a.window != 0 && passed < it.n ? int(passed) : it.n};
 }
 
 // An item's queries go over tokens [from, to) of one part; then `next` is to be read, from token `ahead` on, if not null.
@@ -219,8 +226,8 @@ void read(const Call& a, const Item& it, const Rows& s, int64_t from, int64_t to
             else if (next)
                 after = place(a, next->r, next->head, ahead, next->end);
             const auto seen = [&](int i) {
-                const int64_t at = it.position + queries.first + i / G;
-                return Span{a.window > 0 && at - a.window + 1 > t ? int(at - a.window + 1 - t) : 0,
+                const int64_t at = it.position + queries.first + i / G, first = first_seen(a, at);
+                return Span{first > t ? int(first - t) : 0,
                             at + 1 - t < tile.count ? int(at + 1 - t) : tile.count};
             };
             read_tile(a, tile, s, h * rows + queries.first * G, (queries.last - queries.first) * G, seen, coming(after, a.C));
@@ -501,7 +508,7 @@ void attend_all(const Call& a, int threads) {
     std::vector<State> states(a.R, State{});
     std::vector<int64_t> shared(a.R, 0);
     std::vector<Item> items;
-    const int found = a.window > 0 ? 0 : find_groups(a, members.data(), groups.data());
+    const int found = a.window != 0 ? 0 : find_groups(a, members.data(), groups.data());
     if (found) {
         static thread_local Scratch scratch;
         const size_t each_run = line(sizeof(Running) * queries * a.H), each_out = line(sizeof(float) * queries * a.H * width);

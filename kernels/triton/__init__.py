@@ -86,6 +86,10 @@ def _latent(_device: torch.device, heads: Sequence[Heads]) -> str | None:
     return "no kernels for latent attention, whose values are its keys" if any(h.shares for h in heads) else None
 
 
+def _lacks(device: torch.device, heads: Sequence[Heads]) -> str | None:
+    return _latent(device, heads) or ("no kernels for chunks" if any(h.window < 0 for h in heads) else None)
+
+
 def _too_old(device: torch.device, kind: str) -> str | None:
     if kind != "fp8" or device.type != "cuda" or not torch.cuda.is_available():
         return None
@@ -111,7 +115,7 @@ def _backend(
     )
 
 
-paged_attention = _backend(PAGED_ATTENTION, "attention", invariant=True, refuses=_too_old, lacks=_latent)
+paged_attention = _backend(PAGED_ATTENTION, "attention", invariant=True, refuses=_too_old, lacks=_lacks)
 """One shape of tile for prefill and decode, and KV cut at fixed positions: see `attention.py`."""
 
 rope_write = _backend(ROPE_WRITE, "rope", invariant=True, refuses=_too_old, lacks=_latent)
