@@ -22,9 +22,9 @@ from fnengine.host.plan import Policy
 from fnengine.host.runs import PICKS
 from fnengine.host.step import BLOCK
 from fnengine.host.tokenizer import Tokenizer
-from fnengine.kernels import Heads, Ops, team
-from fnengine.kernels.layout import block_bytes
+from fnengine.kernels import Ops, team
 from fnengine.kernels.recording import RECORDED_TOKENS
+from fnengine.layers import asked_of_attention
 from fnengine.memory import Account, Shapes
 from fnengine.model import Model, one_by_one
 from fnengine.params import memory_plan
@@ -32,6 +32,7 @@ from fnengine.processors import Own, check_own
 from fnengine.program import Recorded, compiled_layers, wanted_layers
 from fnengine.settings import Mode, PoolSize, Settings, check_kv, size_pool, wanted_len
 from fnengine.spec import ModelSpec, attentions, for_length, steerable
+from fnengine.state import pool_bytes
 from fnengine.step import make_step
 
 log = logging.getLogger("fnengine")
@@ -102,8 +103,7 @@ def build(
         capturing = captured.capturing is not None
         ready = companion.ready(Ground(model, settings, mode, tuple(own.values()), layers, capturing, ops_for))
     extra = None if ready is None else ready.extra
-    per_block = sum(block_bytes(ops.kv, BLOCK, a.kv_heads, a.width, model.dtype) for a in attentions(spec))
-    per_block += 0 if extra is None else extra.per_block
+    per_block = pool_bytes(ops.kv, spec, model.dtype) + (0 if extra is None else extra.per_block)
     slots = int(settings.swap_space * 2**30) // per_block
     kinds = []
     if compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu"):
@@ -283,7 +283,13 @@ def choose_ops(
         raise ConfigError(
             f"no attention is called {attention!r}", where=where, remedy=f"auto, {' or '.join(kernels.ATTENTION)}"
         )
-    heads = [Heads(m.width, m.window or 0, m.soft_cap, m.sinks) for m in set(attentions(spec))]
+    heads = [asked_of_attention(m) for m in set(attentions(spec))]
+    if kv != "auto" and any(h.shares for h in heads):
+        raise ConfigError(
+            f"{kv}: latents, which are keys and values at once, are not rounded to 8 bits",
+            where="--kv-cache-dtype",
+            remedy="leave it out: a latent is smaller than the KV of heads in 8 bits would be",
+        )
     name = None if attention == "auto" else attention
     try:
         return choose(device, dtype, kv=kv, attention=name, heads=heads)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
@@ -22,7 +22,7 @@ from fnengine.experts import Experts
 from fnengine.families import FAMILIES, spec_from_config, whole
 from fnengine.families.names import Family
 from fnengine.leaves import Dense, Packing, Tiles, packing, place_ends, tiles
-from fnengine.params import ArrayInfo, abstract, arrays, dummy_array, noise, permutation, stored_shape
+from fnengine.params import ArrayInfo, abstract, arrays, dummy_array, noise, permutation, stored_shape, taken
 from fnengine.spec import ModelSpec, Whole
 
 Progress = Callable[[int, int], None]
@@ -238,28 +238,28 @@ def load(
         total = sum(_bytes(files[name]) for _, info in arrays(infos) for name, _ in info.parts)
         done = 0
 
-        def make(path: str, info: ArrayInfo) -> Tensor:
+        def get(name: str) -> Tensor:
             nonlocal done
-            out = torch.empty(info.shape, dtype=dtype)
-            flat, row = out.view(-1, *info.shape[2:]) if len(info.shape) == 3 else out, 0
-            for name, rows in info.parts:
-                file = files[name]
-                try:
-                    held = file.handle.get_tensor(file.name)
-                    held = held.mT if info.transposed or (info.fused and info.fused.transposed) else held
-                    flat[row : row + rows].copy_(held.reshape(rows, *flat.shape[1:]))
-                except Exception as e:
-                    raise CheckpointError(f"tensor {name} cannot be read: {e}", where=str(file.path)) from e
-                row += rows
-                done += _bytes(file)
-                if progress is not None:
-                    progress(done, total)
-            return (out if info.order is None else out[permutation(info.order)]).to(device)
+            held = files[name].tensor()
+            done += _bytes(files[name])
+            if progress is not None:
+                progress(done, total)
+            return held
 
-        return build(infos, make, how)
+        return build(infos, lambda _, info: assembled(info, get, dtype).to(device), how)
 
 
-def stored_as(info: ArrayInfo, files: dict[str, Stored]) -> ArrayInfo:
+def assembled(info: ArrayInfo, get: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
+    """The array from its parts in a checkpoint, where parameters are kept in `dtype`."""
+    out = torch.empty(info.shape, dtype=info.kept_in(dtype))
+    flat, row = out.view(-1, *info.shape[2:]) if len(info.shape) == 3 else out, 0
+    for name, rows in info.parts:
+        flat[row : row + rows].copy_(taken(info, get(name)).reshape(rows, *flat.shape[1:]))
+        row += rows
+    return out if info.order is None else out[permutation(info.order)]
+
+
+def stored_as(info: ArrayInfo, files: Container[str]) -> ArrayInfo:
     """The array with the one form that these files have it in: its parts, or its fused tensor as the only part."""
     if info.fused is None:
         return info
@@ -295,32 +295,34 @@ def dummy(
 
 def outline(spec: ModelSpec, dtype: torch.dtype, how: Packing) -> dict[str, Any]:
     """A params tree on the meta device: the shapes and dtypes that `load` and `dummy` give, and no values."""
-    return build(abstract(spec), lambda _path, info: torch.empty(info.shape, dtype=dtype, device="meta"), how)
+    return build(abstract(spec), lambda _, info: torch.empty(info.shape, dtype=info.kept_in(dtype), device="meta"), how)
 
 
 def build(infos: dict[str, Any], make: Callable[[str, ArrayInfo], Tensor], how: Packing) -> dict[str, Any]:
     """The tree with `make(path, info)` for every array, each multiplied leaf placed as soon as it is whole."""
-
-    def fill_in(path: str, node: Any, how: Packing | None) -> Any:  # None: as it is
-        if isinstance(node, ArrayInfo):
-            return make(path, node)
-        if isinstance(node, Dense):
-            bias = None if node.bias is None else make(f"{path}.bias", node.bias)  # type: ignore[arg-type]
-            leaf = Dense(make(f"{path}.weight", node.weight), bias)  # type: ignore[arg-type]
-            return leaf if how is None else how.place(leaf)
-        if isinstance(node, Experts):
-            bias = None if node.bias is None else make(f"{path}.bias", node.bias)  # type: ignore[arg-type]
-            atom = 0 if how is None else how.experts
-            return experts.place(Experts(make(f"{path}.weight", node.weight), bias), atom)  # type: ignore
-        return None
-
     params = {
-        k: tuple({k: fill_in(f"layers.{i}.{k}", v, how) for k, v in layer.items()} for i, layer in enumerate(part))
+        k: tuple({k: placed(f"layers.{i}.{k}", v, make, how) for k, v in layer.items()} for i, layer in enumerate(part))
         if k == "layers"
-        else fill_in(k, part, None if k in ("embed", "head") else how.ends)  # these two wait: one may serve as both
+        # The ends wait, because a tied one may serve as both.
+        else placed(k, part, make, None if k in ("embed", "head") else how.ends)
         for k, part in infos.items()
     }
     return {**params, **place_ends(params, how)} if "head" in params else params  # else it is looked up only
+
+
+def placed(path: str, node: Any, make: Callable[[str, ArrayInfo], Tensor], how: Packing | None) -> Any:
+    """A node of an abstract tree with its arrays made, stored as `how` says, or as they are."""
+    if isinstance(node, ArrayInfo):
+        return make(path, node)
+    if isinstance(node, Dense):
+        bias = None if node.bias is None else make(f"{path}.bias", node.bias)  # type: ignore[arg-type]
+        whole = Dense(make(f"{path}.weight", node.weight), bias)  # type: ignore[arg-type]
+        return whole if how is None else how.place(whole)
+    if isinstance(node, Experts):
+        bias = None if node.bias is None else make(f"{path}.bias", node.bias)  # type: ignore[arg-type]
+        weight = make(f"{path}.weight", node.weight)  # type: ignore[arg-type]
+        return experts.place(Experts(weight, bias), 0 if how is None else how.experts)
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +334,13 @@ class Stored:
     """safetensors.safe_open: memory-mapped"""
     name: str
     """Of the tensor in it."""
+
+    def tensor(self) -> Tensor:
+        """The tensor, read. Raises CheckpointError when it cannot be."""
+        try:
+            return self.handle.get_tensor(self.name)
+        except Exception as e:
+            raise CheckpointError(f"tensor {self.name} cannot be read: {e}", where=str(self.path)) from e
 
 
 @contextmanager
@@ -479,10 +488,9 @@ def _check(spec: ModelSpec, infos: dict[str, Any], files: dict[str, Stored], fol
 
 
 def _further(spec: ModelSpec, name: str) -> bool:
-    """Whether a tensor is of a layer beyond the config's last one, where a family has such."""
-    begin = FAMILIES[spec.family].further
-    number = name.removeprefix(begin).partition(".")[0]
-    return bool(begin) and name.startswith(begin) and number.isdecimal() and int(number) >= len(spec.layers)
+    """Whether a tensor is of a layer that predicts further tokens, where a family has such."""
+    further = FAMILIES[spec.family].further
+    return further is not None and further.has(name, len(spec.layers))
 
 
 def _bytes(file: Stored) -> int:

@@ -29,7 +29,7 @@ from fnengine.host.request import MAX_BIAS
 from fnengine.host.step import BLOCK, NEWEST, Admission, Ask, Scores, StepInput, StepOutput, Ticket
 from fnengine.kernels import KVLayout, Ops, memory
 from fnengine.kernels.layout import movable
-from fnengine.spec import Attention, ModelSpec, Recurrent
+from fnengine.spec import Attending, Mixer, ModelSpec, Recurrent
 from fnengine.state import (
     Carry,
     LayerState,
@@ -42,6 +42,7 @@ from fnengine.state import (
     common_columns,
     empty_rows,
     packed_parts,
+    pool_shapes,
     rare_columns,
 )
 from fnengine.step import Step
@@ -64,8 +65,8 @@ def make_state(
     """Empty state: `blocks` (N) blocks a layer laid out as `kv` says, `rows` (M) rows and the null row, with arguments
     for `own` processors and vectors for `steer` layers; in recurrent layers `kept` places beside those of the rows."""
 
-    def of_layer(mixer: Attention | Recurrent) -> LayerState:
-        if isinstance(mixer, Attention):
+    def of_layer(mixer: Mixer) -> LayerState:
+        if not isinstance(mixer, Recurrent):
             return make_pool([mixer], kv, blocks, dtype, device)[0]
         shapes = ((mixer.taps - 1, mixer.channels), mixer.memory)
         return Memory(*(_zeros((rows + 1 + kept, *shape), torch.float32, device) for shape in shapes))
@@ -84,12 +85,11 @@ def beside(state: State, companion: Companion, blocks: int, dtype: torch.dtype) 
 
 
 def make_pool(
-    mixers: Sequence[Attention], kv: KVLayout, blocks: int, dtype: torch.dtype, device: torch.device
+    mixers: Sequence[Attending], kv: KVLayout, blocks: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Pool, ...]:
     """Empty KV of each of these layers."""
     return tuple(
-        Pool(*(_zeros(shape, kv.element(dtype), device) for shape in kv.shapes(blocks, BLOCK, a.kv_heads, a.width)))
-        for a in mixers
+        Pool(*(_zeros(shape, kv.element(dtype), device) for shape in pool_shapes(kv, a, blocks))) for a in mixers
     )
 
 
@@ -322,7 +322,7 @@ class TorchDevice:
             self._admit(step.admit)
         self._grow(step.grow)
         if len(step.copy):
-            self.ops.copy_blocks([t for p in pool for t in (p.k, p.v)], self._stage(step.copy))
+            self.ops.copy_blocks([t for p in pool for t in (p.k, p.v) if t.numel()], self._stage(step.copy))
         choice = self.steps.choose(len(step.token), len(step.row), step.ask)
         out = self.steps.run(choice, self.params, self.state, self._packed(step, choice.bucket, choice.ask))
         done = None

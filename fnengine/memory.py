@@ -26,7 +26,7 @@ from fnengine.graphs.ladder import MIXED
 from fnengine.host.answers import most_logprobs
 from fnengine.host.runs import PICKS
 from fnengine.host.step import BLOCK
-from fnengine.kernels.layout import KVLayout, Tokens, block_bytes
+from fnengine.kernels.layout import KVLayout, Tokens
 from fnengine.kernels.memory import HUGE
 from fnengine.kernels.quantized import GROUP
 from fnengine.kernels.recording import RECORDED_TOKENS
@@ -36,7 +36,8 @@ from fnengine.params import memory_plan, products
 from fnengine.program import PROGRAMS
 from fnengine.sampling import AT_ONCE, rows_at_once
 from fnengine.settings import Mode, PoolSize, Settings, size_pool, wanted_len
-from fnengine.spec import Attention, Layer, Mlp, ModelSpec, MoE, Recurrent, angle_pairs, attentions
+from fnengine.spec import Latent, Layer, Mixer, Mlp, ModelSpec, MoE, Recurrent, angle_pairs, attentions
+from fnengine.state import pool_bytes
 from fnengine.step import SCORED_AT_ONCE
 
 MIB = 1 << 20
@@ -142,8 +143,7 @@ class Shapes:
     @property
     def per_block(self) -> int:
         """Bytes of a block of KV, all layers, and a companion's."""
-        own = sum(block_bytes(self.kv, BLOCK, a.kv_heads, a.width, self.dtype) for a in attentions(self.spec))
-        return own + (0 if self.extra is None else self.extra.per_block)
+        return pool_bytes(self.kv, self.spec, self.dtype) + (0 if self.extra is None else self.extra.per_block)
 
 
 @dataclass(frozen=True)
@@ -286,12 +286,12 @@ def on_card(
     def step(T: int) -> int:
         layer = 0
         for kind in spec.layers:
-            m = kind.mlp
-            half = max(half_width(m, D) - D, mixed_width(kind.mixer))
+            a, m = kind.mixer, kind.mlp
+            half = max(half_width(m, D), mixer_widths(a, D)[0]) - D
             live = (
                 item * (4 * D + half)
-                + angle_pairs(kind.mixer.rope) * 8
-                + recurrent_bytes(kind.mixer)
+                + angle_pairs(a.rope) * 8
+                + recurrent_bytes(a)
                 + (routed_bytes(m, D) if isinstance(m, MoE) else 0)
             )
             layer = max(layer, T * (live if compiled else live + 16 * activated(m)))  # float32, operator by operator
@@ -323,9 +323,9 @@ def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
     """
     a, m = kind.mixer, kind.mlp
     q = a.heads * a.width
-    kv = a.kv_heads * a.width if isinstance(a, Attention) else 0
-    widths = (D + mixed_width(a), 2 * D + fused_width(a), half_width(m, D))
+    kv = 0 if isinstance(a, Recurrent) else a.kv_heads * a.width
     deepest = max(D, q, m.width, m.shared if isinstance(m, MoE) else 0)
+    widths = (*mixer_widths(a, D), half_width(m, D))
     scratch = T * deepest * 4  # widened to float32
     if s.how.kind in QUANTIZED:
         size, group = 1 if s.how.kind.endswith("dynamic") else 2, GROUP[QUANTIZED[s.how.kind]]
@@ -341,28 +341,32 @@ def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
         live += T * routed_bytes(m, D)
     live += T * recurrent_bytes(a)
     if not s.compiled:  # SiLU in float32, and all scores of a row at once in the reference
-        scores = a.heads * s.max_len if isinstance(a, Attention) else 0
+        scores = 0 if isinstance(a, Recurrent) else a.heads * s.max_len
         live += T * (2 * activated(m) * 4 + 2 * scores * 4) + 2 * s.max_len * kv * 4
     return live + scratch + angles
 
 
-def fused_width(a: Attention | Recurrent) -> int:
-    """Elements of a token that a mixer projects it to."""
+def mixer_widths(a: Mixer, D: int) -> tuple[int, int]:
+    """Elements of a token alive at once in the first half of a layer: where the mixer runs, and before it.
+
+    Of latents: x; queries before and after they meet the matrices of their heads, once more in the order of heads; all
+    that is written, and queries as they come back; what attention gives, twice, and what heads make of it.
+    """
     q = a.heads * a.width
-    if isinstance(a, Attention):
-        return (1 + a.gated) * q + 2 * a.kv_heads * a.width
-    return a.channels + q + 2 * a.heads
+    if isinstance(a, Latent):
+        own = a.heads * (a.still + a.turning)
+        return D + 3 * q + a.heads * a.values, 2 * D + max(a.query_rank, 2 * own) + 2 * q + 2 * a.width
+    if isinstance(a, Recurrent):
+        fused = a.channels + q + 2 * a.heads
+        return D + fused, 2 * D + fused
+    fused = (1 + a.gated) * q + 2 * a.kv_heads * a.width
+    return D + fused + 2 * q, 2 * D + fused
 
 
-def mixed_width(a: Attention | Recurrent) -> int:
-    """Most elements of a token alive at once in a mixer, beside what it reads."""
-    return fused_width(a) + (2 * a.heads * a.width if isinstance(a, Attention) else 0)
-
-
-def recurrent_bytes(a: Attention | Recurrent) -> int:
+def recurrent_bytes(a: Mixer) -> int:
     """Bytes of a token that a mixer with a state takes in float32: what passes the convolution, before, after and as
     what the recurrence reads, and what that gives, its square and its gate."""
-    return 0 if isinstance(a, Attention) else 4 * (4 * a.channels + 4 * a.heads * a.width)
+    return 4 * (4 * a.channels + 4 * a.heads * a.width) if isinstance(a, Recurrent) else 0
 
 
 def half_width(m: Mlp | MoE, D: int) -> int:
@@ -382,7 +386,9 @@ def activated(m: Mlp | MoE) -> int:
 def widest(kind: Layer, D: int) -> int:
     """Elements of a token in the largest buffer of a layer."""
     rows = kind.mlp.chosen if isinstance(kind.mlp, MoE) else 1
-    return max(2 * activated(kind.mlp), fused_width(kind.mixer), rows * D)
+    a = kind.mixer
+    fused = mixer_widths(a, D)[1] - 2 * D if not isinstance(a, Latent) else (a.heads + 2) * a.width
+    return max(2 * activated(kind.mlp), fused, rows * D)
 
 
 def routed_bytes(m: MoE, D: int) -> int:
@@ -391,17 +397,18 @@ def routed_bytes(m: MoE, D: int) -> int:
     return 2 * D * 4 + 4 * m.experts * 4 + m.chosen * 24
 
 
-def attention_bytes(a: Attention, T: int, R: int, threads: int) -> int:
+def attention_bytes(a: Mixer, T: int, R: int, threads: int) -> int:
     """Scratch memory of native attention, for T tokens in R rows. Sums of a (query, head) pair are a running softmax of
     two cache lines and C floats; they exist twice, for the parts of KV that were merged and for the one that goes on.
 
     A thread goes over a tile of 64 tokens with 96 pairs, or with all heads of four queries, each with its query, scores
     and weights; its 11 buffers begin on lines of their own. Rows that share a prefix keep their sums, of four queries
-    each at most, until they go on alone.
+    each at most, until they go on alone. Latents of a tile are laid out once more, as values.
     """
     C = -(-a.width // 16) * 16
     sums = 2 * (128 + C * 4)
     each = max(96, 4 * a.heads) * (C * 4 + 2 * 64 * 4 + 12 + sums) + C * 4 + 11 * 128
+    each += 64 * C * 4 * isinstance(a, Latent)
     return threads * (each + PARTIALS) + min(T, 4 * R) * a.heads * sums
 
 

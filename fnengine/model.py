@@ -21,7 +21,7 @@ from fnengine.graphs import compile
 from fnengine.host.tokenizer import Tokenizer
 from fnengine.layers import Angles, layer, normed, rope_angles
 from fnengine.leaves import Packing, lookup, matmul
-from fnengine.spec import Layer, ModelSpec, Rope
+from fnengine.spec import Layer, ModelSpec, Turning
 from fnengine.state import LayerState, Where
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 RunLayer = Callable[[Layer, Any, LayerState, Where, Angles, "Ops", Tensor], Tensor]
 """`layers.layer`, or anything that computes the same: a compiled form of it."""
 RunLayers = Callable[
-    [Sequence[Layer], Sequence[Any], Sequence[LayerState], Where, dict[Rope | None, Angles], "Ops", Tensor], Tensor
+    [Sequence[Layer], Sequence[Any], Sequence[LayerState], Where, dict[Turning, Angles], "Ops", Tensor], Tensor
 ]
 """(layers in a row, their params, their pools, where, angles, ops, x_TD) -> x_TD after them: `one_by_one`, or a
 recorded form of it, whose x_TD the next call overwrites."""
@@ -163,7 +163,7 @@ def body(
         after: number of a layer -> a function of x_TD after it, whose result, a new tensor, the next layer reads.
             Layers between two of them are one call of `run_layers`.
     """
-    angles: dict[Rope | None, Angles] = {}
+    angles: dict[Turning, Angles] = {}
     for kind in spec.layers:
         if kind.mixer.rope not in angles:
             angles[kind.mixer.rope] = rope_angles(kind.mixer.rope, where.position)
@@ -185,7 +185,7 @@ def one_by_one(run_layer: RunLayer = layer) -> RunLayers:
         params: Sequence[Any],
         pool: Sequence[LayerState],
         where: Where,
-        angles: dict[Rope | None, Angles],
+        angles: dict[Turning, Angles],
         ops: Ops,
         x_TD: Tensor,
     ) -> Tensor:

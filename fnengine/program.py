@@ -21,7 +21,6 @@ from fnengine import activations, experts, kernels, keys, layers, leaves, recurr
 from fnengine.experts import Experts
 from fnengine.graphs import compile, replay
 from fnengine.graphs.compile import Artifact, Traces, Wanted, make, wanted
-from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops
 from fnengine.kernels.recording import (
     RECORDED_TOKENS,
@@ -34,8 +33,8 @@ from fnengine.kernels.recording import (
 )
 from fnengine.layers import Angles
 from fnengine.model import RunLayers, one_by_one
-from fnengine.spec import Attention, Layer, ModelSpec, Rope, angle_pairs
-from fnengine.state import LayerState, Memory, Pool, Where
+from fnengine.spec import Layer, ModelSpec, Recurrent, Turning, angle_pairs
+from fnengine.state import LayerState, Memory, Pool, Where, pool_shapes
 
 log = logging.getLogger("fnengine")
 
@@ -102,7 +101,7 @@ class Recorded:
         params: Sequence[Any],
         pool: Sequence[LayerState],
         where: Where,
-        angles: dict[Rope | None, Angles],
+        angles: dict[Turning, Angles],
         ops: Ops,
         x_TD: Tensor,
     ) -> Tensor:
@@ -185,10 +184,10 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
         return torch.empty(shape, dtype=dt, device="meta")
 
     angles = [floats(_T, angle_pairs(a.rope), dt=torch.float32) for _ in range(2)]
-    if isinstance(a, Attention):
-        shapes, element = ops.kv.shapes(_N, BLOCK, a.kv_heads, a.width), ops.kv.element(dtype)
-    else:
+    if isinstance(a, Recurrent):
         shapes, element = ((_N, a.taps - 1, a.channels), (_N, *a.memory)), torch.float32
+    else:
+        shapes, element = pool_shapes(ops.kv, a, _N), ops.kv.element(dtype)
     kept = [floats(*shape, dt=element) for shape in shapes]
     fixed = [floats(_T, width), *angles, ints(_T), ints(_R), ints(_R + 1), ints(_R), ints(_M, _P), *kept]
     dynamic: list[tuple[int, ...]] = [(0,), (0,), (0,), (0,), (0,), (0,), (0,), (0, 1), (0,), (0,)]
@@ -210,7 +209,7 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
         rest = iter(flat)
         params = tree.map_with_path(lambda _path, _leaf: next(rest), p)
         where = Where(row=row, start=start, row_T=row, position=slot, slot=slot, length=length, table=table)
-        state = Pool(k, v) if isinstance(a, Attention) else Memory(k, v)
+        state = Memory(k, v) if isinstance(a, Recurrent) else Pool(k, v)
         return layers.layer(kind, params, state, where, (cos, sin), ops, x)
 
     return wanted(

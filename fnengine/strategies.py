@@ -186,6 +186,8 @@ class Answers:
     """All choices of an answer, given by one strategy."""
 
     each: tuple[Answer, ...]
+    cached: int | None = None
+    """As `Audience` has it: for all choices at once."""
 
     def emitted(self, part: Emitted) -> bool:
         """Takes tokens of one choice; true when stop strings have ended all of them."""
@@ -197,6 +199,7 @@ class Answers:
         """Ends each choice for its own reason; one that nothing was said of for that of the first."""
         own = (outcome, *outcome.more)
         for i, choice in enumerate(self.each):
+            choice.cached = self.cached
             choice.ended(own[i] if i < len(own) else replace(outcome, more=()))
 
 
@@ -326,7 +329,7 @@ class Strategies:
         ]
         audiences: Iterable[Audience] = answers
         if strategy.choices is not None:
-            audiences, args = (Answers(tuple(answers)),), {**args, strategy.choices: request.n}
+            audiences, args = [Answers(tuple(answers))], {**args, strategy.choices: request.n}
         ways: list[Live] = []
         try:
             for i, audience in enumerate(audiences):

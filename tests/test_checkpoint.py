@@ -56,6 +56,8 @@ def config(name: str) -> dict:
         ("OLMo-2-0425-1B", 1_484_916_736),
         ("Phi-3-mini-4k-instruct", 3_821_079_552),
         ("Phi-3.5-MoE-instruct", 41_873_153_344),
+        ("DeepSeek-V2-Lite", 15_706_484_224),
+        ("DeepSeek-V3", 671_026_419_200),
         ("SmolLM3-3B", 3_075_098_624),
         ("falcon-7b", 6_921_720_704),
         ("gemma-2-2b", 2_614_341_888),
@@ -107,7 +109,7 @@ def test_the_benchmark_shape_is_the_published_one():
     ("name", "change", "says"),
     [
         ("Qwen3-0.6B", {"architectures": ["Qwen3NextForCausalLM"]}, ["Qwen3NextForCausalLM", "nearest is Qwen3"]),
-        ("Qwen3-0.6B", {"architectures": ["BertModel"]}, ["BertModel", "LlamaForCausalLM, MinistralForCausalLM"]),
+        ("Qwen3-0.6B", {"architectures": ["BertModel"]}, ["BertModel", "LlamaForCausalLM"]),
         ("Qwen3-0.6B", {"architectures": None, "model_type": "bert"}, ["bert", "LlamaForCausalLM"]),
         ("Qwen3-0.6B", {"architectures": None, "model_type": None}, ["architectures", "model_type"]),
         ("Qwen3-0.6B", {"logit_scale": 0.5}, ["logit_scale", "0.5", "change the maths"]),
@@ -186,6 +188,8 @@ def test_weights_are_those_of_transformers(name: str):
     assert arrays.keys() == infos.keys()
     for path, array in arrays.items():
         info = infos[path]
+        if info.order is not None or (info.fused is not None and info.fused.rows is not None):
+            continue  # tests/test_latent.py takes those apart
         if info.parts:
             want = torch.cat([stored[n] for n, _ in info.parts])
         else:  # GPT-OSS has all experts in one tensor, weights with columns first

@@ -24,12 +24,11 @@ from fnengine.device import make_pool
 from fnengine.errors import ConfigError
 from fnengine.graphs.compile import Traces
 from fnengine.host.step import BLOCK
-from fnengine.kernels.layout import block_bytes
 from fnengine.layers import rope_angles
 from fnengine.memory import Extra
 from fnengine.processors import PROCESSORS, Own, in_turn
-from fnengine.spec import Attention
-from fnengine.state import Batch, Carry, Out, Pool, Rows, State, Where, locate
+from fnengine.spec import Recurrent
+from fnengine.state import Batch, Carry, Out, Pool, Rows, State, Where, block_bytes, locate
 from fnengine.step import Step
 from fnengine.transforms.companion import Companion
 
@@ -42,14 +41,14 @@ def ready(head: Head, ground: Ground) -> Ready:
     target = ground.target
     if head.target is not target:
         raise ConfigError("a head of another model", where=head.name, remedy="load it for the model that is served")
-    assert isinstance(head.kind.mixer, Attention)
+    assert not isinstance(head.kind.mixer, Recurrent)
     a, D, item = head.kind.mixer, target.spec.width, target.dtype.itemsize
     budget, qkv = ground.mode.budget, (a.heads + 2 * a.kv_heads) * a.width
     inside = budget * len(head.taps) * D * item
     extra = Extra(
         head.name,
         weights=head.bytes,
-        per_block=block_bytes(head.ops.kv, BLOCK, a.kv_heads, a.width, target.dtype),
+        per_block=block_bytes(head.ops.kv, a, target.dtype),
         rows=2 * (ground.mode.rows + 1) * D * item,
         workspace=2 * inside + budget * (6 * D + 2 * qkv) * item,
         beside=inside,
@@ -84,7 +83,7 @@ def companion(head: Head, own: tuple[Own, ...] = ()) -> Companion:
             hidden_TD = head.wiring.hidden([seen[name] for name in head.taps])
             token_T = _at(rows, where.row_T, where.position + 1)
             angles = rope_angles(head.kind.mixer.rope, where.position)
-            head.enter(token_T, hidden_TD, angles, kv_of(state), where.slot)
+            head.enter(token_T, hidden_TD, angles, kv_of(state), where)
             # Of the tokens that a row chooses after, the last that was drafted right.
             newest_R = (batch.start[1:] - batch.emit + out.count - 1).clamp(min=0).long()
             carry.seen[batch.row.long()] = hidden_TD[newest_R]
@@ -101,8 +100,7 @@ def companion(head: Head, own: tuple[Own, ...] = ()) -> Companion:
             token_T = _at(rows, where.row_T, where.position + 1)
             hidden_TD = hidden_of(carry)[where.row_T]
             angles, pool = rope_angles(head.kind.mixer.rope, where.position), kv_of(state)
-            q_THC, residual_TD = head.enter(token_T, hidden_TD, angles, pool, where.slot)
-            x_TD = head.attend(q_THC, residual_TD, pool, (where.table, where.row, where.start, where.length))
+            x_TD = head.attend(*head.enter(token_T, hidden_TD, angles, pool, where), pool, where)
             hidden_RD, logits_RV = head.wiring.leave(x_TD[(batch.start[1:] - 1).clamp(min=0).long()])
             carry.ahead[row_R] = hidden_RD
             position_R = length_R + 1
@@ -115,7 +113,7 @@ def companion(head: Head, own: tuple[Own, ...] = ()) -> Companion:
         return drafted
 
     def pool(blocks: int) -> Any:
-        assert isinstance(head.kind.mixer, Attention)
+        assert not isinstance(head.kind.mixer, Recurrent)
         return make_pool([head.kind.mixer], head.ops.kv, blocks, target.dtype, target.device)
 
     first, later = draft(lambda carry: carry.seen), draft(lambda carry: carry.ahead)

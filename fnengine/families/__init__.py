@@ -12,6 +12,7 @@ from fnengine.families import (
     bamba,
     bert,
     cohere,
+    deepseek,
     falcon,
     gemma,
     gemma3,
@@ -22,6 +23,8 @@ from fnengine.families import (
     gpt_oss,
     granite,
     llama,
+    llama4,
+    mimo,
     mistral,
     mixtral,
     modernbert,
@@ -53,7 +56,7 @@ _EVERY = (
     *(qwen3_next.FAMILY, qwen3_5.FAMILY, qwen3_5.MOE, qwen3_5.WHOLE, qwen3_5.WHOLE_MOE, bamba.FAMILY),
     *(mixtral.FAMILY, qwen2_moe.FAMILY, qwen3_moe.FAMILY, olmoe.FAMILY, glm4_moe.FAMILY, gpt_oss.FAMILY),
     *(bert.FAMILY, bert.ROBERTA, bert.XLM_ROBERTA, modernbert.FAMILY),
-    phimoe.FAMILY,
+    *(phimoe.FAMILY, deepseek.V2, deepseek.V3, mimo.FAMILY, llama4.FAMILY),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _EVERY}
 
