@@ -147,6 +147,10 @@ async def events(
     """The events of one stream, an error among them."""
     try:
         async for batch in flight.batches():
+            if len(batch) == 1 and batch[0][1].finish is None and thin.interval <= 1:  # nearly always
+                if text := answer.chunks(*batch[0]):
+                    yield text
+                continue
             faults = [at for at, (_, d) in enumerate(batch) if d.finish in ("error", "abort")]
             told = batch[: faults[0]] if faults else batch  # what came before a fault is told before it
             text = "".join([answer.chunks(prompt, delta) for prompt, delta in thin(told)])
