@@ -247,6 +247,8 @@ def problem(e: FnError) -> Response:
     headers: dict[str, str] = {}
     if isinstance(e, QueueFull):
         headers["retry-after"] = str(max(1, math.ceil(e.retry_after)))
+    if isinstance(e, Unavailable) and not isinstance(e, Aborted):
+        headers["retry-after"] = "1"
     if isinstance(e, Aborted | NotImplementedHere | StrategyFault | TooLate):
         headers["x-should-retry"] = "false"
     code: int | str = e.code
