@@ -12,6 +12,7 @@
     drafts    the bundled model, one sequence: n-gram, suffix and prediction on text that repeats, and each with
               adaptation on text that does not, against plain decoding; with the confidence that the ratio is over 0.97
     steps     the same by requests of an engine, which verifies drafts inside of its steps
+    companion the bundled draft model and head beside the bundled model: 1, 8 and 32 sequences, acceptance, too
 
 Sides take turns within every repeat (A B A B), the order reversed from one to the next; figures are medians, ratios
 are by repeat: the other side's seconds over this side's, so more than 1 is faster. Tokens of both sides are compared
@@ -34,13 +35,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import machine, report, shape
+from benchmarks import companion, machine, report, shape
 from benchmarks.comparison import SHAPE
 from benchmarks.workloads import Prompts
 
-PARTS = ("loop", "strategy", "fork", "beam", "drafts", "steps")
-ONE = {"drafts", "steps"}
-"""Parts about the bundled model at one sequence."""
+PARTS = ("loop", "strategy", "fork", "beam", "drafts", "steps", "companion")
+ONE = {"drafts", "steps", "companion"}
+"""Parts about the bundled model."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 LEAST = 0.97
 """What adaptation promises never to fall below, as a share of plain decoding's speed."""
@@ -360,7 +361,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default=",".join(PARTS), help=f"of {', '.join(PARTS)}, separated by commas")
     parser.add_argument(
-        "--model", action="append", default=[], help=f"of parts but drafts and steps (default: demo and {SHAPE})"
+        "--model",
+        action="append",
+        default=[],
+        help=f"of parts but drafts, steps and companion (default: demo and {SHAPE})",
     )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5, help="drafts take at least 20, unless sizes are divided")
@@ -462,6 +466,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"{r['case']}, {side}: {sure['above']} of {sure['n']} repeats over {LEAST} of plain, "
                     f"p = {sure['p']:.2g}; median over {sure['lower']:.3f} with 95 %"
                 )
+    if "companion" in args.part:
+        rows = companion.ROWS if args.divide == 1 else (1, 4)
+        found, equal = companion.run(sizes.new, args.repeats, clock, eager, measured, rows)
+        note("companion", "demo", found, equal)
+        for r in found:
+            for side, share in r["accepted"].items():
+                if share is not None:
+                    each = r["tokens_a_drafted_step"][side]
+                    print(f"{r['case']}, {side}: {100 * share:.1f} % accepted, {each:.2f} tokens a drafted step")
     facts, share = machine.facts(args.threads), others.share()
     print(f"{facts['cpu']}, {facts['date']}, commit {facts['commit']}, {args.clock} time, others {100 * share:.0f} %")
     if share > report.BUSY:

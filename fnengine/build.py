@@ -13,6 +13,7 @@ import torch
 
 from fnengine import __version__, captures, environment, kernels
 from fnengine import memory as accounting
+from fnengine.companions import Beside, Ground
 from fnengine.device import TorchDevice
 from fnengine.errors import ConfigError
 from fnengine.graphs.compile import CannotCompile, Traces, folder, kept, missing_compiler
@@ -30,7 +31,7 @@ from fnengine.params import memory_plan
 from fnengine.processors import Own, check_own
 from fnengine.program import Recorded, compiled_layers, wanted_layers
 from fnengine.settings import Mode, PoolSize, Settings, check_kv, size_pool, wanted_len
-from fnengine.spec import ModelSpec, for_length, steerable
+from fnengine.spec import ModelSpec, attentions, for_length, steerable
 from fnengine.step import make_step
 
 log = logging.getLogger("fnengine")
@@ -53,17 +54,29 @@ class Built:
     """The system's ids of the threads of a step on CPU, as OpenMP says; empty where it cannot be asked."""
     pinned: tuple[tuple[int, int], ...] = ()
     """(thread, processor) of those that are pinned"""
+    drafts: str = ""
+    """What drafts on the same rows and blocks, for people; empty where nothing does."""
+    drafts_to: int = 0
+    """Longest sequence that it knows."""
 
 
-def build(model: Model, settings: Settings, lazy: bool = True, processors: Mapping[str, Own] | None = None) -> Built:
+def build(
+    model: Model,
+    settings: Settings,
+    lazy: bool = True,
+    processors: Mapping[str, Own] | None = None,
+    companion: Beside | None = None,
+) -> Built:
     """Sizes the pool, chooses kernels, compiles the layers, allocates the state and captures the steps.
 
     Args:
         lazy: whether steps are captured when they are met, where `settings.graph_capture` does not say.
         processors: name -> logits processor that requests may ask for.
+        companion: a draft model that computes whatever the model does, and drafts for many sequences at once.
 
     Raises:
-        ConfigError: a setting is impossible, the pool too small for `max_model_len`, or a processor unfit for a step.
+        ConfigError: the companion does not fit the model, a setting is impossible, the pool too small for
+            `max_model_len`, or a processor unfit for a step.
     """
     steer = check_steer(settings.steer, model.spec)
     own = dict(processors or {})
@@ -78,12 +91,23 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
     if compiling and why_not is None and not kept(folder()):
         start_compiler()  # while the native kernels are built
     ops = choose_ops(spec, device, model.dtype, settings.kv_cache_dtype, settings.attention_backend)
-    per_block = sum(block_bytes(ops.kv, BLOCK, x.mixer.kv_heads, x.mixer.width, model.dtype) for x in spec.layers)
+    captured = captures.plan(settings, mode, ops, device, lazy)
+    ready = None
+    if companion is not None:
+
+        def ops_for(spec: ModelSpec, dtype: torch.dtype) -> Ops:
+            return choose_ops(spec, device, dtype, settings.kv_cache_dtype, settings.attention_backend)
+
+        layers = compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu")
+        capturing = captured.capturing is not None
+        ready = companion.ready(Ground(model, settings, mode, tuple(own.values()), layers, capturing, ops_for))
+    extra = None if ready is None else ready.extra
+    per_block = sum(block_bytes(ops.kv, BLOCK, a.kv_heads, a.width, model.dtype) for a in attentions(spec))
+    per_block += 0 if extra is None else extra.per_block
     slots = int(settings.swap_space * 2**30) // per_block
     kinds = []
     if compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu"):
         kinds = wanted_layers(spec, model.params, ops, model.dtype, device)
-    captured = captures.plan(settings, mode, ops, device, lazy)
     account = None
     if device.type == "cpu":
         weights = memory_plan(spec, model.dtype, model.how).weights
@@ -99,11 +123,13 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
             answer_bytes=settings.answer_bytes,
             threads=torch.get_num_threads(),
             compiled=bool(kinds),
-            compiling=any(kind.wanted.kept(folder()) is None for kind in kinds),
+            compiling=any(kind.wanted.kept(folder()) is None for kind in kinds)
+            or (ready is not None and ready.compiles),
             base=model.before or max(accounting.base_now() - weights, 0),
             kv=ops.kv,
             own=len(own),
             steer=len(steer),
+            extra=extra,
         )
         pool, account = accounting.size(shapes, settings, *memory(device), now=accounting.base_now())
     else:
@@ -126,6 +152,7 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
             compiled=bool(kinds),
             steer=len(steer),
         )
+        beside += 0 if extra is None else extra.on_card
         pool = size_pool(
             settings=settings,
             model_len=spec.max_len,
@@ -159,10 +186,15 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
         log.warning("steps run %s", execution)
     if captured.capturing is not None and isinstance(run_layers, Recorded):
         run_layers = run_layers.run  # a step is recorded once
+    step, params = make_step(for_length(spec, pool.max_len), ops, run_layers, tuple(own.values()), steer), model.params
+    second, drafts = None, ""
+    if ready is not None and companion is not None:
+        second, how = ready.made(pool.max_len, traces)
+        step, params, drafts = second.follow(step), (params, second.params), f"{companion.name}, {how}"
     runner = TorchDevice(
         spec,
-        model.params,
-        make_step(for_length(spec, pool.max_len), ops, run_layers, tuple(own.values()), steer),
+        params,
+        step,
         ops,
         blocks=pool.blocks,
         rows=mode.rows,
@@ -173,6 +205,7 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
         processors=tuple(own),
         steer=steer,
         capturing=captured.capturing,
+        companion=second,
     )
     runner.capture()
     return Built(
@@ -186,6 +219,8 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
         account=account,
         threads=tuple(threads),
         pinned=tuple(pinned.items()),
+        drafts=drafts,
+        drafts_to=0 if ready is None else ready.positions,
     )
 
 
@@ -248,8 +283,7 @@ def choose_ops(
         raise ConfigError(
             f"no attention is called {attention!r}", where=where, remedy=f"auto, {' or '.join(kernels.ATTENTION)}"
         )
-    mixers = {layer.mixer for layer in spec.layers}
-    heads = [Heads(m.width, m.window or 0, m.soft_cap, m.sinks) for m in mixers]
+    heads = [Heads(m.width, m.window or 0, m.soft_cap, m.sinks) for m in set(attentions(spec))]
     name = None if attention == "auto" else attention
     try:
         return choose(device, dtype, kv=kv, attention=name, heads=heads)

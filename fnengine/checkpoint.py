@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnengine import experts, packed, products, tree
+from fnengine import experts, modules, packed, products, tree
 from fnengine.errors import CheckpointError, ConfigError, SpecError
 from fnengine.experts import Experts
-from fnengine.families import FAMILIES, spec_from_config
+from fnengine.families import FAMILIES, spec_from_config, whole
+from fnengine.families.names import Family
 from fnengine.leaves import Dense, Packing, Tiles, packing, place_ends, tiles
 from fnengine.params import ArrayInfo, abstract, arrays, dummy_array, noise, permutation, stored_shape
-from fnengine.spec import ModelSpec
+from fnengine.spec import ModelSpec, Whole
 
 Progress = Callable[[int, int], None]
 """(bytes done, bytes in all)"""
@@ -58,7 +59,7 @@ def read_spec(folder: Path) -> ModelSpec:
         raise CheckpointError("no such directory", where=str(folder), remedy="give a model's folder or a hub name")
     if not (folder / "config.json").exists():
         raise CheckpointError("holds no config.json", where=str(folder), remedy="is this a model's folder?")
-    spec = spec_from_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    spec = beside(folder, spec_from_config(read_json(folder / "config.json"), str(folder / "config.json")))
     more = generation_config(folder).get("eos_token_id")
     if more is None:
         return spec
@@ -70,6 +71,35 @@ def read_spec(folder: Path) -> ModelSpec:
             param="eos_token_id",
         )
     return dataclasses.replace(spec, eos=tuple(dict.fromkeys((*spec.eos, *more))))
+
+
+def beside(folder: Path, spec: ModelSpec) -> ModelSpec:
+    """The spec with what sentence-transformers keeps beside a model, of one that is saved so.
+
+    Raises:
+        CheckpointError, SpecError: see `modules.bridges` and `whole.of`.
+    """
+    if not (folder / "modules.json").is_file():
+        return spec
+    bridges = modules.bridges(folder)
+    if spec.whole is None and (bridges or _headless(folder, spec)):
+        spec = whole.of(spec, Whole(), str(folder / "modules.json"))
+    if spec.whole is None:
+        return spec
+    if bridges and bridges[0].reads != spec.width:
+        raise CheckpointError(
+            f"reads {bridges[0].reads} numbers, and the model gives {spec.width}", where=str(folder / bridges[0].folder)
+        )
+    return modules.longest(folder, dataclasses.replace(spec, whole=dataclasses.replace(spec.whole, bridges=bridges)))
+
+
+def _headless(folder: Path, spec: ModelSpec) -> bool:
+    """Whether a model with a head of its own was saved without it."""
+    family = FAMILIES[spec.family]
+    if spec.tied or not any(folder.glob("*.safetensors")):
+        return False
+    with open_tensors(folder) as files:
+        return f"{family.names['head']}.weight" not in files and not any(n.startswith(prefix(family)) for n in files)
 
 
 def generation_config(folder: Path) -> dict[str, Any]:
@@ -158,7 +188,8 @@ def packed_key(
     plain = {*packed.KINDS, "dense"}
     if device.type != "cpu" or set(how.kinds) == {"dense"} or not plain.issuperset(how.kinds):
         return None
-    return packed.key(list(_files(Path(folder))), spec, dtype, how)
+    files = [file for at in ("", *_folders(spec)) for file in _files(Path(folder) / at)]
+    return packed.key(files, spec, dtype, how)
 
 
 def keep(
@@ -200,8 +231,8 @@ def load(
         CheckpointError: weights are missing, truncated, of another shape, in a dtype that is no float, or unused;
             the message names file and tensor.
     """
-    with open_tensors(Path(folder)) as files:
-        files = with_prefix(files, FAMILIES[spec.family].prefix)
+    with open_tensors(Path(folder), _folders(spec)) as files:
+        files = with_prefix(files, prefix(FAMILIES[spec.family]))
         infos = tree.map_with_path(lambda _, info: stored_as(info, files), abstract(spec), stop=ArrayInfo)
         _check(spec, infos, files, Path(folder))
         total = sum(_bytes(files[name]) for _, info in arrays(infos) for name, _ in info.parts)
@@ -270,25 +301,26 @@ def outline(spec: ModelSpec, dtype: torch.dtype, how: Packing) -> dict[str, Any]
 def build(infos: dict[str, Any], make: Callable[[str, ArrayInfo], Tensor], how: Packing) -> dict[str, Any]:
     """The tree with `make(path, info)` for every array, each multiplied leaf placed as soon as it is whole."""
 
-    def fill_in(path: str, node: Any, place: bool = True) -> Any:  # the ends wait, because a tied one may serve as both
+    def fill_in(path: str, node: Any, how: Packing | None) -> Any:  # None: as it is
         if isinstance(node, ArrayInfo):
             return make(path, node)
         if isinstance(node, Dense):
             bias = None if node.bias is None else make(f"{path}.bias", node.bias)  # type: ignore[arg-type]
-            whole = Dense(make(f"{path}.weight", node.weight), bias)  # type: ignore[arg-type]
-            return how.place(whole) if place else whole
+            leaf = Dense(make(f"{path}.weight", node.weight), bias)  # type: ignore[arg-type]
+            return leaf if how is None else how.place(leaf)
         if isinstance(node, Experts):
             bias = None if node.bias is None else make(f"{path}.bias", node.bias)  # type: ignore[arg-type]
-            return experts.place(Experts(make(f"{path}.weight", node.weight), bias), how.experts)  # type: ignore
+            atom = 0 if how is None else how.experts
+            return experts.place(Experts(make(f"{path}.weight", node.weight), bias), atom)  # type: ignore
         return None
 
     params = {
-        k: tuple({k: fill_in(f"layers.{i}.{k}", v) for k, v in layer.items()} for i, layer in enumerate(part))
+        k: tuple({k: fill_in(f"layers.{i}.{k}", v, how) for k, v in layer.items()} for i, layer in enumerate(part))
         if k == "layers"
-        else fill_in(k, part, place=False)
+        else fill_in(k, part, None if k in ("embed", "head") else how.ends)  # these two wait: one may serve as both
         for k, part in infos.items()
     }
-    return {**params, **place_ends(params, how)}
+    return {**params, **place_ends(params, how)} if "head" in params else params  # else it is looked up only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,14 +335,15 @@ class Stored:
 
 
 @contextmanager
-def open_tensors(folder: Path) -> Iterator[dict[str, Stored]]:
-    """Tensor name -> open file, over all safetensors of a folder, shut at the end."""
+def open_tensors(folder: Path, beside: tuple[str, ...] = ()) -> Iterator[dict[str, Stored]]:
+    """Tensor name -> open file, over all safetensors of a folder, shut at the end; `folder/name` for those of folders
+    beside them."""
     from safetensors import SafetensorError, safe_open
 
     with ExitStack() as stack:
         found: dict[str, Stored] = {}
-        wanted = _files(folder)
-        for path, names in wanted.items():
+        wanted = [(f"{at}/" if at else "", *item) for at in ("", *beside) for item in _files(folder / at).items()]
+        for at, path, names in wanted:
             try:
                 handle = stack.enter_context(safe_open(str(path), framework="pt"))
             except (SafetensorError, OSError, ValueError) as e:
@@ -329,17 +362,35 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Stored]]:
                         where=str(path),
                         remedy="fetch it again",
                     )
-                if name in found:
-                    raise CheckpointError(f"tensor {name} is in {found[name].path.name} too", where=str(path))
-                found[name] = Stored(path, handle, name)
+                if at + name in found:
+                    raise CheckpointError(f"tensor {name} is in {found[at + name].path.name} too", where=str(path))
+                found[at + name] = Stored(path, handle, name)
         yield found
 
 
 def with_prefix(files: dict[str, Stored], prefix: str) -> dict[str, Stored]:
     """The files under full names, where a checkpoint was saved without its head and leaves the prefix out (GPT-2)."""
+    files = {spelt(name): file for name, file in files.items()}
     if not prefix or any(name.startswith(prefix) for name in files):
         return files
-    return {prefix + name: file for name, file in files.items()}
+    return {name if "/" in name else prefix + name: file for name, file in files.items()}
+
+
+def prefix(family: Family) -> str:
+    """What every name but the heads' begins with, and what a model that was saved without them leaves out."""
+    embed = family.names["embed"]
+    assert isinstance(embed, str)
+    return family.prefix or embed.partition(".")[0] + "."
+
+
+def _folders(spec: ModelSpec) -> tuple[str, ...]:
+    """Folders beside the model's own files that hold weights, too."""
+    return () if spec.whole is None else tuple(bridge.folder for bridge in spec.whole.bridges)
+
+
+def spelt(name: str) -> str:
+    """A tensor's name as it is spelt today: the oldest checkpoints of BERT call a norm's two gamma and beta."""
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def _files(folder: Path) -> dict[Path, list[str] | None]:
@@ -409,7 +460,15 @@ def _check(spec: ModelSpec, infos: dict[str, Any], files: dict[str, Stored], fol
                 remedy="use the unquantized checkpoint",
             )
     ignored = FAMILIES[spec.family].ignored + (("lm_head.weight",) if spec.tied else ())
-    unused = [name for name in files if name not in wanted and not name.endswith(ignored) and not _further(spec, name)]
+    apart = FAMILIES[spec.family].apart
+    unused = [
+        name
+        for name in files
+        if name not in wanted
+        and not name.endswith(ignored)
+        and not (apart and name.startswith(apart))
+        and not _further(spec, name)
+    ]
     if unused:
         raise CheckpointError(
             f"tensor {unused[0]} belongs to nothing in a {spec.architecture} of this config"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,14 +23,29 @@ from fnengine import processors, tree
 from fnengine.graphs.bucket import Bucket, fit
 from fnengine.graphs.dispatch import Capturing, Choice, Graphs
 from fnengine.graphs.report import Usage
+from fnengine.host.ahead import Ahead
 from fnengine.host.ask import is_rare
 from fnengine.host.request import MAX_BIAS
-from fnengine.host.step import BLOCK, Admission, Ask, Scores, StepInput, StepOutput, Ticket
+from fnengine.host.step import BLOCK, NEWEST, Admission, Ask, Scores, StepInput, StepOutput, Ticket
 from fnengine.kernels import KVLayout, Ops, memory
 from fnengine.kernels.layout import movable
-from fnengine.spec import ModelSpec
-from fnengine.state import Out, Packed, Pool, State, Top, common_columns, empty_rows, packed_parts, rare_columns
+from fnengine.spec import Attention, ModelSpec, Recurrent
+from fnengine.state import (
+    Carry,
+    LayerState,
+    Memory,
+    Out,
+    Packed,
+    Pool,
+    State,
+    Top,
+    common_columns,
+    empty_rows,
+    packed_parts,
+    rare_columns,
+)
 from fnengine.step import Step
+from fnengine.transforms.companion import Companion
 
 
 def make_state(
@@ -43,16 +59,38 @@ def make_state(
     device: torch.device,
     own: int = 0,
     steer: int = 0,
+    kept: int = 0,
 ) -> State:
     """Empty state: `blocks` (N) blocks a layer laid out as `kv` says, `rows` (M) rows and the null row, with arguments
-    for `own` processors and vectors for `steer` layers."""
-    pool = tuple(
-        Pool(*(_zeros(shape, kv.element(dtype), device) for shape in kv.shapes(blocks, BLOCK, a.kv_heads, a.width)))
-        for a in (layer.mixer for layer in spec.layers)
-    )
+    for `own` processors and vectors for `steer` layers; in recurrent layers `kept` places beside those of the rows."""
+
+    def of_layer(mixer: Attention | Recurrent) -> LayerState:
+        if isinstance(mixer, Attention):
+            return make_pool([mixer], kv, blocks, dtype, device)[0]
+        shapes = ((mixer.taps - 1, mixer.channels), mixer.memory)
+        return Memory(*(_zeros((rows + 1 + kept, *shape), torch.float32, device) for shape in shapes))
+
+    pool = tuple(of_layer(layer.mixer) for layer in spec.layers)
     columns = -(-max_len // BLOCK)
     sizes: dict[str, Any] = dict(columns=columns, tokens=max_len + 1, vocab=spec.vocab, own=own)
     return State(pool, empty_rows(rows + 1, **sizes, device=device, steer=(steer, spec.width)))
+
+
+def beside(state: State, companion: Companion, blocks: int, dtype: torch.dtype) -> State:
+    """The state with what a companion needs beside the model's."""
+    pool, length, n = (*state.pool, *companion.pool(blocks)), state.rows.length, companion.carry
+    kept = [torch.zeros(len(length), n, dtype=dtype, device=length.device) for _ in range(2 if n else 0)]
+    return dataclasses.replace(state, pool=pool, carry=Carry(*kept) if kept else None)
+
+
+def make_pool(
+    mixers: Sequence[Attention], kv: KVLayout, blocks: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Pool, ...]:
+    """Empty KV of each of these layers."""
+    return tuple(
+        Pool(*(_zeros(shape, kv.element(dtype), device) for shape in kv.shapes(blocks, BLOCK, a.kv_heads, a.width)))
+        for a in mixers
+    )
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -146,6 +184,7 @@ class TorchDevice:
         processors: names of the engine's own logits processors, in the order in which the step has them.
         steer: layers that rows may steer, in the order in which the step has them.
         capturing: what of the steps is captured, and how; None runs them as they are.
+        companion: what drafts beside the model, whose part of a step `step` does already, with both their params.
         depth: steps the host may have in flight beside the one it reads; by default 1 where steps are captured or run
             on a GPU.
     """
@@ -166,6 +205,7 @@ class TorchDevice:
         processors: Sequence[str] = (),
         steer: Sequence[str] = (),
         capturing: Capturing[Ask] | None = None,
+        companion: Companion | None = None,
         depth: int | None = None,
     ):
         self.spec, self.params, self.step, self.ops = spec, params, step, ops
@@ -183,6 +223,13 @@ class TorchDevice:
             own=len(processors),
             steer=len(steer),
         )
+        self.companion = companion
+        if companion is not None:
+            self.state = beside(self.state, companion, blocks, dtype)
+        self.pools = tuple(p for p in self.state.pool if isinstance(p, Pool))
+        """KV, of the layers that have any, a companion's behind them."""
+        self.memories = tuple(p for p in self.state.pool if isinstance(p, Memory))
+        """States of the recurrent layers."""
         self._rare: set[int] = set()
         """Rows that hold parameters of rare processors."""
         self._steered: set[int] = set()
@@ -190,26 +237,43 @@ class TorchDevice:
         self._pinned = device.type == "cuda"
         self._host = tuple(
             Pool(*(torch.zeros(host_slots, *t.shape[1:], dtype=t.dtype, pin_memory=self._pinned) for t in (p.k, p.v)))
-            for p in (self.state.pool if host_slots else ())
+            for p in (self.pools if host_slots else ())
         )
         self.usage = None if capturing is None else Usage()
         """What ran in which graph, where steps are captured."""
         self.graphs = None if self.usage is None else self._graphs(capturing, self.usage)
         self.steps: Steps = self.graphs or Direct(self._forward)
+        self.draft_usage = None if companion is None or capturing is None else Usage()
+        """The same of passes that draft."""
+        self.drafting: tuple[Steps, ...] = ()
+        """How the first pass of a round of drafts is run, and all later ones."""
+        if companion is not None:
+            kinds = dict.fromkeys((companion.first, companion.later))
+            made = {step: self._passes(step, capturing) for step in kinds}
+            self.drafting = made[companion.first], made[companion.later]
 
     def _graphs(self, capturing: Capturing[Ask] | None, usage: Usage) -> Graphs[Ask] | None:
         return None if capturing is None else Graphs(self._forward, capturing, self._idle, usage.capture)
+
+    def _passes(self, step: Step, capturing: Capturing[Ask] | None) -> Steps:
+        """How a step that drafts a token for each row is run: as the target's are."""
+        forward = functools.partial(self._forward, step=step)
+        if capturing is None or self.draft_usage is None:
+            return Direct(forward)
+        return Graphs(forward, capturing, self._idle, self.draft_usage.capture)
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[int, int], None] = lambda _done, _all: None) -> None:
         """Captures what is captured at the start. `progress` is told how many graphs there are, and will be."""
         if self.graphs is None:
             return
-        keys = self.graphs.wanted()
+        wanted = [(self.graphs, key) for key in self.graphs.wanted()]
+        for passes in {id(steps): steps for steps in self.drafting if isinstance(steps, Graphs)}.values():
+            wanted += [(passes, key) for key in passes.wanted() if key.bucket.tokens == key.bucket.rows]
         with self._current():
-            for i, key in enumerate(keys):
-                self.graphs.capture(key, self.params, self.state)
-                progress(i + 1, len(keys))
+            for i, (graphs, key) in enumerate(wanted):
+                graphs.capture(key, self.params, self.state)
+                progress(i + 1, len(wanted))
 
     @contextlib.contextmanager
     def running(self, capturing: Capturing[Ask] | None, usage: Usage) -> Iterator[None]:
@@ -227,12 +291,12 @@ class TorchDevice:
         """While it is open, this device is the thread's current one, where events are recorded and kernels launched."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
-    def _forward(self, params: object, state: State, packed: Packed) -> Out:
+    def _forward(self, params: object, state: State, packed: Packed, step: Step | None = None) -> Out:
         ints, mask = packed.ints.to(self.device, non_blocking=True), packed.mask
         mask = None if mask is None else mask.to(self.device, non_blocking=True)
         here = dataclasses.replace(packed, ints=ints, mask=mask)
         with processors.captured() if self.graphs is not None else contextlib.nullcontext():
-            same, out = self.step(params, state, here.batch())
+            same, out = (step or self.step)(params, state, here.batch())
         assert same is state, "a step must return the state it was given"
         return out
 
@@ -249,16 +313,14 @@ class TorchDevice:
             return self._launch(step)
 
     def _launch(self, step: StepInput) -> Launched:
-        pool = self.state.pool
+        pool = self.pools
         if step.swap_out is not None and len(step.swap_out):
             _move(pool, step.swap_out[:, 0], self._host, step.swap_out[:, 1])
         if step.swap_in is not None and len(step.swap_in):
             _move(self._host, step.swap_in[:, 0], pool, step.swap_in[:, 1])
         if step.admit:
             self._admit(step.admit)
-        if len(step.grow):
-            grow = self._stage(step.grow).long()
-            self.state.rows.table[grow[:, 0], grow[:, 1]] = grow[:, 2].int()
+        self._grow(step.grow)
         if len(step.copy):
             self.ops.copy_blocks([t for p in pool for t in (p.k, p.v)], self._stage(step.copy))
         choice = self.steps.choose(len(step.token), len(step.row), step.ask)
@@ -275,6 +337,44 @@ class TorchDevice:
                 done = torch.cuda.Event()
                 done.record()
         return Launched(out, step, choice, done, self.usage)
+
+    @torch.inference_mode()
+    def draft(self, round: Ahead) -> np.ndarray:
+        """[R, K] int32: what the companion drafts after the newest token of each row, in K passes over all rows that
+        want so many; beyond a row's count, anything. Lengths of rows are as before."""
+        with self._current():
+            self._grow(round.grow)
+            rows, none, chosen = self.state.rows, np.zeros((0, 3), np.int32), []
+            began = time.perf_counter()
+            for j, n in enumerate(round.passes):
+                steps = self.drafting[min(j, 1)]
+                step = StepInput(
+                    row=round.row[:n],
+                    start=np.arange(n + 1, dtype=np.int32),
+                    token=np.full(n, NEWEST, np.int32),
+                    emit=np.ones(n, np.int32),
+                    copy=none[:, :2],
+                    grow=none,
+                    ask=round.ask,
+                )
+                choice = steps.choose(n, n, round.ask)
+                steps.run(choice, self.params, self.state, self._packed(step, choice.bucket, choice.ask))
+                chosen.append(choice)
+            row, count = self._stage(round.row).long(), self._stage(round.count)
+            rows.length[row] -= count
+            behind = torch.arange(1, int(round.count[0]) + 1, device=self.device)
+            at = (rows.length[row].long()[:, None] + behind).clamp_(max=rows.history.shape[1] - 1)
+            tokens = rows.history[row[:, None], at].cpu().numpy()
+            if self.draft_usage is not None:
+                for choice in chosen:
+                    _count(self.draft_usage, choice, (time.perf_counter() - began) / len(chosen))
+            return tokens
+
+    def _grow(self, added: np.ndarray) -> None:
+        """Adds blocks to rows' tables."""
+        if len(added):
+            grow = self._stage(added).long()
+            self.state.rows.table[grow[:, 0], grow[:, 1]] = grow[:, 2].int()
 
     def _stage(self, array: np.ndarray) -> Tensor:
         """The array on the device, some time after this."""

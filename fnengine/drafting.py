@@ -6,6 +6,8 @@
 A proposer that reads the target's activations gets them from the run's own steps: of its whole prompt, so that the
 prefix cache is not looked at, and of every token that stays.
 
+A companion of the device drafts for all runs that want some in one round, and needs no proposer of theirs.
+
 A proposer and the pace are those of `decoding.speculate`; verification happens inside the step (`host.step`), so drafts
 never change tokens. What a step takes is learned for all runs together, by rows and by tokens a row.
 """
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fnengine.decoding.ngram import NGram
-from fnengine.decoding.pace import Pace, Times, noted, observe, passed, pick, rested
+from fnengine.decoding.pace import Pace, Times, noted, observe, passed, pick, rested, resumed
 from fnengine.decoding.prediction import Prediction, usage
 from fnengine.decoding.speculate import AnyProposer, Draft, Drawing, Tapped, drafted, taps_of
 from fnengine.decoding.suffix import Suffix
@@ -32,7 +34,13 @@ from fnengine.host.commit import Event
 from fnengine.host.plan import Planned, Run
 from fnengine.host.request import MAX_DRAFT, Request, Speculate
 
-Maker = Callable[[Speculate], AnyProposer]
+
+@dataclass(frozen=True)
+class Jointly:
+    """In a proposer's place: the device's companion drafts, for all its runs at once."""
+
+
+Maker = Callable[[Speculate], AnyProposer | Jointly]
 
 MAKERS: Mapping[str, Maker] = {
     "ngram": lambda _: NGram(),
@@ -43,8 +51,11 @@ MAKERS: Mapping[str, Maker] = {
 
 
 LOOK = 8
-"""Rounds without a draft after which it is decided anew how many tokens to ask for. Deciding takes 40 us, a lookup that
-finds nothing 8, a step of the bundled model 700 (one thread of the two-core machine)."""
+"""Rounds without a draft after which it is decided anew how many tokens to ask for. Between two steps, whose weights
+have swept the caches, a lookup that takes 6 us in a loop takes 75, and a step of the bundled model 1,100 (one thread of
+the two-core machine); deciding takes several times as long."""
+SELDOM = 16
+"""While all drafting rests, what a step takes is noted once in so many: noting takes 10 us."""
 
 
 PREDICTED = 0.9
@@ -59,7 +70,7 @@ UNTOLD = 64
 class _Guess:
     """What is known about one run's drafts."""
 
-    proposer: AnyProposer
+    proposer: AnyProposer | Jointly
     how: Speculate
     pace: Pace
     state: Any = None
@@ -74,7 +85,10 @@ class _Guess:
     rest: int = 0
     """Rounds left in which nobody asks."""
     empty: int = 0
-    """Rounds since the pace was told, in which nothing came."""
+    """Rounds since the pace was told, in which nothing came; and the seconds of the quickest."""
+    silent: float = 0.0
+    looked: int = 0
+    """Tokens asked for in those rounds."""
     asked: int = 0
     """Tokens asked for, for the step in flight; and the seconds that proposing took."""
     proposing: float = 0.0
@@ -105,6 +119,8 @@ class Drafting:
     default: Speculate | None = None
     makers: Mapping[str, Maker] = field(default_factory=dict)
     taps: tuple[str, ...] = ()
+    jointly: Callable[[list[tuple[Run, int]]], list[tuple[int, ...]]] | None = None
+    """The companion's drafts of at most so many tokens for each of these runs."""
     clock: Callable[[], float] = time.perf_counter
     counts: Counts = field(default_factory=Counts)
     guesses: dict[Run, _Guess] = field(default_factory=dict)
@@ -112,6 +128,10 @@ class Drafting:
     """Rows, rounded up to a power of two -> seconds of steps by tokens a row, less one."""
     rows: int = 1
     """Of the last step, rounded up so."""
+    earlier: dict[tuple[str, int], Pace] = field(default_factory=dict)
+    """Method and k -> the pace of the last run that ended, with which the next one begins."""
+    unnoted: int = 0
+    """Steps since one was noted."""
 
     def __post_init__(self) -> None:
         self.makers = {**MAKERS, **self.makers}
@@ -132,7 +152,7 @@ class Drafting:
                 remedy=f"one of {', '.join(self.makers)}",
             )
 
-    def made(self, request: Request) -> AnyProposer | None:
+    def made(self, request: Request) -> AnyProposer | Jointly | None:
         """The proposer of the first choice; None if nobody wants drafts.
 
         Raises:
@@ -140,7 +160,7 @@ class Drafting:
         """
         return self._make(request.speculate or self.default)
 
-    def _make(self, how: Speculate | None) -> AnyProposer | None:
+    def _make(self, how: Speculate | None) -> AnyProposer | Jointly | None:
         if how is None or not how.k:
             return None
         try:
@@ -151,6 +171,8 @@ class Drafting:
             raise RequestError(
                 f"the proposer {how.method!r} could not be made: {type(e).__name__}: {e}", param="speculative"
             ) from e
+        if isinstance(proposer, Jointly):
+            return proposer
         if unknown := [name for name in taps_of(proposer) if name not in self.taps]:
             raise RequestError(
                 f"{how.method!r} reads {', '.join(unknown)} of a model that has {', '.join(self.taps) or 'no taps'}",
@@ -158,24 +180,32 @@ class Drafting:
             )
         return proposer
 
-    def begin(self, request: Request, runs: tuple[Run, ...], first: AnyProposer | None) -> None:
+    def begin(self, request: Request, runs: tuple[Run, ...], first: AnyProposer | Jointly | None) -> None:
         """Guesses for these runs from now on, with what `made` gave."""
         how = request.speculate or self.default
         if first is None or how is None:
             return
         for i, run in enumerate(runs):
             proposer = self.makers[how.method](how) if i else first
-            pace = replace(Pace.of(how.k), prior=PREDICTED if how.method == "prediction" else Pace.prior)
+            pace = Pace.of(how.k)
+            if how.method == "prediction":  # another prediction may be a better one
+                pace = replace(pace, prior=PREDICTED)
+            elif (earlier := self.earlier.get((how.method, how.k))) is not None:
+                pace = resumed(pace, earlier)
             self.guesses[run] = _Guess(proposer, how, pace)
-            run.patient, run.taps = True, taps_of(proposer)
+            run.patient, run.guessed = True, True
+            run.taps = () if isinstance(proposer, Jointly) else taps_of(proposer)
             run.plain = run.plain and not run.taps
 
     def forget(self, runs: tuple[Run, ...]) -> None:
         for run in runs:
-            self.guesses.pop(run, None)
+            guess = self.guesses.pop(run, None)
+            if guess is not None and guess.pace.asked:
+                self.earlier[guess.how.method, guess.how.k] = guess.pace
 
     def draft(self, failed: Callable[[Run, FnError], None]) -> None:
         """Gives a draft to each run that has one now. A proposer that raises, or breaks its contract, ends its run."""
+        together: list[tuple[Run, _Guess]] = []
         for run, guess in list(self.guesses.items()):
             if run.inside and not self._saw(run, guess, failed):
                 continue
@@ -189,6 +219,9 @@ class Drafting:
             if guess.asked < 1:
                 guess.asked = 0
                 continue
+            if isinstance(guess.proposer, Jointly):
+                together.append((run, guess))
+                continue
             began = self.clock()
             try:
                 made = self._propose(run, guess)
@@ -197,12 +230,35 @@ class Drafting:
                 continue
             guess.proposing = self.clock() - began
             if not made.tokens:
-                guess.empty += 1
+                guess.silent = min(guess.silent, guess.proposing) if guess.empty else guess.proposing
+                guess.empty, guess.looked = guess.empty + 1, guess.asked
                 if guess.empty >= LOOK:
                     guess.k = -1
             way = made.tokens
             if made.parents is not None:  # a row holds one way; of a tree, the longest
                 way = tuple(made.tokens[i] for i in max(ways(made.parents), key=len))
+            guiding.guess(run, way)
+        if together:
+            self._draft_together(together, failed)
+
+    def _draft_together(self, wishes: list[tuple[Run, _Guess]], failed: Callable[[Run, FnError], None]) -> None:
+        """Gives these runs the companion's drafts. Its round holds up all of them, so each counts all of its time."""
+        assert self.jointly is not None
+        began = self.clock()
+        try:
+            ways = self.jointly([(run, guess.asked) for run, guess in wishes])
+        except Exception as e:
+            for run, guess in wishes:
+                failed(run, _fault(guess, e))
+            return
+        seconds = self.clock() - began
+        for (run, guess), way in zip(wishes, ways, strict=True):
+            guess.proposing = seconds
+            guess.new.clear()
+            if not way:
+                guess.empty += 1
+                if guess.empty >= LOOK:
+                    guess.k = -1
             guiding.guess(run, way)
 
     def _decide(self, run: Run, guess: _Guess, rows: int) -> None:
@@ -210,9 +266,10 @@ class Drafting:
         if not guess.how.adapt:
             guess.k = guess.how.k
             return
-        if guess.empty:
-            guess.pace, guess.empty = passed(guess.pace, guess.empty), 0
         pace = self._paced(guess, rows)
+        if guess.empty:
+            pace = guess.pace = passed(pace, guess.empty, guess.looked, guess.silent)
+            guess.empty = 0
         guess.k = pick(pace, guess.how.k)
         if not pace.steps[0]:  # no step of so many rows was timed yet
             guess.k = -1
@@ -237,6 +294,7 @@ class Drafting:
 
     def _propose(self, run: Run, guess: _Guess) -> Draft:
         proposer = guess.proposer
+        assert not isinstance(proposer, Jointly)
         if isinstance(proposer, Tapped):
             _tell(run, guess)
         elif guess.state is None:
@@ -251,7 +309,9 @@ class Drafting:
     def landed(self, planned: Planned, events: list[Event], seconds: float) -> None:
         """Learns from a step that was committed."""
         rows = self.rows = _rounded(len(planned.runs))
-        if not planned.prompt_tokens:
+        self.unnoted += 1
+        if not planned.prompt_tokens and (self.unnoted >= SELDOM or not all(g.rest for g in self.guesses.values())):
+            self.unnoted = 0
             each = min(max(round(len(planned.input.token) / len(planned.runs)), 1), MAX_DRAFT + 1)
             times = self.seconds.get(rows, ((),) * (MAX_DRAFT + 1))
             self.seconds[rows] = noted(times, each - 1, seconds)
@@ -278,9 +338,9 @@ class Drafting:
         for position in range(event.accepted):
             counts.deep[position] += 1
         if guess.how.adapt:
-            pace = passed(guess.pace, guess.empty) if guess.empty else guess.pace
-            guess.pace, guess.empty = pace, 0
             pace = self._paced(guess, rows)
+            if guess.empty:
+                pace, guess.empty = passed(pace, guess.empty, guess.looked, guess.silent), 0
             guess.pace = observe(pace, guess.asked, event.proposed, event.accepted, guess.proposing, seconds)
             guess.k = -1
 

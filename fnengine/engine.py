@@ -21,11 +21,13 @@ from typing import Any
 
 from fnengine import environment
 from fnengine.build import Built, build, fingerprint, policy_of
+from fnengine.companions import Beside, SecondModel
 from fnengine.decoding.live import Bounds
 from fnengine.decoding.strategy import Strategy
-from fnengine.drafting import Drafting, Maker
+from fnengine.drafting import Drafting, Jointly, Maker
 from fnengine.errors import DeviceFault, FnError, QueueFull, RequestError
 from fnengine.graphs.report import as_json
+from fnengine.host import ahead
 from fnengine.host import commit as committing
 from fnengine.host import plan as planning
 from fnengine.host.answers import fits, most_unread
@@ -150,6 +152,7 @@ class Engine:
         speculate: Speculate | None = None,
         strategies: Iterable[Strategy] = (),
         bounds: Bounds | None = None,
+        companion: Model | Beside | None = None,
         **options: Any,
     ) -> Engine:
         """An engine for a loaded model.
@@ -158,16 +161,21 @@ class Engine:
             strategies: that requests may name; `bounds` says how long one may keep to itself.
             speculate: drafts for requests that say nothing about them.
             proposers: name -> (how -> a proposer for one run), for `Speculate(method=name)`.
+            companion: a draft model that computes what the model computes, on the same blocks, and drafts for many
+                sequences at once, for `Speculate(method="draft_model")`.
             generation_config: `vllm` ignores the model's own sampling defaults.
             processors: name -> function of logits that requests may ask for, `Sampling(processors=...)`.
         """
         settings = settings or Settings(**options)
-        built = build(model, settings, lazy=False, processors=processors)
-        device = built.device
+        beside = SecondModel(companion) if isinstance(companion, Model) else companion
+        built = build(model, settings, lazy=False, processors=processors, companion=beside)
+        device, made = built.device, dict(proposers or {})
+        if beside is not None:
+            made[beside.method] = lambda _: Jointly()
         tokenizer = tokenizer or model.tokenizer
         environment.trim()  # what reading it took
         policy = policy_of(model, settings, built, tokenizer)
-        return cls(
+        engine = cls(
             device,
             tokenizer,
             policy,
@@ -178,12 +186,14 @@ class Engine:
             max_logprobs=settings.max_logprobs,
             answer_bytes=settings.answer_bytes,
             built=built,
-            drafting=Drafting(speculate, proposers or {}, tap_names(model.spec)),
+            drafting=Drafting(speculate, made, tap_names(model.spec)),
             strategies={s.name: s for s in strategies},
             bounds=bounds,
             pooling=declared(model.folder),
             runtime=lambda ledger, books: Runtime.over(model, settings, built, ledger, books),
         )
+        engine.drafting.jointly = lambda wishes: ahead.drafts(engine.host, wishes, device.draft, built.drafts_to)
+        return engine
 
     @property
     def name(self) -> str:
@@ -208,7 +218,7 @@ class Engine:
             RequestError: the grammar is none, or too large.
         """
         if request.grammar is None or request.guide is not None:
-            return request
+            return self.guides.prepare(request)
         return await asyncio.to_thread(self.guides.prepare, request)
 
     def submit(self, request: Request) -> Stream:
@@ -262,6 +272,7 @@ class Engine:
             include_stop=stops.include_stop,
             from_token=max(0, stops.min_tokens - 1),
             skip_special=request.skip_special_tokens,
+            repetition=stops.repetition,
         )
 
     def abort(self, request_id: str) -> bool:
@@ -421,7 +432,7 @@ class Engine:
 
     def _follow(self, request: Request, sink: Sink) -> None:
         """Runs the strategy that a request names, once for each choice."""
-        strategy = named(request, self.strategies if self._runtime_of is not None else {}, self.policy)
+        strategy = named(request, self.strategies if self._runtime_of is not None else None, self.policy)
         assert self._runtime_of is not None
         n, waiting = request.n, self.host.waiting + (0 if self._stage is None else len(self._stage.guests))
         if waiting + n > self.policy.queue:

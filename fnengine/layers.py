@@ -9,30 +9,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fnengine import experts
+from fnengine.activations import ACTS, sigmoid, silu, softmax
 from fnengine.host.step import BLOCK
 from fnengine.kernels.rope import rms_norm
 from fnengine.leaves import matmul
+from fnengine.recurrent import delta_net, mamba2
 from fnengine.spec import (
     RMS,
-    Act,
     Attention,
+    DeltaNet,
     Layer,
     LinearScaling,
     Llama3Scaling,
     LongScaling,
+    Mamba2,
     Mlp,
     MoE,
     Norm,
     Rope,
     YarnScaling,
 )
-from fnengine.state import Pool, Where
+from fnengine.state import LayerState, Memory, Pool, Where
 
 if TYPE_CHECKING:
     from fnengine.kernels import Ops
@@ -42,25 +46,57 @@ Angles = tuple[Tensor, Tensor]
 
 
 def layer(
-    kind: Layer, params: dict[str, Any], pool: Pool, where: Where, angles: Angles, ops: Ops, x_TD: Tensor
+    kind: Layer, params: dict[str, Any], state: LayerState, where: Where, angles: Angles, ops: Ops, x_TD: Tensor
 ) -> Tensor:
     """x_TD after one block.
 
-    Donates: `pool`, in which the KV of the new tokens is written (all of them, before attention reads any).
+    Donates: `state`, in which the KV of the new tokens is written (all of them, before attention reads any), or what
+    their rows remember.
     """
-    read_TD = normed(kind.norm, params, "norm1", kind.eps, x_TD) if kind.before else x_TD
-    mixed_TD = attention(kind.mixer, params, pool, where, angles, ops, read_TD, kind.eps)
+    return block(kind, params, partial(mix, kind, params, state, where, angles, ops), where.slot, x_TD)
+
+
+def block(
+    kind: Layer, params: dict[str, Any], mixed: Callable[[Tensor], Tensor], slot_T: Tensor, x_TD: Tensor
+) -> Tensor:
+    """x_TD after one block whose first half is `mixed`. `slot_T` is below `BLOCK` for tokens of padding."""
+    read_TD = normed(kind.norm, params, "norm1", kind.eps, x_TD) if kind.before and not kind.bare else x_TD
+    mixed_TD = mixed(read_TD)
     if kind.parallel:
         if kind.parallel == "two norms":
             read_TD = normed(kind.norm, params, "norm2", kind.eps, x_TD)
         return (
             x_TD
             + given(kind, params, "after1", mixed_TD)
-            + given(kind, params, "after2", feed_forward(kind.mlp, params, where, read_TD))
+            + given(kind, params, "after2", feed_forward(kind.mlp, params, slot_T, read_TD))
         )
-    x_TD = x_TD + given(kind, params, "after1", mixed_TD)
+    x_TD = joined(kind, params, "after1", x_TD, mixed_TD)
     read_TD = normed(kind.norm, params, "norm2", kind.eps, x_TD) if kind.before else x_TD
-    return x_TD + given(kind, params, "after2", feed_forward(kind.mlp, params, where, read_TD))
+    return joined(kind, params, "after2", x_TD, feed_forward(kind.mlp, params, slot_T, read_TD))
+
+
+def joined(kind: Layer, params: dict[str, Any], name: str, x_TD: Tensor, part_TD: Tensor) -> Tensor:
+    """The residual stream after a part of a block."""
+    if kind.onto:
+        return normed(kind.norm, params, name, kind.eps, x_TD + part_TD)
+    return x_TD + given(kind, params, name, part_TD)
+
+
+def mix(
+    kind: Layer, params: dict[str, Any], state: LayerState, where: Where, angles: Angles, ops: Ops, x_TD: Tensor
+) -> Tensor:
+    """What the first half of a layer makes of x_TD, as its spec says. Donates `state`."""
+    match kind.mixer:
+        case Attention() as a:
+            assert isinstance(state, Pool)
+            return attention(a, params, state, where, angles, ops, x_TD, kind.eps)
+        case DeltaNet() as d:
+            assert isinstance(state, Memory)
+            return delta_net(d, params, state, where, x_TD, kind.eps)
+        case Mamba2() as m:
+            assert isinstance(state, Memory)
+            return mamba2(m, params, state, where, x_TD, kind.eps)
+    raise AssertionError(f"not a mixer: {kind.mixer}")
 
 
 def given(kind: Layer, params: dict[str, Any], name: str, x_TD: Tensor) -> Tensor:
@@ -97,6 +133,8 @@ def attention(
 ) -> Tensor:
     """Causal softmax attention of the new tokens over their rows' KV, projected back to [T, D]. Donates `pool`."""
     qkv_TE = matmul(params["qkv"], x_TD)
+    if a.gated:
+        qkv_TE, gate_TE = qkv_TE.split(((a.heads + 2 * a.kv_heads) * a.width, a.heads * a.width), dim=-1)
     norms = (None, None)
     if a.qk_norm and a.qk_over == "head" and a.qk_as == RMS and not a.clip:
         norms = (params["q_norm"], params["k_norm"])  # the one kind that kernels know
@@ -109,7 +147,10 @@ def attention(
     sinks = params["sinks"] if a.sinks else None
     at = (where.table, where.row, where.start, where.length)
     o_THC = ops.paged_attention(q_THC, pool.k, pool.v, *at, a.scale, window, a.soft_cap, sinks)
-    return matmul(params["o"], o_THC.flatten(1))
+    o_TE = o_THC.flatten(1)
+    if a.gated:
+        o_TE = (o_TE.float() * sigmoid(gate_TE)).to(x_TD.dtype)
+    return matmul(params["o"], o_TE)
 
 
 def normed_heads(a: Attention, params: dict[str, Any], eps: float, qkv_TE: Tensor) -> Tensor:
@@ -133,56 +174,9 @@ def mlp(m: Mlp, params: dict[str, Any], x_TD: Tensor) -> Tensor:
     return matmul(params["down"], (ACTS[m.act](gate_TF) * up_TF.float()).to(x_TD.dtype))
 
 
-def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x) in float32.
-
-    Spelled out: `F.silu` in fp32 on CPU gives other bits to elements at the ragged end of a thread's chunk (scalar exp
-    there, vector exp elsewhere), so that a row's value would depend on how many rows stand beside it. `exp` does not.
-    """
-    x32 = x.float()
-    return x32 / (1 + torch.exp(-x32))
-
-
-def gelu(x: Tensor) -> Tensor:
-    """x * Phi(x) in float32."""
-    x32 = x.float()
-    return x32 * 0.5 * (1 + torch.erf(x32 * math.sqrt(0.5)))
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """x * (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), in float32; as x * sigmoid(2 u), see `silu`."""
-    x32 = x.float()
-    u = math.sqrt(2 / math.pi) * (x32 + 0.044715 * x32 * x32 * x32)
-    return x32 / (1 + torch.exp(-2 * u))
-
-
-def relu(x: Tensor) -> Tensor:
-    """max(x, 0) in float32."""
-    return x.float().clamp(min=0)
-
-
-ACTS: dict[Act, Callable[[Tensor], Tensor]] = {
-    "silu": silu,
-    "gelu": gelu,
-    "gelu_tanh": gelu_tanh,
-    "relu": relu,
-    "relu2": lambda x: relu(x).square(),
-}
-
-
-def soft_capped(x: Tensor, cap: float) -> Tensor:
-    """cap * tanh(x / cap)"""
-    return cap * torch.tanh(x / cap)
-
-
-def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + exp(-x)) in float32, spelled out as `silu` is."""
-    return 1 / (1 + torch.exp(-x.float()))
-
-
-def feed_forward(m: Mlp | MoE, params: dict[str, Any], where: Where, x_TD: Tensor) -> Tensor:
+def feed_forward(m: Mlp | MoE, params: dict[str, Any], slot_T: Tensor, x_TD: Tensor) -> Tensor:
     """The second half of a layer, as its spec says."""
-    return moe(m, params, where.slot, x_TD) if isinstance(m, MoE) else mlp(m, params, x_TD)
+    return moe(m, params, slot_T, x_TD) if isinstance(m, MoE) else mlp(m, params, x_TD)
 
 
 def moe(m: MoE, params: dict[str, Any], slot_T: Tensor, x_TD: Tensor) -> Tensor:
@@ -219,15 +213,33 @@ def route(m: MoE, params: dict[str, Any], x_TD: Tensor) -> tuple[Tensor, Tensor]
     elif m.scores == "softmax":
         score_TE = softmax(logits_TE)
     else:
-        assert m.scores == "logits", m.scores
+        assert m.scores in ("logits", "near"), m.scores
         score_TE = logits_TE
     chosen_TJ = experts.top(eligible(m, params, score_TE), m.chosen)
+    if m.scores == "near":
+        return chosen_TJ, near_weights(m, score_TE, chosen_TJ) * m.factor
     weight_TJ = score_TE.gather(1, chosen_TJ.long())
     if m.scores == "logits":
         weight_TJ = softmax(weight_TJ)
     elif m.normalized:
         weight_TJ = weight_TJ / (weight_TJ.sum(1, keepdim=True) + (1e-20 if m.scores == "sigmoid" else 0.0))
     return chosen_TJ, weight_TJ * m.factor
+
+
+def near_weights(m: MoE, score_TE: Tensor, chosen_TJ: Tensor) -> Tensor:
+    """weight_TJ: of each chosen expert in a softmax over the logits that are near to its own, without those of experts
+    that were chosen before it.
+
+    Source: SparseMixer-v2, as it is evaluated (Liu et al. 2024, arXiv 2409.12136).
+    """
+    weights, left_TE = [], score_TE
+    for j in range(m.chosen):
+        one_T1 = chosen_TJ[:, j : j + 1].long()
+        best_T1 = score_TE.gather(1, one_T1)
+        far_TE = (best_T1 - score_TE) / torch.maximum(score_TE.abs(), best_T1) > m.near
+        weights.append(1 / torch.exp(left_TE.masked_fill(far_TE, -math.inf) - best_T1).sum(1, keepdim=True))
+        left_TE = left_TE.scatter(1, one_T1, -math.inf)
+    return torch.cat(weights, 1)
 
 
 def eligible(m: MoE, params: dict[str, Any], score_TE: Tensor) -> Tensor:
@@ -252,12 +264,6 @@ def expert_act(m: MoE, gate_up_SF: Tensor) -> Tensor:
     gate_SF = gate_up_SF[:, ::2].float().clamp(max=m.limit)
     up_SF = gate_up_SF[:, 1::2].float().clamp(-m.limit, m.limit)
     return (up_SF + 1) * gate_SF * sigmoid(gate_SF * 1.702)
-
-
-def softmax(x_TE: Tensor) -> Tensor:
-    """Over the last dimension in float32, spelled out as `silu` is."""
-    weight_TE = torch.exp(x_TE - x_TE.amax(-1, keepdim=True))
-    return weight_TE / weight_TE.sum(-1, keepdim=True)
 
 
 def inverse_frequencies(rope: Rope, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fnengine import decoding
+from fnengine.companions import Beside
 from fnengine.decoding.rounds import Job
 from fnengine.decoding.strategy import Strategy
 from fnengine.drafting import Maker
@@ -65,7 +66,7 @@ class LLM:
     Args:
         model: a directory, a Hugging Face name, `demo` (the bundled model), or a loaded `Model`.
         dtype, load_format, quantization, revision, device: as in `fnengine.load`.
-        processors, speculate, proposers: as in `Engine.build`.
+        processors, speculate, proposers, companion: as in `Engine.build`.
         options: fields of `Settings`.
 
     Example:
@@ -85,6 +86,7 @@ class LLM:
         processors: Mapping[str, Own] | None = None,
         speculate: Speculate | None = None,
         proposers: Mapping[str, Maker] | None = None,
+        companion: Model | Beside | None = None,
         **options: Any,
     ):
         if not isinstance(model, Model):
@@ -98,7 +100,9 @@ class LLM:
             )
         self.model = model
         settings = Settings(**options)
-        self.engine = Engine.build(model, settings, processors=processors, speculate=speculate, proposers=proposers)
+        self.engine = Engine.build(
+            model, settings, processors=processors, speculate=speculate, proposers=proposers, companion=companion
+        )
         assert self.engine.built is not None
         # Over the engine's own pool and prefix cache: between two calls of `generate` the engine is at rest.
         self._runtime = Runtime.over(model, settings, self.engine.built, self.engine.host.ledger)

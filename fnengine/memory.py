@@ -36,7 +36,7 @@ from fnengine.params import memory_plan, products
 from fnengine.program import PROGRAMS
 from fnengine.sampling import AT_ONCE, rows_at_once
 from fnengine.settings import Mode, PoolSize, Settings, size_pool, wanted_len
-from fnengine.spec import Attention, Layer, Mlp, ModelSpec, MoE, angle_pairs
+from fnengine.spec import Attention, Layer, Mlp, ModelSpec, MoE, Recurrent, angle_pairs, attentions
 from fnengine.step import SCORED_AT_ONCE
 
 MIB = 1 << 20
@@ -78,6 +78,27 @@ SEARCHED = 8
 
 
 @dataclass(frozen=True)
+class Extra:
+    """Bytes that a companion, which drafts on the model's rows and blocks, takes beside it."""
+
+    name: str
+    weights: int
+    per_block: int
+    """KV of a block."""
+    rows: int = 0
+    """What it keeps of all rows."""
+    recorded: int = 0
+    workspace: int = 0
+    """Of its largest layer; it and the model's do not live at the same time."""
+    beside: int = 0
+    """Alive while the model's layers run."""
+    loading: int = 0
+    """While its weights are read."""
+    on_card: int = 0
+    """On a GPU, buffers of its largest step."""
+
+
+@dataclass(frozen=True)
 class Shapes:
     """Everything the ledger is a function of."""
 
@@ -105,6 +126,8 @@ class Shapes:
     """Logits processors of the engine's own."""
     steer: int = 0
     """Layers that may be steered."""
+    extra: Extra | None = None
+    """What drafts beside the model."""
 
     @property
     def kinds(self) -> set[str]:
@@ -118,9 +141,9 @@ class Shapes:
 
     @property
     def per_block(self) -> int:
-        """Bytes of a block of KV, all layers."""
-        mixers = [layer.mixer for layer in self.spec.layers]
-        return sum(block_bytes(self.kv, BLOCK, a.kv_heads, a.width, self.dtype) for a in mixers)
+        """Bytes of a block of KV, all layers, and a companion's."""
+        own = sum(block_bytes(self.kv, BLOCK, a.kv_heads, a.width, self.dtype) for a in attentions(self.spec))
+        return own + (0 if self.extra is None else self.extra.per_block)
 
 
 @dataclass(frozen=True)
@@ -187,8 +210,10 @@ def account(s: Shapes) -> Account:
     layers = len(spec.layers)
     code = CODE + (0 if s.how.kind in QUANTIZED else ONEDNN) + (COMPILING if s.compiling else 0)
     workspace = max(layer_bytes(kind, spec.width, b.tokens, s) for kind in spec.layers)
-    workspace += max(attention_bytes(kind.mixer, b.tokens, b.rows, s.threads) for kind in spec.layers)
+    workspace += max(attention_bytes(a, b.tokens, b.rows, s.threads) for a in attentions(spec))
     workspace += s.threads * (THREAD + SEARCHED * V)
+    x = s.extra or Extra("", 0, 0)
+    workspace = max(workspace + x.beside, x.workspace)
     narrow = item if item != 4 and s.head in ("packed", "dense") else 0
     ranked = max(V, RANKED_AT_ONCE) * RANKED if isinstance(s.kv, Tokens) else 0  # the reference's layout
     picks = max(b.rows, PICKS)
@@ -200,14 +225,17 @@ def account(s: Shapes) -> Account:
         arena = max(layer_bytes(kind, spec.width, most, s) for kind in spec.layers)
         programs = -(-arena // HUGE) * HUGE + PROGRAMS * layers * CALLS * CALL_BYTES
     small = PIECES + min(KEPT, _small(min(b.rows, AT_ONCE), V) + _small(SCORED_AT_ONCE, V, narrow))
+    second = () if s.extra is None else (Line("companion", x.weights, f"weights of {x.name}, which drafts"),)
+    loading = max(plan.peak, plan.weights + V * TOKEN_READ, plan.weights + V * TOKEN_TEXT + x.loading)
     rest = (
         Line("base", s.base, "interpreter, torch and what serving imports: measured, not computed"),
         Line("code", code, "native libraries, layers" + ", compiler" * s.compiling),
         Line("tokenizer", V * TOKEN_TEXT, f"{V:,} tokens"),
         Line("weights", plan.weights, f"{s.how.name}, {'the embedding is the head' if spec.tied else 'own head'}"),
-        Line("rows", rows, f"{s.mode.rows} + 1 rows of {s.max_len:,} tokens"),
+        *second,
+        Line("rows", rows + x.rows, f"{s.mode.rows} + 1 rows of {s.max_len:,} tokens"),
         Line("swap space", s.host_slots * per_block, f"{s.host_slots} blocks of host memory"),
-        Line("recorded steps", programs, f"up to {RECORDED_TOKENS} tokens, at most {PROGRAMS} sizes"),
+        Line("recorded steps", programs + x.recorded, f"up to {RECORDED_TOKENS} tokens, at most {PROGRAMS} sizes"),
         Line("workspace", workspace, f"one layer of {b.tokens:,} tokens, {s.threads} threads"),
         Line("allocator", small, "freed buffers that it does not give back"),
         Line("KV pool", s.blocks * per_block, f"{s.blocks:,} blocks of {BLOCK} tokens, the null block included"),
@@ -221,7 +249,23 @@ def account(s: Shapes) -> Account:
         rest,
         passing,
         Line("answers", 3 * s.answer_bytes, "and prompts held by the server, and what clients left unread"),
-        Line("loading", max(plan.peak, plan.weights + V * TOKEN_READ), "weights, and one array in both of its forms"),
+        Line("loading", loading, "weights, and one array in both of its forms"),
+    )
+
+
+def beside(s: Shapes, name: str) -> Extra:
+    """What a draft model of these shapes takes beside its target."""
+    a = account(s)
+    once = dataclasses.replace(s.mode, budget=min(s.mode.budget, MIXED))
+    rows = _rows(s.spec, s.dtype, s.mode.rows, s.max_len)
+    return Extra(
+        name,
+        weights=a.line("weights").bytes,
+        per_block=s.per_block,
+        recorded=a.line("recorded steps").bytes,
+        workspace=a.line("workspace").bytes,
+        loading=a.line("loading").bytes,
+        on_card=on_card(s.spec, s.dtype, once, s.max_len, graphs=0, compiled=s.compiled) - rows - LIBRARIES,
     )
 
 
@@ -242,9 +286,14 @@ def on_card(
     def step(T: int) -> int:
         layer = 0
         for kind in spec.layers:
-            a, m = kind.mixer, kind.mlp
-            half = max(half_width(m, D) - D, (2 * a.heads + 2 * a.kv_heads) * a.width)
-            live = item * (4 * D + half) + angle_pairs(a.rope) * 8 + (routed_bytes(m, D) if isinstance(m, MoE) else 0)
+            m = kind.mlp
+            half = max(half_width(m, D) - D, mixed_width(kind.mixer))
+            live = (
+                item * (4 * D + half)
+                + angle_pairs(kind.mixer.rope) * 8
+                + recurrent_bytes(kind.mixer)
+                + (routed_bytes(m, D) if isinstance(m, MoE) else 0)
+            )
             layer = max(layer, T * (live if compiled else live + 16 * activated(m)))  # float32, operator by operator
         # Logits, in both dtypes; what a bias, penalties and truncation each make of them; a row's tokens for penalties:
         # ids of 4 and 8 bytes, twice, and five values.
@@ -273,8 +322,9 @@ def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
     and their product. Beside them what the chosen product makes of its input.
     """
     a, m = kind.mixer, kind.mlp
-    q, kv = a.heads * a.width, a.kv_heads * a.width
-    widths = (D + (q + 2 * kv) + 2 * q, 2 * D + (q + 2 * kv), half_width(m, D))
+    q = a.heads * a.width
+    kv = a.kv_heads * a.width if isinstance(a, Attention) else 0
+    widths = (D + mixed_width(a), 2 * D + fused_width(a), half_width(m, D))
     deepest = max(D, q, m.width, m.shared if isinstance(m, MoE) else 0)
     scratch = T * deepest * 4  # widened to float32
     if s.how.kind in QUANTIZED:
@@ -289,9 +339,30 @@ def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
     live = T * max(widths) * s.dtype.itemsize
     if isinstance(m, MoE):
         live += T * routed_bytes(m, D)
+    live += T * recurrent_bytes(a)
     if not s.compiled:  # SiLU in float32, and all scores of a row at once in the reference
-        live += T * (2 * activated(m) * 4 + 2 * a.heads * s.max_len * 4) + 2 * s.max_len * kv * 4
+        scores = a.heads * s.max_len if isinstance(a, Attention) else 0
+        live += T * (2 * activated(m) * 4 + 2 * scores * 4) + 2 * s.max_len * kv * 4
     return live + scratch + angles
+
+
+def fused_width(a: Attention | Recurrent) -> int:
+    """Elements of a token that a mixer projects it to."""
+    q = a.heads * a.width
+    if isinstance(a, Attention):
+        return (1 + a.gated) * q + 2 * a.kv_heads * a.width
+    return a.channels + q + 2 * a.heads
+
+
+def mixed_width(a: Attention | Recurrent) -> int:
+    """Most elements of a token alive at once in a mixer, beside what it reads."""
+    return fused_width(a) + (2 * a.heads * a.width if isinstance(a, Attention) else 0)
+
+
+def recurrent_bytes(a: Attention | Recurrent) -> int:
+    """Bytes of a token that a mixer with a state takes in float32: what passes the convolution, before, after and as
+    what the recurrence reads, and what that gives, its square and its gate."""
+    return 0 if isinstance(a, Attention) else 4 * (4 * a.channels + 4 * a.heads * a.width)
 
 
 def half_width(m: Mlp | MoE, D: int) -> int:
@@ -310,8 +381,8 @@ def activated(m: Mlp | MoE) -> int:
 
 def widest(kind: Layer, D: int) -> int:
     """Elements of a token in the largest buffer of a layer."""
-    a, rows = kind.mixer, kind.mlp.chosen if isinstance(kind.mlp, MoE) else 1
-    return max(2 * activated(kind.mlp), (a.heads + 2 * a.kv_heads) * a.width, rows * D)
+    rows = kind.mlp.chosen if isinstance(kind.mlp, MoE) else 1
+    return max(2 * activated(kind.mlp), fused_width(kind.mixer), rows * D)
 
 
 def routed_bytes(m: MoE, D: int) -> int:

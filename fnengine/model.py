@@ -16,20 +16,21 @@ import torch
 from torch import Tensor
 
 from fnengine import checkpoint, environment, kernels
+from fnengine.activations import soft_capped
 from fnengine.graphs import compile
 from fnengine.host.tokenizer import Tokenizer
-from fnengine.layers import Angles, layer, normed, rope_angles, soft_capped
+from fnengine.layers import Angles, layer, normed, rope_angles
 from fnengine.leaves import Packing, lookup, matmul
 from fnengine.spec import Layer, ModelSpec, Rope
-from fnengine.state import Pool, Where
+from fnengine.state import LayerState, Where
 
 if TYPE_CHECKING:
     from fnengine.kernels import Ops
 
-RunLayer = Callable[[Layer, Any, Pool, Where, Angles, "Ops", Tensor], Tensor]
+RunLayer = Callable[[Layer, Any, LayerState, Where, Angles, "Ops", Tensor], Tensor]
 """`layers.layer`, or anything that computes the same: a compiled form of it."""
 RunLayers = Callable[
-    [Sequence[Layer], Sequence[Any], Sequence[Pool], Where, dict[Rope | None, Angles], "Ops", Tensor], Tensor
+    [Sequence[Layer], Sequence[Any], Sequence[LayerState], Where, dict[Rope | None, Angles], "Ops", Tensor], Tensor
 ]
 """(layers in a row, their params, their pools, where, angles, ops, x_TD) -> x_TD after them: `one_by_one`, or a
 recorded form of it, whose x_TD the next call overwrites."""
@@ -149,7 +150,7 @@ def embed(spec: ModelSpec, params: dict[str, Any], token_T: Tensor, position_T: 
 def body(
     spec: ModelSpec,
     params: dict[str, Any],
-    pool: tuple[Pool, ...],
+    pool: tuple[LayerState, ...],
     where: Where,
     ops: Ops,
     x_TD: Tensor,
@@ -182,7 +183,7 @@ def one_by_one(run_layer: RunLayer = layer) -> RunLayers:
     def run_layers(
         kinds: Sequence[Layer],
         params: Sequence[Any],
-        pool: Sequence[Pool],
+        pool: Sequence[LayerState],
         where: Where,
         angles: dict[Rope | None, Angles],
         ops: Ops,

@@ -48,7 +48,7 @@ def key(files: list[Path], spec: ModelSpec, dtype: torch.dtype, how: Packing) ->
     made_by += [Path(str(module.__file__)) for module in (linear, quantized)]
     made_by += [native.SOURCE / name for name in ("linear.cpp", "quantized.cpp")]
     return {
-        "checkpoint": {f.name: _identity(f) for f in files},
+        "checkpoint": {os.path.relpath(f, files[0].parent): _identity(f) for f in files},
         "arrays": keys.digest({path: keys.described(info) for path, info in arrays(abstract(spec))}),
         "dtype": str(dtype).removeprefix("torch."),
         "layout": {

@@ -5,8 +5,12 @@ From this one tree come checkpoint loading, dummy weights and the memory plan, s
     {"embed": Dense, "layers": ({"norm1", "qkv", "q_norm", "k_norm", "o", "norm2", "gate_up", "down"}, ...),
      "norm": array, "head": Dense, or None when the embedding is the head}
 
+A model that reads texts whole has no head, but what its `Whole` asks for: {"types", "embed_norm", "label_dense",
+"label_norm", "label_out", "bridge0", ...}, and no "norm" where none follows its last layer.
+
 A layer with experts has {"router", "correction", "experts_gate_up", "experts_down", "shared_gate_up", "shared_down",
-"shared_gate"} in place of the last two, None where its spec has no such thing.
+"shared_gate"} in place of the last two, None where its spec has no such thing. A recurrent layer has {"mix", "conv",
+"conv_bias", "decay", "step_bias", "skip", "gate_norm", "o"} in place of attention's.
 """
 
 from __future__ import annotations
@@ -25,9 +29,12 @@ from torch import Tensor
 from fnengine import experts, tree
 from fnengine.experts import Experts
 from fnengine.families import FAMILIES
-from fnengine.families.names import Family, Grouped, Interleaved, Order
+from fnengine.families.names import Family, Grouped, Interleaved, Names, Order, Sorted
 from fnengine.leaves import Dense, Packing, Shape
-from fnengine.spec import RMS, Layer, Mlp, ModelSpec, MoE, Norm
+from fnengine.spec import RMS, Attention, DeltaNet, Layer, Mamba2, Mlp, ModelSpec, MoE, Norm, Recurrent, Whole
+
+TABLES = ("positions", "types")
+"""Arrays that are looked up and never multiplied, beside the embedding."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +79,35 @@ def abstract(spec: ModelSpec) -> dict[str, Any]:
     if ends.positions:
         name = f"{names['positions']}.weight"
         table = {"positions": ArrayInfo((ends.positions, D), ((name, ends.positions),), 0.02)}
+    layers = tuple(_layer(family, i, kind, D) for i, kind in enumerate(spec.layers))
+    if spec.whole is not None:
+        final = _norm("norm", names["norm"], D, ends.norm) if spec.whole.final else {}
+        return {"embed": embed, **table, "layers": layers, **final, **_whole(names, spec.whole, D)}
     return {
         "embed": embed,
         **table,
-        "layers": tuple(_layer(family, i, kind, D) for i, kind in enumerate(spec.layers)),
+        "layers": layers,
         **_norm("norm", names["norm"], D, ends.norm),
         "head": None if spec.tied else _linear(names["head"], (spec.vocab,), D, ends.head_bias),
     }
+
+
+def _whole(names: Names, w: Whole, D: int) -> dict[str, Any]:
+    """The arrays of a model that reads texts whole, beside those that every model has."""
+    found: dict[str, Any] = {}
+    if w.types:
+        found["types"] = ArrayInfo((w.types, D), ((f"{names['types']}.weight", w.types),), 0.02)
+    if w.norm is not None:
+        found |= _norm("embed_norm", names["embed_norm"], D, w.norm)
+    if (head := w.head) is not None:
+        if head.dense:
+            found["label_dense"] = _linear(names["label_dense"], (D,), D, head.dense_bias)
+        if head.norm is not None:
+            found |= _norm("label_norm", names["label_norm"], D, head.norm)
+        found["label_out"] = _linear(names.get("label_out", "score"), (len(head.labels),), D, head.bias)
+    for i, bridge in enumerate(w.bridges):
+        found[f"bridge{i}"] = _linear(f"{bridge.folder}/linear", (bridge.width,), bridge.reads, bridge.bias)
+    return found
 
 
 def stored_shape(info: ArrayInfo, rows: int) -> tuple[int, ...]:
@@ -99,6 +128,13 @@ def permutation(order: Order) -> Tensor:
         case Grouped(groups, queries, C):
             rows = torch.arange(groups * (queries + 2) * C).view(groups, queries + 2, C)
             return torch.cat([rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()])
+        case Sorted(projections, numbers):
+            parts, at = [], 0
+            for groups, sizes in projections:
+                rows = torch.arange(at, at + groups * sum(sizes)).view(groups, -1)
+                parts += [part.flatten() for part in rows.split(sizes, dim=1)]
+                at += rows.numel()
+            return torch.cat([parts[i] for i in numbers])
 
 
 def arrays(infos: dict[str, Any]) -> Iterator[tuple[str, ArrayInfo]]:
@@ -131,15 +167,15 @@ def memory_plan(spec: ModelSpec, dtype: torch.dtype, how: Packing) -> MemoryPlan
     def held(path: str, info: ArrayInfo) -> int:
         if len(info.shape) == 3:
             return experts.size(*info.shape, how.experts) * dtype.itemsize
-        if len(info.shape) != 2 or path == "positions" or (path == "embed.weight" and looked_up):
+        if len(info.shape) != 2 or path in TABLES or (path == "embed.weight" and looked_up):
             return info.size * dtype.itemsize
-        placed = how.ends if path in ("embed.weight", "head.weight") else how
+        placed = how if path.startswith("layers.") else how.ends
         return placed.nbytes(*info.shape, dtype)
 
     every = list(arrays(abstract(spec)))
     head = how.ends.nbytes(spec.vocab, spec.width, dtype) if spec.tied and not end.indexable else 0
     weights = sum(held(path, info) for path, info in every) + head
-    multiplied = [x for x in every if len(x[1].shape) == 2 and x[0] != "positions"]
+    multiplied = [x for x in every if len(x[1].shape) == 2 and x[0] not in TABLES]
     placed = [x for x in multiplied if how.at(x[1].shape[0], x[1].shape[1]).kind != "dense"]
     placed += [x for x in every if len(x[1].shape) == 3 and how.experts]
     both = max((max(held(path, info), info.size * dtype.itemsize) for path, info in placed), default=0)
@@ -182,14 +218,16 @@ class Products:
     """Shape -> how many products of all layers have it."""
     depth: int
     """Layers."""
-    head: Shape
+    head: Shape | None
+    """None: there is no vocabulary to choose from."""
     tied: bool
     """The head's weight is the embedding, too."""
 
     @property
     def count(self) -> dict[Shape, int]:
         """Shape -> how many products of a step have it, those of the layers first."""
-        return {**dict(self.layers), self.head: dict(self.layers).get(self.head, 0) + 1}
+        ends = {} if self.head is None else {self.head: dict(self.layers).get(self.head, 0) + 1}
+        return {**dict(self.layers), **ends}
 
 
 @cache
@@ -197,25 +235,27 @@ def products(spec: ModelSpec) -> Products:
     """The products of a step of a spec."""
     shapes = Counter(info.shape for _, info in arrays({"layers": abstract(spec)["layers"]}) if len(info.shape) == 2)
     layers = tuple((shape, n) for shape, n in shapes.items() if len(shape) == 2)
-    return Products(layers, len(spec.layers), (spec.vocab, spec.width), spec.tied)
+    head = (spec.vocab, spec.width) if spec.whole is None else None
+    return Products(layers, len(spec.layers), head, spec.tied)
 
 
 def _layer(family: Family, i: int, kind: Layer, D: int) -> dict[str, Any]:
-    a, m, names = kind.mixer, kind.mlp, {**family.names, **family.renamed(kind)}
-    q, kv = a.heads * a.width, a.kv_heads * a.width
+    mixer, m, names = kind.mixer, kind.mlp, {**family.names, **family.renamed(kind)}
 
     def name(key: str) -> Any:
         n = names[key]
         return n.replace("{i}", str(i)) if isinstance(n, str) else tuple(part.replace("{i}", str(i)) for part in n)
 
     def linear(key: str, rows: tuple[int, ...], K: int, bias: bool) -> dict[str, Any]:
-        order = family.orders[key](a) if key in family.orders else None
+        order = family.orders[key](mixer) if key in family.orders else None
+        if isinstance(order, Sorted):
+            rows = tuple(groups * sum(sizes) for groups, sizes in order.projections)
         return {key: _linear(name(key), rows, K, bias, order, family.transposed)}
 
     def norm(key: str, there: bool) -> dict[str, Any]:
         return _norm(key, name(key), D, kind.norm) if there else {}
 
-    def head_norm(key: str, heads: int) -> dict[str, Any]:
+    def head_norm(key: str, a: Attention, heads: int) -> dict[str, Any]:
         if not a.qk_norm:
             return {key: None}
         width = a.width if a.qk_over == "head" else heads * a.width
@@ -228,13 +268,38 @@ def _layer(family: Family, i: int, kind: Layer, D: int) -> dict[str, Any]:
         first = linear("gate_up", (m.width, m.width), D, m.bias) if m.gated else linear("up", (m.width,), D, m.bias)
         return {**first, **linear("down", (D,), m.width, m.bias)}
 
+    def attention(a: Attention) -> dict[str, Any]:
+        q, kv = a.heads * a.width, a.kv_heads * a.width
+        return {
+            **linear("qkv", ((1 + a.gated) * q, kv, kv), D, a.qkv_bias),
+            **head_norm("q_norm", a, a.heads),
+            **head_norm("k_norm", a, a.kv_heads),
+            "sinks": ArrayInfo((a.heads,), ((name("sinks"), a.heads),), None) if a.sinks else None,
+            **linear("o", (D,), q, a.out_bias),
+        }
+
+    def recurrent(r: Recurrent) -> dict[str, Any]:
+        H, inner = r.heads, r.heads * r.width
+
+        def vector(key: str, n: int, there: bool = True, std: float | None = None, fill: float = 0.0) -> Any:
+            return {key: ArrayInfo((n,), ((name(key), n),), std, fill) if there else None}
+
+        rows = (r.channels, inner, H, H) if isinstance(r, DeltaNet) else (inner + r.channels + H,)
+        biased, mamba = isinstance(r, Mamba2) and r.bias, isinstance(r, Mamba2)
+        return {
+            **linear("mix", rows, D, biased),
+            **vector("conv", r.channels * r.taps, std=0.3),
+            **vector("conv_bias", r.channels, isinstance(r, Mamba2) and r.conv_bias),
+            **vector("decay", H),
+            **vector("step_bias", H, fill=1.0),
+            **vector("skip", H, mamba, fill=1.0),
+            **vector("gate_norm", inner if mamba else r.width, fill=1.0),
+            **linear("o", (D,), inner, biased),
+        }
+
     return {
-        **norm("norm1", kind.before),
-        **linear("qkv", (q, kv, kv), D, a.qkv_bias),
-        **head_norm("q_norm", a.heads),
-        **head_norm("k_norm", a.kv_heads),
-        "sinks": ArrayInfo((a.heads,), ((name("sinks"), a.heads),), None) if a.sinks else None,
-        **linear("o", (D,), q, a.out_bias),
+        **norm("norm1", kind.before and not kind.bare),
+        **(attention(mixer) if isinstance(mixer, Attention) else recurrent(mixer)),
         **norm("after1", kind.after),
         **norm("norm2", kind.before and kind.parallel != "one norm"),
         **(_moe(names, name, m, D) if isinstance(m, MoE) else mlp(m)),

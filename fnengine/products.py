@@ -300,7 +300,7 @@ def key(spec: ModelSpec, dtype: torch.dtype) -> keys.Key:
     return {
         "shapes": {_text(shape): str(n) for shape, n in shapes.count.items()},
         "layers": str(shapes.depth),
-        "head": _text(shapes.head) + ", tied" * shapes.tied,
+        "head": "none" if shapes.head is None else _text(shapes.head) + ", tied" * shapes.tied,
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         **processor(),

@@ -7,7 +7,7 @@ dynamic in tokens, rows, blocks and table size, so one artifact serves prefill, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import fnengine
-from fnengine import experts, kernels, keys, layers, leaves, tree
+from fnengine import activations, experts, kernels, keys, layers, leaves, recurrent, tree
 from fnengine.experts import Experts
 from fnengine.graphs import compile, replay
 from fnengine.graphs.compile import Artifact, Traces, Wanted, make, wanted
@@ -34,8 +34,8 @@ from fnengine.kernels.recording import (
 )
 from fnengine.layers import Angles
 from fnengine.model import RunLayers, one_by_one
-from fnengine.spec import Layer, ModelSpec, Rope, angle_pairs
-from fnengine.state import Pool, Where
+from fnengine.spec import Attention, Layer, ModelSpec, Rope, angle_pairs
+from fnengine.state import LayerState, Memory, Pool, Where
 
 log = logging.getLogger("fnengine")
 
@@ -67,11 +67,11 @@ def compiled_layers(kinds: list[Kind], params: Any, folder: Path | None, traces:
     flat = {id(p): tree.leaves(p) for p in params["layers"]}
 
     def run_layer(
-        kind: Layer, p: Any, pool: Pool, where: Where, angles: tuple[Tensor, Tensor], ops: Ops, x_TD: Tensor
+        kind: Layer, p: Any, state: LayerState, where: Where, angles: tuple[Tensor, Tensor], ops: Ops, x_TD: Tensor
     ) -> Tensor:
         w = where
         return of_layer[id(p)].call(
-            x_TD, *angles, w.slot, w.row, w.start, w.length, w.table, pool.k, pool.v, *flat[id(p)]
+            x_TD, *angles, w.slot, w.row, w.start, w.length, w.table, *_two(state), *flat[id(p)]
         )
 
     layers_in_a_row = one_by_one(run_layer)
@@ -100,7 +100,7 @@ class Recorded:
         self,
         kinds: Sequence[Layer],
         params: Sequence[Any],
-        pool: Sequence[Pool],
+        pool: Sequence[LayerState],
         where: Where,
         angles: dict[Rope | None, Angles],
         ops: Ops,
@@ -111,7 +111,7 @@ class Recorded:
             return self.run(*everything)
         w = where
         inputs = (x_TD, *(t for pair in angles.values() for t in pair), w.slot, w.row, w.start, w.length, w.table)
-        key = (len(x_TD), len(w.row), len(kinds), id(params[0]), pool[0].k.data_ptr())
+        key = (len(x_TD), len(w.row), len(kinds), id(params[0]), _two(pool[0])[0].data_ptr())
         program = self.programs.get(key)
         if program is not None:
             self.programs[key] = self.programs.pop(key)  # the newest is last
@@ -125,8 +125,10 @@ class Recorded:
         try:
             if not all(t.is_contiguous() for t in inputs):
                 raise NotRecordable("an input is not contiguous")
+            restore = _restorable(everything[2], everything[3])
             program = record(lambda *_: self.run(*everything), inputs, self.arena, everything[1:3])
             first = program.output.clone()
+            restore()
             if not torch.equal(program.run(inputs), first):  # writing the same KV twice changes nothing
                 raise NotRecordable("the recording computes something else than what was recorded")
         except NotRecordable as e:
@@ -137,6 +139,23 @@ class Recorded:
             del self.programs[next(iter(self.programs))]
         self.programs[key] = program
         return first
+
+
+def _two(state: LayerState) -> tuple[Tensor, Tensor]:
+    """The tensors of a layer's state."""
+    return (state.k, state.v) if isinstance(state, Pool) else (state.tail, state.matrix)
+
+
+def _restorable(states: Sequence[LayerState], where: Where) -> Callable[[], None]:
+    """Gives recurrent layers back, when it is called, what the step's rows remember now."""
+    at = where.row.long()
+    before = [(t, t[at]) for state in states if isinstance(state, Memory) for t in _two(state)]
+
+    def restore() -> None:
+        for t, was in before:
+            t[at] = was
+
+    return restore
 
 
 def wanted_layers(spec: ModelSpec, params: Any, ops: Ops, dtype: torch.dtype, device: torch.device) -> list[Kind]:
@@ -166,8 +185,12 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
         return torch.empty(shape, dtype=dt, device="meta")
 
     angles = [floats(_T, angle_pairs(a.rope), dt=torch.float32) for _ in range(2)]
-    pools = [floats(*shape, dt=ops.kv.element(dtype)) for shape in ops.kv.shapes(_N, BLOCK, a.kv_heads, a.width)]
-    fixed = [floats(_T, width), *angles, ints(_T), ints(_R), ints(_R + 1), ints(_R), ints(_M, _P), *pools]
+    if isinstance(a, Attention):
+        shapes, element = ops.kv.shapes(_N, BLOCK, a.kv_heads, a.width), ops.kv.element(dtype)
+    else:
+        shapes, element = ((_N, a.taps - 1, a.channels), (_N, *a.memory)), torch.float32
+    kept = [floats(*shape, dt=element) for shape in shapes]
+    fixed = [floats(_T, width), *angles, ints(_T), ints(_R), ints(_R + 1), ints(_R), ints(_M, _P), *kept]
     dynamic: list[tuple[int, ...]] = [(0,), (0,), (0,), (0,), (0,), (0,), (0,), (0, 1), (0,), (0,)]
     weights = tree.leaves(p)
 
@@ -187,7 +210,8 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
         rest = iter(flat)
         params = tree.map_with_path(lambda _path, _leaf: next(rest), p)
         where = Where(row=row, start=start, row_T=row, position=slot, slot=slot, length=length, table=table)
-        return layers.layer(kind, params, Pool(k, v), where, (cos, sin), ops, x)
+        state = Pool(k, v) if isinstance(a, Attention) else Memory(k, v)
+        return layers.layer(kind, params, state, where, (cos, sin), ops, x)
 
     return wanted(
         name,
@@ -209,5 +233,6 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
 @cache
 def _sources() -> keys.Key:
     """Digests of the code that an artifact is traced from and made by."""
-    files = [Path(m.__file__) for m in (layers, leaves, experts, fnengine.program, compile) if m.__file__]
+    traced = (layers, activations, recurrent, leaves, experts, fnengine.program, compile)
+    files = [Path(m.__file__) for m in traced if m.__file__]
     return keys.of_files([*files, *sorted(Path(kernels.__path__[0]).glob("*.py"))])

@@ -39,6 +39,7 @@ from fnengine.processors import Own
 from fnengine.sequence import CLOSED, Logits, Sequence, Tokens, as_arrays, wishes
 from fnengine.settings import Settings
 from fnengine.spec import tap_names
+from fnengine.state import Pool
 
 ALL_LOGITS_BYTES = 1 << 30
 """Most bytes of float32 logits that `logits="all"` may ask for in one call."""
@@ -217,7 +218,7 @@ class Runtime:
         """
         self._need_open(seq)
         tokens, blocks = seq._buffer.data[: len(seq)], self._ledger.blocks_of(seq._path)
-        pool, kv = self._device.state.pool, self.built.ops.kv
+        pool, kv = self._pool, self.built.ops.kv
         salt, pure = seq._path.salt, seq._pure
         steer = salt if isinstance(salt, str) else salt[0]
         kept.write(FilePath(path), self._identity, tokens, seq._prompt_len, pool, blocks, kv, steer=steer, pure=pure)
@@ -231,7 +232,7 @@ class Runtime:
             ContextLengthError: it is longer than `max_len`.
             OutOfBlocks: the pool has too few free blocks. After any of these nothing was changed.
         """
-        pool = self._device.state.pool
+        pool = self._pool
         with kept.opened(FilePath(path), self._identity, pool) as file:
             n = file.length
             if n > self.max_len:
@@ -248,6 +249,11 @@ class Runtime:
                 raise
         self._ledger.publish(whole, tokens[: file.pure])
         return Sequence(self, whole, Tokens(tokens, n), file.prompt_len, file.pure)
+
+    @property
+    def _pool(self) -> tuple[Pool, ...]:
+        """KV of the model; that of a companion is not kept."""
+        return tuple(p for p in self._device.state.pool[: len(self.model.spec.layers)] if isinstance(p, Pool))
 
     @cached_property
     def _identity(self) -> keys.Key:
@@ -425,7 +431,7 @@ class Runtime:
                         row=p.row,
                         length=p.base.length,
                         blocks=self._ledger.blocks_of(p.extension.path),
-                        tokens=p.buffer.data[: p.base.length],
+                        tokens=p.buffer.data[: p.base.length + len(p.tokens)],
                         prompt_len=p.prompt_len,
                         sampling=p.sampling or Sampling(),
                         seed=p.seed,

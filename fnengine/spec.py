@@ -6,6 +6,7 @@ A new kind of layer is one dataclass here, one pure function in `layers`, one te
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 Act = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -132,6 +133,91 @@ class Attention:
     qk_as: Norm = RMS
     clip: float = 0.0
     """q, k and v are clamped to +- clip after their norms; 0 leaves them."""
+    causal: bool = True
+    """A token sees what stands before it; else what stands behind it, too, and `window` counts to both sides. Only
+    texts that are read whole can be seen so (`Whole`)."""
+    gated: bool = False
+    """The output is multiplied by the sigmoid of a projection of its own, which lies behind v's."""
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """Linear attention by the gated delta rule: each head has a memory [C, P] that every token decays, corrects and
+    reads. q, k and v pass a short convolution and SiLU; q and k are unit vectors; the output is normed head by head and
+    multiplied by the SiLU of a gate.
+
+    Source: Yang et al. 2024 (arXiv 2412.06464).
+    """
+
+    heads: int
+    """H, of v"""
+    key_heads: int
+    """G, of q and k: each serves H / G heads of v."""
+    key_width: int
+    """C"""
+    width: int
+    """P"""
+    taps: int = 4
+    """Y: tokens that the convolution sees."""
+
+    @property
+    def channels(self) -> int:
+        """X: those of the convolution, q, k and v."""
+        return 2 * self.key_heads * self.key_width + self.heads * self.width
+
+    @property
+    def memory(self) -> tuple[int, int, int]:
+        return self.heads, self.key_width, self.width
+
+    @property
+    def rope(self) -> None:
+        """Nothing rotates."""
+        return None
+
+
+@dataclass(frozen=True)
+class Mamba2:
+    """A state-space layer: each head has a state [C, P] that every token decays and adds to, by a step of its own.
+    x, B and C pass a short convolution and SiLU; the output is gated and then normed, group by group.
+
+    Source: Dao and Gu 2024 (arXiv 2405.21060).
+    """
+
+    heads: int
+    """H"""
+    groups: int
+    """G, of B and C: each serves H / G heads."""
+    key_width: int
+    """C: the width of B and C, often called the size of the state"""
+    width: int
+    """P"""
+    taps: int = 4
+    """Y"""
+    conv_bias: bool = True
+    bias: bool = False
+    """of the projections"""
+    least: float = 0.0
+    """A step is at least that, ..."""
+    most: float = float("inf")
+    """... and at most that."""
+
+    @property
+    def channels(self) -> int:
+        """X: those of the convolution, x, B and C."""
+        return self.heads * self.width + 2 * self.groups * self.key_width
+
+    @property
+    def memory(self) -> tuple[int, int, int]:
+        return self.heads, self.key_width, self.width
+
+    @property
+    def rope(self) -> None:
+        """Nothing rotates."""
+        return None
+
+
+Recurrent = DeltaNet | Mamba2
+"""Mixers with a state of one size for any number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -157,11 +243,14 @@ class MoE:
     """F of an expert"""
     scores: str = "softmax"
     """By what of the router's logits experts are chosen and weighed: their `softmax`; the `sigmoid` of each, of logits
-    in float32; or the `logits` themselves, which weigh by their softmax over the chosen ones."""
+    in float32; the `logits` themselves, which weigh by their softmax over the chosen ones; or the logits that are
+    `near`, which weigh each chosen one by a softmax of its own (`layers.near_weights`)."""
     normalized: bool = True
     """Weights of the chosen ones are divided by their sum."""
     factor: float = 1.0
     """Then multiplies them."""
+    near: float = 0.0
+    """How far below the best a logit may lie, relative to the larger of itself and the best, to share its softmax."""
     correction: bool = False
     """The parameter `correction` [E] is added to scores for the choice, not for the weights."""
     groups: int = 1
@@ -188,7 +277,7 @@ class Layer:
     `before` and `after` say where norms stand: of what a part reads, and of what it gives back.
     """
 
-    mixer: Attention
+    mixer: Attention | Recurrent
     mlp: Mlp | MoE
     eps: float
     """of the norms"""
@@ -199,6 +288,10 @@ class Layer:
     """x += mixer(norm(x)) + mlp(norm(x)): both read the same x, through the same norm or each through its own."""
     scale: float = 1.0
     """Of what each part adds to x."""
+    onto: bool = False
+    """The norms `after` are of the sum: x = norm(x + part(x))."""
+    bare: bool = False
+    """The mixer reads x as it is, though the other half reads it normed."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +311,61 @@ class Ends:
     """Logits are multiplied by it."""
     logit_cap: float = 0.0
     """A logit becomes cap * tanh(logit / cap); 0 leaves it."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model makes of the one vector of a text: a number for each label, out(norm(act(dense(x))))."""
+
+    labels: tuple[str, ...]
+    """Their names, in order."""
+    pooling: str
+    """`last`, `mean` or `cls`: how the text becomes one vector."""
+    dense: bool = False
+    """There is a layer of its own before the labels'."""
+    dense_bias: bool = True
+    act: Literal["tanh", "gelu"] = "tanh"
+    """of that layer"""
+    norm: Norm | None = None
+    """of what that gives"""
+    bias: bool = True
+    """of the labels"""
+    spread: Literal["softmax", "sigmoid", "identity"] = "softmax"
+    """What makes shares of the numbers when texts are classified."""
+    judged: Literal["softmax", "sigmoid", "identity"] = "sigmoid"
+    """What makes a score of the one number of a pair of texts."""
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """A layer between the vector of a text and its embedding, as sentence-transformers keeps them beside a model."""
+
+    folder: str
+    """Where its weights are, within the model's."""
+    width: int
+    """Numbers that it gives."""
+    reads: int
+    bias: bool
+    act: Literal["identity", "tanh", "gelu", "relu", "silu"] = "identity"
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Of a model that reads texts whole and writes none: encoders, classifiers, embedders.
+
+    It needs no pool: what is computed of a text is used in the same step. Its vectors are those of the last layer.
+    """
+
+    pooling: str = "last"
+    """`last`, `mean` or `cls`: how embeddings are pooled where nothing says otherwise."""
+    types: int = 0
+    """Rows of a table that tells the first text of a pair from the second; it is added to embeddings. 0: none."""
+    norm: Norm | None = None
+    """of embeddings"""
+    final: bool = True
+    """There is a norm after the last layer."""
+    head: Head | None = None
+    bridges: tuple[Bridge, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -242,18 +390,28 @@ class ModelSpec:
     eos: tuple[int, ...]
     bos: int | None
     ends: Ends = Ends()
+    whole: Whole | None = None
+    """None: a language model, which has a head over its vocabulary."""
+
+    @property
+    def vector(self) -> int:
+        """Numbers of an embedding."""
+        bridges = () if self.whole is None else self.whole.bridges
+        return bridges[-1].width if bridges else self.width
 
 
 def features(spec: ModelSpec) -> tuple[str, ...]:
     """What sets a model apart from Llama, in words, from its spec alone."""
     layer, ends = spec.layers[0], spec.ends
-    mixers = [kind.mixer for kind in spec.layers]
+    mixers = attentions(spec)
     turning = {m.rope for m in mixers} - {None}
     norms = {"one norm": "one norm for both", "two norms": "a norm for each", "": ""}[layer.parallel]
     said = {
         "LayerNorm": layer.norm.centred,
         "weights of norms from 1": layer.norm.plus == 1,
-        "norms after each part": layer.after and not layer.before,
+        "reads texts whole": any(not m.causal for m in mixers),
+        "norms of each sum": layer.onto,
+        "norms after each part": layer.after and not layer.before and not layer.onto,
         "norms before and after each part": layer.after and layer.before,
         f"parts side by side, {norms}": bool(layer.parallel),
         "learned positions": ends.positions > 0,
@@ -267,9 +425,27 @@ def features(spec: ModelSpec) -> tuple[str, ...]:
         "multipliers": (layer.scale, ends.embed_scale, ends.logit_scale) != (1, 1, 1),
         "sinks": any(m.sinks for m in mixers),
         "q, k and v clamped": any(m.clip for m in mixers),
+        "gated attention": any(m.gated for m in mixers),
+        "gated delta rule": any(isinstance(kind.mixer, DeltaNet) for kind in spec.layers),
+        "Mamba 2": any(isinstance(kind.mixer, Mamba2) for kind in spec.layers),
         **said_of_mlps([kind.mlp for kind in spec.layers]),
     }
     return tuple(name for name, holds in said.items() if holds)
+
+
+def attentions(spec: ModelSpec) -> list[Attention]:
+    """The mixers that keep KV, layer by layer."""
+    return [kind.mixer for kind in spec.layers if isinstance(kind.mixer, Attention)]
+
+
+def recurrents(spec: ModelSpec) -> list[Recurrent]:
+    """The mixers that keep a state, layer by layer."""
+    return [kind.mixer for kind in spec.layers if isinstance(kind.mixer, Recurrent)]
+
+
+def state_bytes(spec: ModelSpec) -> int:
+    """Bytes of one state of all recurrent layers: float32, whatever the weights are."""
+    return sum(4 * ((m.taps - 1) * m.channels + prod(m.memory)) for m in recurrents(spec))
 
 
 def said_of_mlps(mlps: list[Mlp | MoE]) -> dict[str, bool]:
@@ -289,11 +465,11 @@ def for_length(spec: ModelSpec, longest: int) -> ModelSpec:
     """The spec for sequences of at most so many tokens: what a `LongScaling` divides by depends on it."""
 
     def fitted(kind: Layer) -> Layer:
-        rope = kind.mixer.rope
-        if rope is None or not isinstance(rope.scaling, LongScaling):
+        mixer = kind.mixer
+        if not isinstance(mixer, Attention) or mixer.rope is None or not isinstance(mixer.rope.scaling, LongScaling):
             return kind
-        rope = replace(rope, scaling=replace(rope.scaling, longest=longest))
-        return replace(kind, mixer=replace(kind.mixer, rope=rope))
+        rope = replace(mixer.rope, scaling=replace(mixer.rope.scaling, longest=longest))
+        return replace(kind, mixer=replace(mixer, rope=rope))
 
     return replace(spec, layers=tuple(fitted(kind) for kind in spec.layers))
 
@@ -316,7 +492,7 @@ def steerable(spec: ModelSpec) -> tuple[str, ...]:
 
 def kv_bytes_per_token(spec: ModelSpec, itemsize: int) -> int:
     """Bytes of KV a token takes over all layers: the k of the performance formulas."""
-    return sum(2 * layer.mixer.kv_heads * layer.mixer.width * itemsize for layer in spec.layers)
+    return sum(2 * a.kv_heads * a.width * itemsize for a in attentions(spec))
 
 
 def angle_pairs(rope: Rope | None) -> int:

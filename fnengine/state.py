@@ -216,10 +216,37 @@ class Pool:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What one recurrent layer remembers, in S places: those of the rows, the null row's, and those of states that are
+    kept. Donated like a pool. A row of no tokens remembers nothing, whatever lies here.
+    """
+
+    tail: Tensor
+    """[S, Y - 1, X] float32: what the convolution reads of the last tokens, newest last."""
+    matrix: Tensor
+    """[S, H, C, P] float32"""
+
+
+LayerState = Pool | Memory
+"""What a layer keeps of tokens: attention each of them, in blocks; a recurrent layer one state of all of them."""
+
+
+class Carry:
+    """What a companion keeps of each row, [M+1, n] each."""
+
+    seen: Tensor
+    """After the tokens that the target has computed."""
+    ahead: Tensor
+    """After the newest token that was drafted."""
+
+
+@dataclass(frozen=True)
 class State:
-    pool: tuple[Pool, ...]
-    """One per layer."""
+    pool: tuple[LayerState, ...]
+    """One per layer; behind them a companion's, where there is one."""
     rows: Rows
+    carry: Carry | None = None
+    """Of a companion that keeps something of each row between steps."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fnengine.decoding.beam import beam
 from fnengine.decoding.live import (
     Ask,
     Bounds,
@@ -52,6 +53,10 @@ PAUSE, LONGEST_PAUSE = 0.1, 0.005
 """Share of the last step's time, and seconds, that a step waits at most for strategies that were just answered."""
 
 
+ALWAYS: Mapping[str, Strategy] = {"use_beam_search": beam}
+"""Strategies of this program that fields of requests stand for, by that field."""
+
+
 class Audience(Protocol):
     """Whoever runs a strategy for somebody."""
 
@@ -74,6 +79,7 @@ def refuse_beside(request: Request) -> None:
         "prediction": request.speculate is not None and bool(request.speculate.prediction),
         "speculative": request.speculate is not None and request.speculate.k > 0,
         "steer": bool(request.steer),
+        "thinking_token_budget": request.thinking is not None,
         "grammar" if request.grammar is None else request.grammar.field: request.grammar is not None,
     }
     for name in (name for name, is_asked in asked.items() if is_asked):
@@ -82,14 +88,20 @@ def refuse_beside(request: Request) -> None:
         raise RequestError(f"n must be at least 1, got {request.n}", param="n")
 
 
-def named(request: Request, known: Mapping[str, Strategy], policy: Policy) -> Strategy:
+def named(request: Request, known: Mapping[str, Strategy] | None, policy: Policy) -> Strategy:
     """The strategy that a request names, which takes the arguments that the request has for it.
+
+    Args:
+        known: those that were enabled; None where none can be run.
 
     Raises:
         RequestError: there is none of that name here, or the request asks for what no strategy gives.
     """
     assert request.strategy is not None
     name, args = request.strategy
+    if known is not None and name in ALWAYS:
+        known = ALWAYS
+    known = known or {}
     if name not in known:
         raise RequestError(
             f"no strategy is called {name[:80]!r} here",
@@ -128,7 +140,9 @@ class Answer:
     last: int = -1
 
     def emitted(self, part: Emitted) -> bool:
-        """Takes tokens; true when a stop string has ended the text."""
+        """Takes tokens, of the first choice only; true when a stop string has ended the text."""
+        if part.choice:
+            return False
         piece, scores = Piece(), part.logprobs or [None] * len(part.tokens)
         for token, score in zip(part.tokens, scores, strict=True):
             piece += self.text.push(token, score, silent=token in self.ends)
@@ -165,6 +179,25 @@ class Answer:
         )
         self.sink(delta)
         self.on_end(delta)
+
+
+@dataclass(eq=False)
+class Answers:
+    """All choices of an answer, given by one strategy."""
+
+    each: tuple[Answer, ...]
+
+    def emitted(self, part: Emitted) -> bool:
+        """Takes tokens of one choice; true when stop strings have ended all of them."""
+        if part.choice < len(self.each) and self.each[part.choice].found is None:
+            self.each[part.choice].emitted(part._replace(choice=0))
+        return all(a.found is not None for a in self.each)
+
+    def ended(self, outcome: Outcome) -> None:
+        """Ends each choice for its own reason; one that nothing was said of for that of the first."""
+        own = (outcome, *outcome.more)
+        for i, choice in enumerate(self.each):
+            choice.ended(own[i] if i < len(own) else replace(outcome, more=()))
 
 
 def _scores(piece: Piece) -> tuple[TokenLogprob, ...] | None:
@@ -286,13 +319,18 @@ class Strategies:
         root = self.host.new_seed() if sampling.seed is None else sampling.seed
         seeds = [fold_in(root, i) for i in range(request.n)]
         runs = tuple(planning.stand_in(self.host, request, i, seed) for i, seed in enumerate(seeds))
-        prompt = runs[0].tokens.tolist()
+        prompt, args = runs[0].tokens.tolist(), request.strategy[1]
+        answers = [
+            Answer(i, text(request), len(prompt), stop, ends, sink, functools.partial(_ended, run, on_end))
+            for i, run in enumerate(runs)
+        ]
+        audiences: Iterable[Audience] = answers
+        if strategy.choices is not None:
+            audiences, args = (Answers(tuple(answers)),), {**args, strategy.choices: request.n}
         ways: list[Live] = []
         try:
-            for i, (run, seed) in enumerate(zip(runs, seeds, strict=True)):
-                ended = functools.partial(_ended, run, on_end)
-                job = Job(strategy, prompt, request.strategy[1], replace(sampling, seed=seed), stop)
-                audience = Answer(i, text(request), len(prompt), stop, ends, sink, ended)
+            for i, audience in enumerate(audiences):
+                job = Job(strategy, prompt, args, replace(sampling, seed=seeds[i]), stop)
                 ways.append(
                     self.start(i, job, audience, priority=request.priority, arrival=request.arrival, salt=request.salt)
                 )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fnengine.kernels import cpu, native, reference, triton, varlen, vendor
+from fnengine.kernels import cpu, native, reference, sdpa, triton, varlen, vendor
 from fnengine.kernels.attention import Heads
 from fnengine.kernels.contract import Backend, Chosen, Contract, choose
 from fnengine.kernels.layout import KVLayout
@@ -43,6 +43,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         triton.paged_attention,
         reference.paged_attention,
     ),
+    "whole_attention": (sdpa.backend, reference.whole_attention),
     "rope_write": (cpu.rope_write, triton.rope_write, reference.rope_write),
     "copy_blocks": (cpu.copy_blocks, triton.copy_blocks, reference.copy_blocks),
     "gumbel_argmax": (cpu.gumbel_argmax, triton.gumbel_argmax, reference.gumbel_argmax),
@@ -55,6 +56,8 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "grouped_tiles": (cpu.grouped_tiles, reference.grouped_tiles),
     "top_experts": (cpu.top_experts, reference.top_experts),
     "arrange_experts": (cpu.arrange_experts, reference.arrange_experts),
+    "causal_conv": (cpu.causal_conv, reference.causal_conv),
+    "gated_scan": (cpu.gated_scan, reference.gated_scan),
     "grouped_linear": (triton.grouped_linear, vendor.grouped_linear, reference.grouped_linear),
 }
 """op -> its backends, best first."""

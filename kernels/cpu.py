@@ -27,6 +27,7 @@ from fnengine.kernels.noise import GUMBEL_ARGMAX
 from fnengine.kernels.pool import COPY_BLOCKS
 from fnengine.kernels.quantized import QUANTIZED_LINEAR, bits_of, shapes
 from fnengine.kernels.recording import bits, empty, invoke
+from fnengine.kernels.recurrence import CAUSAL_CONV, GATED_SCAN
 from fnengine.kernels.rope import ROPE_WRITE
 from fnengine.kernels.routing import ARRANGE_EXPERTS, TOP_EXPERTS
 from fnengine.kernels.truncation import APPLY_MASK, TRUNCATE
@@ -323,6 +324,79 @@ def _arrange_experts(expert: Tensor, experts: int) -> Tensor:
     return out
 
 
+def _causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, row: Tensor, start: Tensor, length: Tensor
+) -> Tensor:
+    x, weight = _float32(x), _float32(weight).contiguous()
+    X, taps = weight.shape
+    assert x.shape[1] == X and tail.shape[1:] == (taps - 1, X) and tail.is_contiguous() and tail.dtype == torch.float32
+    row, start, length = _int32(row), _int32(start), _int32(length)
+    y = empty(x.shape, torch.float32)
+    bad = invoke(
+        _library().fn_causal_conv,
+        x.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else _float32(bias).data_ptr(),
+        tail.data_ptr(),
+        row.data_ptr(),
+        start.data_ptr(),
+        length.data_ptr(),
+        y.data_ptr(),
+        x.stride(0),
+        row.shape[0],
+        tail.shape[0],
+        X,
+        taps,
+        torch.get_num_threads(),
+        checked=True,
+    )
+    assert not bad, f"a row is out of range, or {taps} taps are too many: {row=} {start=}"
+    return y
+
+
+def _gated_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor | None,
+    memory: Tensor,
+    row: Tensor,
+    start: Tensor,
+    length: Tensor,
+) -> Tensor:
+    (_, G, C), (T, H, P) = q.shape, v.shape
+    assert k.shape == (T, G, C) and decay.shape == (T, H) and memory.shape[1:] == (H, C, P) and H % G == 0
+    assert memory.is_contiguous() and memory.dtype == torch.float32
+    q, k, v, decay = (_float32(t).contiguous() for t in (q, k, v, decay))
+    beta = None if beta is None else _float32(beta).contiguous()
+    row, start, length = _int32(row), _int32(start), _int32(length)
+    out = empty(v.shape, torch.float32)
+    bad = invoke(
+        _library().fn_gated_scan,
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        decay.data_ptr(),
+        None if beta is None else beta.data_ptr(),
+        memory.data_ptr(),
+        row.data_ptr(),
+        start.data_ptr(),
+        length.data_ptr(),
+        out.data_ptr(),
+        row.shape[0],
+        memory.shape[0],
+        G,
+        H,
+        C,
+        P,
+        torch.get_num_threads(),
+        checked=True,
+    )
+    assert not bad, f"a row is out of range, or keys of {C} channels are too wide: {row=} {start=}"
+    return out
+
+
 def tile(weight: Tensor) -> Tensor:
     """The same as `linear.tile` with this machine's atom, by the library."""
     atom = atom_of(weight.dtype)
@@ -448,3 +522,5 @@ copy_blocks = _backend(COPY_BLOCKS, _copy_blocks, _of_none)
 gumbel_argmax = _backend(GUMBEL_ARGMAX, _gumbel_argmax, _of_none)
 truncate = _backend(TRUNCATE, _truncate, _of_none)
 apply_mask = _backend(APPLY_MASK, _apply_mask, _of_none)
+causal_conv = _backend(CAUSAL_CONV, _causal_conv, _of_none)
+gated_scan = _backend(GATED_SCAN, _gated_scan, _of_none)

@@ -20,6 +20,8 @@ NAMESPACE = "fnengine"
 SCHEMAS = {
     "paged_attention": "(Tensor q, Tensor k_pool, Tensor v_pool, Tensor table, Tensor row, Tensor start, "
     "Tensor length, float scale, int window, float soft_cap, Tensor? sink) -> Tensor",
+    "whole_attention": "(Tensor q, Tensor k, Tensor v, Tensor start, float scale, int window, float soft_cap, "
+    "Tensor? sink, bool causal) -> Tensor",
     "rope_write": "(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin, Tensor(a!) k_pool, "
     "Tensor(b!) v_pool, Tensor slot, float eps) -> Tensor",
     "copy_blocks": "(Tensor(a!)[] pools, Tensor pairs) -> ()",
@@ -35,6 +37,10 @@ SCHEMAS = {
     "Tensor? last=None) -> Tensor",
     "truncate": "(Tensor logits, Tensor temperature, Tensor min_p, Tensor top_k, Tensor top_p) -> Tensor",
     "apply_mask": "(Tensor logits, Tensor mask) -> Tensor",
+    "causal_conv": "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) tail, Tensor row, Tensor start, Tensor length) "
+    "-> Tensor",
+    "gated_scan": "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor? beta, Tensor(a!) memory, Tensor row, "
+    "Tensor start, Tensor length) -> Tensor",
     "penalize": "(Tensor logits, Tensor row, Tensor length, Tensor history, Tensor prompt_len, Tensor frequency, "
     "Tensor presence, Tensor repetition) -> Tensor",
 }
@@ -96,12 +102,21 @@ def _shape_of_arrangement(expert: Tensor, experts: int) -> Tensor:
     return torch.empty((experts + 1 + 2 * expert.shape[0],), dtype=torch.int32, device=expert.device)
 
 
+def _shape_of_conv(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _shape_of_scan(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
 def _nothing(*_: Any) -> None:
     return None
 
 
 SHAPES: dict[str, Callable[..., Any]] = {
     "paged_attention": _shape_of_attention,
+    "whole_attention": _shape_of_attention,
     "rope_write": _shape_of_queries,
     "copy_blocks": _nothing,
     "linear": _shape_of_linear,
@@ -115,6 +130,8 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "truncate": _shape_of_choice,
     "apply_mask": _shape_of_logits,
     "penalize": _shape_of_logits,
+    "causal_conv": _shape_of_conv,
+    "gated_scan": _shape_of_scan,
 }
 """op -> what it gives back, without computing it (for tracing)."""
 

@@ -37,7 +37,7 @@ QUANTIZED = {element: f"quantized-{element}" for element in ELEMENTS}
 KV8 = {element: f"kv8-{element}" for element in ELEMENTS}
 """Type of element -> the library for KV rounded to 8 bits."""
 SOURCES = {
-    COMMON: ("noise.cpp", "pool.cpp", "program.cpp", "route.cpp", "truncate.cpp"),
+    COMMON: ("noise.cpp", "pool.cpp", "program.cpp", "recurrence.cpp", "route.cpp", "truncate.cpp"),
     **dict.fromkeys(ELEMENTS, ("attention.cpp", "linear.cpp", "rope.cpp")),
     **dict.fromkeys(QUANTIZED.values(), ("quantized.cpp",)),
     **dict.fromkeys(KV8.values(), ("attention.cpp", "rope.cpp")),
@@ -216,6 +216,8 @@ _COMMON = {
     "fn_top_experts": (None, [P] * 2 + [N] * 4 + [I]),
     "fn_arrange_experts": (I, [P] * 2 + [N] * 2),
     "fn_apply_mask": (None, [P] * 3 + [N] * 4 + [I]),
+    "fn_causal_conv": (I, [P] * 8 + [N] * 5 + [I]),
+    "fn_gated_scan": (I, [P] * 10 + [N] * 6 + [I]),
 }
 _KV = {name: _ELEMENT[name] for name in ("fn_paged_attention", "fn_rope_write")}
 SIGNATURES = {

@@ -20,7 +20,8 @@ from fnengine import model as fn_model
 from fnengine.host.step import BLOCK
 from fnengine.kernels.layout import Tokens
 from fnengine.model import Model, embed, head_logits
-from fnengine.state import Batch, Pool, Rows, locate
+from fnengine.spec import Attention
+from fnengine.state import Batch, LayerState, Memory, Pool, Rows, locate
 
 TINY: dict[str, dict[str, Any]] = {
     "llama2": dict(
@@ -147,6 +148,25 @@ TINY: dict[str, dict[str, Any]] = {
         attention_bias=True,
         tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    ),
+    "phimoe": dict(
+        architecture="PhimoeForCausalLM",
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=5,
+        router_jitter_noise=0.3,
+        attention_bias=True,
+        lm_head_bias=True,
+        tie_word_embeddings=False,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 2.0, 3.0],
+            "long_factor": [2.0] * 8,
+            "short_mscale": 1.2,
+            "long_mscale": 1.2,
+            "original_max_position_embeddings": 512,
+        },
     ),
     "gpt-oss": dict(
         architecture="GptOssForCausalLM",
@@ -326,10 +346,73 @@ MORE: dict[str, dict[str, Any]] = {
 """More of them, which tests/test_dense_families.py looks at."""
 
 
+HYBRID: dict[str, dict[str, Any]] = {
+    "qwen3-next": dict(
+        architecture="Qwen3NextForCausalLM",
+        **HEADS,
+        head_dim=24,
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=12,
+        linear_value_head_dim=20,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40,
+        shared_expert_intermediate_size=48,
+        mlp_only_layers=[2],
+        rope_parameters=PARTLY,
+    ),
+    "qwen3-5": dict(
+        architecture="Qwen3_5ForCausalLM",
+        **HEADS,
+        head_dim=16,
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        tie_word_embeddings=True,
+        rope_parameters={**PARTLY, "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+    ),
+    "qwen3-5-moe": dict(
+        architecture="Qwen3_5MoeForCausalLM",
+        **HEADS,
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=1,
+        linear_num_value_heads=3,
+        linear_key_head_dim=16,
+        linear_value_head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40,
+        shared_expert_intermediate_size=48,
+        drop=("intermediate_size",),
+        rope_parameters={**PARTLY, "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+    ),
+    "bamba": dict(
+        architecture="BambaForCausalLM",
+        **HEADS,
+        num_hidden_layers=3,
+        attn_layer_indices=[1],
+        mamba_n_heads=8,
+        mamba_n_groups=2,
+        mamba_d_state=12,
+        mamba_chunk_size=16,
+        time_step_limit=[0.01, 2.0],
+        rope_parameters=PLAIN,
+    ),
+}
+"""Models with recurrent layers, which tests/test_hybrid_families.py looks at."""
+
+
 def _config(name: str) -> tuple[Any, Any]:
     import transformers
 
-    options = {**SHARED, **(TINY.get(name) or MORE[name])}
+    options = {**SHARED, **(TINY.get(name) or MORE.get(name) or HYBRID[name])}
     for key in options.pop("drop", ()):
         del options[key]
     if "rope_parameters" in options and int(transformers.__version__.split(".")[0]) < 5:  # the old spelling of the same
@@ -394,7 +477,7 @@ class Paged:
     model: Model
     ops: Any
     rows: Rows
-    pool: tuple[Pool, ...]
+    pool: tuple[LayerState, ...]
     free: list[int]
 
     @classmethod
@@ -408,7 +491,9 @@ class Paged:
             state, length=z(M, dtype=torch.int32), table=z(M, P, dtype=torch.int32), history=z(M, max_len + 1)
         )
         pool = tuple(
-            Pool(*(z(s, dtype=model.dtype) for s in ops.kv.shapes(blocks, BLOCK, la.mixer.kv_heads, la.mixer.width)))
+            Pool(*(z(s, dtype=model.dtype) for s in ops.kv.shapes(blocks, BLOCK, m.kv_heads, m.width)))
+            if isinstance(m := la.mixer, Attention)
+            else Memory(z(M, m.taps - 1, m.channels) + torch.nan, z(M, *m.memory) + torch.nan)
             for la in model.spec.layers
         )
         # Scattered blocks, so that a table read wrongly shows.

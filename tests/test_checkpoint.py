@@ -55,6 +55,7 @@ def config(name: str) -> dict:
         ("Mistral-7B-v0.3", 7_248_023_552),
         ("OLMo-2-0425-1B", 1_484_916_736),
         ("Phi-3-mini-4k-instruct", 3_821_079_552),
+        ("Phi-3.5-MoE-instruct", 41_873_153_344),
         ("SmolLM3-3B", 3_075_098_624),
         ("falcon-7b", 6_921_720_704),
         ("gemma-2-2b", 2_614_341_888),

@@ -47,6 +47,16 @@ def test_a_part_in_miniature(part, sides, tmp_path, capsys):
     assert ("repeats over 0.97" in printed) == (part == "drafts")
 
 
+def test_companions_in_miniature(tmp_path, capsys):
+    code, out = run("companion", tmp_path)
+    assert code == 0 and [r["case"].split(",")[0] for r in out["results"]] == ["1 stories"] * 2 + ["4 stories"] * 2
+    for r in out["results"]:
+        fixed = [name for name in r["seconds"] if "k = " in name]
+        assert len(fixed) == 4 and all(0 < r["accepted"][name] < 1 for name in fixed)
+        assert all(r["tokens_a_drafted_step"][name] > 1 for name in fixed) and r["accepted"]["plain"] is None
+    assert "% accepted" in capsys.readouterr().out
+
+
 def test_forks_in_miniature(tmp_path):
     code, out = run("fork", tmp_path)
     (fork,) = out["results"]

@@ -22,7 +22,8 @@ import fnengine as fn
 from fnengine import cli
 from fnengine.cli import drafts, own, start
 from fnengine.config import resolve
-from fnengine.decoding import SHIPPED, Bounds
+from fnengine.decoding import SHIPPED, Bounds, Job, run
+from fnengine.decoding.draft_model import DraftModel
 from fnengine.decoding.speculate import Stateless
 from fnengine.engine import Engine
 from fnengine.errors import ConfigError, OutOfBlocks, RequestError
@@ -150,6 +151,32 @@ def test_a_strategy_answers_as_it_does_offline(model, client):
     ask = dict(model="demo", messages=[{"role": "user", "content": "Hi"}], max_tokens=8, temperature=0)
     talk = client.chat.completions.create(**ask, extra_body={"strategy": {"name": "sample", "args": {}}})
     assert talk.choices[0].message.content == client.chat.completions.create(**ask).choices[0].message.content
+
+
+def test_beam_search_by_fields_gives_its_best_texts(served, model, client):
+    """Its fields need no --strategy. Oracle: the strategy offline, all of whose texts one run gives."""
+    rt = fn.Runtime(model, **OPTIONS)
+    job = Job(SHIPPED["beam"], STORY, {"width": 3, "texts": 2, "length_penalty": 0.5}, stop=fn.Stop(max_tokens=20))
+    (done,) = run(rt, [job], eos=served[0].policy.eos)
+    want = [model.decode(o.tokens) for o in (done, *done.more)]
+    ask = dict(use_beam_search=True, beam_width=3, n=2, length_penalty=0.5)
+    steps = served[0].gauges().steps
+    whole = complete(client, max_tokens=20, **ask)
+    assert [c.text for c in whole.choices] == want and len(set(want)) == 2
+    assert served[0].gauges().steps - steps < 30, "one search for both"
+    assert whole.usage.completion_tokens == sum(len(o.tokens) for o in (done, *done.more))
+    texts = ["", ""]
+    for part in complete(client, stream=True, max_tokens=20, **ask):
+        for c in part.choices:
+            texts[c.index] += c.text
+    assert texts == want
+    mark = want[1][4:7]
+    cut = complete(client, stop=[mark], max_tokens=20, **ask)
+    assert [c.text for c in cut.choices] == [t.partition(mark)[0] for t in want]
+    by_name = complete(
+        client, strategy={"name": "beam", "args": {"width": 3, "length_penalty": 0.5}}, n=2, max_tokens=20
+    )
+    assert [c.text for c in by_name.choices] == want
 
 
 @pytest.mark.parametrize(
@@ -344,13 +371,16 @@ def test_what_is_no_strategy_is_said_at_the_start(mine, name, words):
     "config, words",
     [
         ({}, "method is missing.*ngram, suffix, draft_model"),
-        ({"method": "eagle3"}, "no method is called 'eagle3'"),
+        ({"method": "medusa"}, "no method is called 'medusa'"),
         ({"method": "ngram", "prompt_lookup_max": 3}, "'prompt_lookup_max' is not implemented.*the keys are"),
         ({"method": "ngram", "num_speculative_tokens": "4"}, "num_speculative_tokens must be a int, got '4'"),
         ({"method": "ngram", "num_speculative_tokens": True}, "must be a int"),
         ({"method": "ngram", "num_speculative_tokens": 40}, "between 0 and 16"),
         ({"method": "ngram", "num_speculative_tokens": 4, "k": 3}, "two names"),
         ({"method": "draft_model"}, "needs a model"),
+        ({"method": "eagle3"}, "eagle needs a model"),
+        ({"method": "eagle", "model": "demo-eagle", "dtype": "float32"}, "dtype is about a draft model"),
+        ({"model": "demo", "kv_cache_memory_bytes": 1 << 20}, "the engine's own pool.*--kv-cache-memory-bytes"),
         ({"method": "ngram", "model": "demo"}, "a model means nothing to ngram"),
         ({"method": "ngram", "dtype": "float32"}, "dtype is about a draft model"),
         ({"method": "my_decoding:absent"}, "has no absent"),
@@ -367,6 +397,7 @@ def test_what_is_wrong_with_a_speculative_config_is_said(mine, model, config, wo
     {"method": "ngram", "num_speculative_tokens": 3},
     {"method": "my_decoding:Parrot", "adapt": False},
     {"model": "demo", "num_speculative_tokens": 3, "adapt": False},
+    {"method": "eagle3", "model": "demo-eagle", "num_speculative_tokens": 3, "adapt": False},
 ])  # fmt: skip
 def test_a_server_drafts_for_requests_that_say_nothing(mine, model, config):
     engine = start.build_engine(options("--speculative-config", json.dumps(config)), model)
@@ -374,7 +405,7 @@ def test_a_server_drafts_for_requests_that_say_nothing(mine, model, config):
     assert answer(engine) == plain[0].choices[0].tokens
     counts = engine.drafting.counts
     assert counts.proposed > 0
-    if "model" in config:  # its own draft model: every guess is right
+    if config.get("model") == "demo":  # its own draft model: every guess is right
         assert counts.accepted == counts.proposed
 
 
@@ -389,7 +420,9 @@ def answer(engine, **kw):
 
 
 def test_a_draft_model_whose_pool_is_full_drafts_nothing(mine, model, monkeypatch):
-    engine = start.build_engine(options("--speculative-config", '{"model": "demo", "adapt": false}'), model)
+    draft = DraftModel(fn.Runtime(model, **OPTIONS))
+    how = fn.Speculate("small", adapt=False)
+    engine = Engine.build(model, speculate=how, proposers={"small": lambda _: draft}, **OPTIONS)
     plain, proposed = answer(engine), engine.drafting.counts.proposed
     assert proposed
 

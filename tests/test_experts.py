@@ -83,6 +83,8 @@ def mutate(name: str, **change: object):
         ("glm4-moe", {"factor": 1.0}),
         ("glm4-moe", {"scores": "softmax"}),
         ("glm4-moe", {"groups": 2, "kept": 1}),
+        ("phimoe", {"near": 0.02}),
+        ("phimoe", {"scores": "logits"}),
         ("gpt-oss", {"limit": 7.0}),
         ("gpt-oss", {"scores": "softmax", "normalized": False}),
         ("gpt-oss", {"sinks": False}),
@@ -160,6 +162,7 @@ def test_quantization_of_experts_is_refused():
     [
         ("gpt-oss", {"quantization_config": {"quant_method": "mxfp4"}}, ["stored quantized (mxfp4)", "unquantized"]),
         ("gpt-oss", {"swiglu_alpha": 2.0}, ["swiglu_alpha", "1.702"]),
+        ("phimoe", {"num_experts_per_tok": 3}, ["num_experts_per_tok", "3", "only 2"]),
         ("mixtral", {"num_experts_per_tok": 9}, ["num_experts_per_tok", "9", "more than there are experts, 5"]),
         ("glm4-moe", {"n_group": 3}, ["n_group", "does not divide n_routed_experts = 8"]),
         ("qwen2-moe", {"use_sliding_window": True}, ["use_sliding_window", "is not implemented"]),
@@ -187,6 +190,12 @@ def test_the_ledger_counts_experts(dtype: torch.dtype):
         assert plan.weights == held and plan.peak >= held
         assert isinstance(loaded["layers"][0]["experts_down"], TiledExperts if how.experts else Experts)
     assert params.count(spec) == sum(p.numel() for p in upstream("qwen2-moe").parameters())
+
+
+def test_an_architecture_may_have_two_names():
+    """Phi-3.5-MoE was published with its own code, which spells it otherwise than transformers."""
+    config = checkpoint.read_json(tiny_folder("phimoe") / "config.json")
+    assert spec_from_config({**config, "architectures": ["PhiMoEForCausalLM"]}) == spec_from_config(config)
 
 
 # ---- routing and products --------------------------------------------------------------------------------------------

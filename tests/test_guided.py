@@ -3,9 +3,11 @@ written by hand, and the same requests without speculation, without forced token
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -20,7 +22,12 @@ from fnengine.host import grammar as G
 from fnengine.host import guide as guiding
 from fnengine.host.guide import Reasoning
 from fnengine.host.request import Request, Sampling, Speculate, Stop
+from fnengine.host.thinking import Budget
 from fnengine.host.tokenizer import Decoding, Tokenizer, byte_alphabet
+from fnengine.serve.parsing.choose import BY_NAME
+from fnengine.serve.parsing.events import Tools
+from fnengine.serve.parsing.grammar import grammar_for
+from fnengine.serve.parsing.parser import Parsers, begin, feed, finish
 from tests.models import tiny_model
 
 V = 131
@@ -41,26 +48,26 @@ DATE = G.regex(r"[0-9]{4}-(0[1-9]|1[0-2]) (one|once|only)")
 CHOICE = G.choice(["red", "green", "greenish", "blue"])
 
 
-def byte_tokenizer() -> Tokenizer:
-    """ASCII, one token each, and two longer ones; 2 ends a text, 0 and 1 are the marks of reasoning."""
+def marked(begin: str = "<think>", end: str = "</think>") -> Tokenizer:
+    """ASCII, one token each, and two longer ones; 2 ends a text, 0 and 1 are marks."""
     letters = {v: k for k, v in byte_alphabet().items()}
-    vocab = {"<think>": 0, "</think>": 1, "<|end|>": 2} | {letters[b]: b + 3 for b in range(126)}
+    vocab = {begin: 0, end: 1, "<|end|>": 2} | {letters[b]: b + 3 for b in range(126)}
     merges = [("o", "n"), ('"', ":")]
     vocab |= {"".join(m): 129 + i for i, m in enumerate(merges)}
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in ("<|end|>", "<think>", "</think>")])
+    backend.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in ("<|end|>", begin, end)])
     return Tokenizer(backend, Decoding("byte_level"), frozenset({0, 1, 2}), {"eos_token": "<|end|>"})
 
 
-TOKENIZER = byte_tokenizer()
+TOKENIZER = marked()
 
 
 def build(twin: bool = False, memory: int = 1 << 20, **kw) -> Engine:
     return Engine.build(
         tiny_model("qwen3", "float32"),
-        tokenizer=TOKENIZER,
+        tokenizer=kw.pop("tokenizer", TOKENIZER),
         max_model_len=128,
         kv_cache_memory_bytes=memory,
         enforce_eager=True,
@@ -211,18 +218,84 @@ def test_stop_strings_ends_and_min_tokens_beside_a_grammar(engine):
 def test_reasoning_comes_first(engine):
     """Free tokens, none of which ends the text, up to the mark; then the grammar."""
     bias = Sampling(temperature=30.0, seed=2, logit_bias=((1, 80.0), (2, 100.0)))
-    (inside,) = run(engine, ask(CHOICE, sampling=bias, reasoning=Reasoning((1,))))
+    (inside,) = run(engine, ask(CHOICE, sampling=bias, reasoning=Reasoning("</think>")))
     ids = tokens(inside[0])
     assert ids.count(1) == 1 and 2 not in ids and ids.index(1) > 0
     assert right(CHOICE, TOKENIZER.decode(ids[ids.index(1) + 1 :]))
-    (none,) = run(engine, ask(CHOICE, 1, reasoning=Reasoning((1,), begin=0)))
+    (none,) = run(engine, ask(CHOICE, 1, reasoning=Reasoning("</think>", begin=0)))
     assert right(CHOICE, text(none[0]))
     bias = Sampling(temperature=5.0, seed=3, logit_bias=((0, 100.0), (1, 100.0)))
     how = Speculate("wrong", 3, False)
     for speculate in (None, how):
-        (opened,) = run(engine, ask(CHOICE, sampling=bias, reasoning=Reasoning((1,), begin=0), speculate=speculate))
+        (opened,) = run(
+            engine, ask(CHOICE, sampling=bias, reasoning=Reasoning("</think>", begin=0), speculate=speculate)
+        )
         ids = tokens(opened[0])
         assert ids[0] == 0 and right(CHOICE, TOKENIZER.decode(ids[ids.index(1) + 1 :]))
+
+
+THOUGHT = Budget(5, ("</think>",), (1,))
+OPENED = Budget(4, ("</think>",), (1,), begin="<think>")
+
+
+def test_reasoning_ends_in_time_beside_others_with_drafts_and_before_a_grammar(engine):
+    """Oracle: the place of the mark; before it, the tokens that the same request draws without a budget."""
+    sampling = Sampling(temperature=1.3, seed=4, logit_bias=((1, -100.0), (2, -100.0)))  # never by itself
+    (free,) = run(engine, ask(None, sampling=sampling, max_tokens=20))
+    wanted = tokens(free[0])[:5]
+    for how in (None, Speculate("wrong", 3, False)):
+        asked = [ask(None, sampling=sampling, max_tokens=20, thinking=THOUGHT, speculate=how), ask(None, 7)]
+        asked += [ask(CHOICE, sampling=sampling, reasoning=Reasoning("</think>"), thinking=THOUGHT, speculate=how)]
+        plain, other, held = run(engine, *asked)
+        ids = tokens(plain[0])
+        assert ids[:5] == wanted and ids[5] == 1 and len(ids) == 20 and 1 not in ids[6:]
+        assert tokens(other[0]) == tokens(run(engine, ask(None, 7))[0][0])
+        ids = tokens(held[0])
+        assert ids[:6] == [*wanted, 1] and right(CHOICE, TOKENIZER.decode(ids[6:]))
+
+
+def test_a_budget_counts_from_where_the_text_opens_its_reasoning(engine):
+    opens = Sampling(temperature=0.5, seed=4, logit_bias=((0, 100.0), (1, -100.0), (2, -100.0)))
+    (opened,) = run(engine, ask(None, sampling=opens, max_tokens=12, thinking=OPENED, logprobs=0, n=2))
+    for deltas in opened:
+        assert tokens(deltas)[:6] == [0, 0, 0, 0, 0, 1] and len(tokens(deltas)) == 12
+        assert sum(len(d.logprobs or ()) for d in deltas) == 12
+    (answers,) = run(engine, ask(None, 3, max_tokens=12, thinking=OPENED))
+    (same,) = run(engine, ask(None, 3, max_tokens=12))
+    assert tokens(answers[0]) == tokens(same[0]), "it answers at once and is not disturbed"
+
+
+CALLS = marked("<tool_call>", "</tool_call>")
+CITY = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
+CITY |= {"additionalProperties": False}
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("how", [None, Speculate("wrong", 3, False)], ids=["plain", "drafts"])
+def test_calls_that_a_model_begins_by_itself_hold_beside_free_text(parallel, how):
+    """The mark is a token, and likely. Oracle: the parser finds calls, and Python reads their arguments."""
+    e = build(tokenizer=CALLS)
+    tools = [{"type": "function", "function": {"name": "go", "parameters": CITY}}]
+    made = grammar_for(tools, "auto", "hermes", parallel=parallel, special={"<tool_call>": 0, "</tool_call>": 1})
+    grammar, found = G.written(made["grammar"], "tools"), 0
+    blanks = tuple((ord(c) + 3, -100.0) for c in "\t\n\r ")
+    for seed in range(2):
+        bias = Sampling(temperature=2.0, seed=seed, logit_bias=((0, 6.0), (1, 6.0), *blanks))
+        (got,) = run(e, ask(grammar, sampling=bias, skip_special_tokens=False, speculate=how, n=2, max_tokens=100))
+        for deltas in got:
+            state, events = begin(Parsers(BY_NAME["hermes"]), "", Tools({"go": CITY})), []
+            for d in deltas:
+                state, more = feed(state, d.text)
+                events += more
+            events += finish(state)
+            for e1 in events:
+                if e1.kind == "arguments":
+                    assert json.loads(e1.text) in ({"city": "Oslo"}, {"city": "Rome"})
+                    found += 1
+            content = "".join(e1.text for e1 in events if e1.kind == "content")
+            assert "<tool_call>" not in content or deltas[-1].finish == "length"
+            assert parallel or sum(e1.kind == "call" for e1 in events) <= 1
+    assert found >= 3
 
 
 def test_what_cannot_be_is_refused_or_ends_its_own_request(engine):
@@ -249,3 +322,28 @@ def test_the_bundled_model_writes_what_it_is_told():
     done = llm.generate("Tell me about Anna: ", grammar=SCHEMA, n=3, stop=Stop(max_tokens=120))
     assert all(person(json.loads(c.text)) for c in done[0].choices)
     assert right(CHOICE, llm.generate("Her favourite colour is ", grammar=CHOICE)[0].text)
+
+
+def test_the_loop_goes_on_while_the_vocabulary_is_read():
+    """A thread reads 8,000 tokens. Oracle: the loop turned at least once for every other pause that the thread made."""
+    letters = {v: k for k, v in byte_alphabet().items()}
+    words = {letters[b]: b for b in range(256)} | {f"t{i}": 256 + i for i in range(8000)} | {"<|end|>": 8256}
+    backend = tokenizers.Tokenizer(models.BPE(words, []))
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(backend, Decoding("byte_level"), frozenset({8256}), {"eos_token": "<|end|>"})
+    pauses, turns = [0], [0]
+
+    def pause():
+        pauses[0] += 1
+        time.sleep(0.001)
+
+    async def turning():
+        done = asyncio.ensure_future(asyncio.to_thread(guides.prepare, ask(DATE)))
+        while not done.done():
+            turns[0] += 1
+            await asyncio.sleep(0)
+        return await done
+
+    guides = guiding.Guides(tokenizer, 8257, (8256,), pause)
+    assert asyncio.run(turning()).guide is not None
+    assert pauses[0] >= 8257 // 256 and turns[0] >= pauses[0] // 2

@@ -134,6 +134,43 @@ def test_forced_calls_are_calls_whose_arguments_hold(client, choice):
             assert list(arguments) == ["city"] and arguments["city"] in ("Oslo", "Rome")
 
 
+def test_a_call_or_an_answer_of_the_format(served, client):
+    """Whole and in a stream: valid arguments, or valid content and nothing else. This model calls when told to."""
+    text, kinds = served[0].tokenizer, set()
+    mark = next(i for i in range(text.vocab_size) if text.token_bytes(i) == b"<")
+    for seed in range(4):
+        ask = dict(tools=TOOLS, response_format=STRICT, seed=seed, max_tokens=450)
+        ask |= {"parallel_tool_calls": False, "logit_bias": {str(mark): 100 if seed % 2 else 0}}
+        got = chat(client, **ask).choices[0]
+        if got.message.tool_calls:
+            assert got.finish_reason == "tool_calls" and not got.message.content
+            assert all(valid(c) for c in got.message.tool_calls)
+        else:
+            assert got.finish_reason == "stop" and person(got.message.content)
+        kinds.add(got.finish_reason)
+        if seed < 2:
+            with client.chat.completions.stream(model="demo", messages=HI, **ask) as stream:
+                final = stream.get_final_completion().choices[0]
+            assert final.finish_reason == got.finish_reason
+            assert (final.message.content or None) == got.message.content
+            calls = [[c.function.arguments for c in m.tool_calls or ()] for m in (final.message, got.message)]
+            assert calls[0] == calls[1]
+    assert kinds == {"stop", "tool_calls"}
+
+
+def valid(call) -> bool:
+    arguments = json.loads(call.function.arguments)
+    return arguments == {} if call.function.name == "now" else arguments in ({"city": "Oslo"}, {"city": "Rome"})
+
+
+def test_free_text_beside_strict_functions_is_what_it_is_without(client):
+    ask = dict(tools=TOOLS, seed=3, max_tokens=30, logprobs=True)
+    loose = [{**t, "function": {**t["function"], "strict": False}} for t in TOOLS]
+    got, want = chat(client, **ask).choices[0], chat(client, **{**ask, "tools": loose}).choices[0]
+    assert got.message.content == want.message.content and got.finish_reason == want.finish_reason
+    assert got.logprobs == want.logprobs
+
+
 def schema(value):
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": value}}}
 
@@ -145,7 +182,8 @@ BAD = [
     ({"guided_regex": "("}, "guided_regex"),
     ({"guided_grammar": "start: nowhere"}, "guided_grammar"),
     ({"guided_choice": ["a"], "guided_regex": "a"}, "guided_choice"),
-    ({"response_format": STRICT, "tools": TOOLS, "tool_choice": "required"}, "response_format.json_schema.schema"),
+    ({"guided_json": PERSON, "tools": TOOLS, "tool_choice": "required"}, "guided_json"),
+    ({"guided_grammar": 'start: "a"', "tools": TOOLS}, "guided_grammar"),
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}], "tool_choice": "required"},
      "tools.0.function.parameters"),
 ]  # fmt: skip

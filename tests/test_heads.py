@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fnengine as fn
+from fnengine.companions import check_pair
 from fnengine.decoding import eagle, heads, mtp, trees
 from fnengine.decoding.certificate import Remembered, equal_tokens, follows, small_model, values_hold
-from fnengine.decoding.draft_model import DraftModel, check_pair
+from fnengine.decoding.draft_model import DraftModel
 from fnengine.decoding.heads import Head, Paired
 from fnengine.decoding.speculate import Draft, Drawing, Seen, speculate
 from fnengine.errors import CheckpointError, RequestError, SpecError

@@ -573,3 +573,53 @@ def test_a_grammar_of_one_call_takes_one_and_schemas_are_kept():
     assert not follows(grammar_for([WEATHER], "required", "hermes"), bad)
     assert follows(grammar_for([WEATHER], "required", "hermes"), bad.replace('"two"', "2"))
     assert "<[7]>" in grammar_for([NOW], "required", "mistral", special={"[TOOL_CALLS]": 7})["grammar"]
+
+
+LEADING = ("llama3_json", "pythonic")
+"""Formats whose calls begin a text without a mark."""
+
+
+@pytest.mark.parametrize("name,text", GRAMMATICAL)
+def test_where_a_model_is_free_its_text_is_and_its_calls_are_held(name, text):
+    """Oracle: the parser. Whatever it reads as a call of a text that the grammar takes has arguments of the schema."""
+    free = grammar_for([WEATHER, NOW], "auto", name)
+    said = "Sure, é <b> {2} [3]."
+    before = f"<|channel|>commentary<|message|>{said}<|end|><|start|>assistant" if name == HARMONY else said
+    answer = f"<|channel|>final<|message|>{said}" if name == HARMONY else said
+    assert follows(free, text) and follows(free, answer) and follows(free, "") == (name != HARMONY)
+    if name not in LEADING:
+        content, _, found = whole(read(parsers(name), [before + text]))
+        assert follows(free, before + text) and content == said and found
+        if name != HARMONY:
+            assert follows(free, text + text + said) and follows(free, answer + text + answer + text)
+    for bad in (text.replace("get_weather", "other"), text.replace("city", "town")):
+        assert whole(read(parsers(name), [before + bad]))[2] or name in LEADING, "the parser would take it"
+        assert not follows(free, bad) and (name in LEADING or not follows(free, before + bad))
+    one = grammar_for([WEATHER, NOW], "auto", name, parallel=False)
+    several = len(whole(read(parsers(name), [text]))[2]) > 1
+    assert follows(one, answer) and follows(one, text) == (not several)
+    assert name == HARMONY or not follows(one, text + text)
+
+
+@pytest.mark.parametrize("name,text", GRAMMATICAL)
+def test_a_call_or_an_answer_of_a_form(name, text):
+    made = grammar_for([WEATHER, NOW], "auto", name, answer='"yes" | "no"')
+    answer = "<|channel|>final<|message|>%s" if name == HARMONY else "%s"
+    assert follows(made, text) and follows(made, answer % "yes") and follows(made, answer % "no")
+    for bad in ("maybe", "yes.", "so yes"):
+        assert not follows(made, answer % bad)
+    assert not follows(made, text.replace("city", "town"))
+
+
+def test_marks_that_begin_calls_without_a_schema_and_newer_forms():
+    python_tag = '<|python_tag|>{"name": "now", "parameters": {}}'
+    free = grammar_for([WEATHER, NOW], "auto", "llama3_json")
+    assert follows(free, python_tag) and follows(free, "So: " + python_tag)
+    assert not follows(free, "So: " + python_tag.replace("now", "then"))
+    assert follows(grammar_for([NOW], "auto", "pythonic"), 'So:<|python_start|>[now(x=1, y_2="a")]<|python_end|>')
+    assert follows(grammar_for([NOW], "auto", "qwen3_coder"), CODER.replace("get_weather", "now") % ("x", ""))
+    newer = grammar_for([NOW], "required", "mistral", special={"[ARGS]": 7, "[TOOL_CALLS]": 8})["grammar"]
+    assert '"now" <[7]>' in newer and "<[8]>" in newer
+    role = " to=functions.now<|channel|>commentary <|constrain|>json<|message|>{}<|call|>"
+    assert follows(grammar_for([NOW], "auto", HARMONY), role) and whole(read(parsers(HARMONY), [role]))[2]
+    assert follows(grammar_for([NOW], "required", HARMONY), role.removesuffix("<|call|>")), "an end may be that token"

@@ -4,6 +4,7 @@ stream, the order of events that the API documents, and the law that a stream pu
 from __future__ import annotations
 
 import json
+import time
 
 import openai
 import pytest
@@ -12,6 +13,7 @@ from fnengine.errors import NotFound
 from fnengine.serve.responses import Store, Stored
 from tests.test_tools import CALLS, NOW, PROMPT, QWEN, TWO_CALLS, WEATHER, said, served
 
+MESSAGES = [{"role": "user", "content": "hi"}]
 TOOLS = [{"type": "function", **t["function"]} for t in (WEATHER, NOW)]
 SCRIPTS = {
     "<s>user:hi|assistant:": said("Hello, wörld!"),
@@ -153,12 +155,20 @@ def test_results_of_calls_go_back():
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0.type"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input.0.role"),
         ({"input": [{"type": "function_call", "call_id": "x"}]}, "input.0.name"),
-        ({"background": True}, "background"),
+        ({"background": True, "stream": True}, "background"),
+        ({"background": True, "store": False}, "background"),
         ({"conversation": "x"}, "conversation"),
         ({"truncation": "auto"}, "truncation"),
         ({"max_tokens": 5}, "max_tokens"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"text": {"format": "json_object"}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+        (
+            {"text": {"format": {"type": "json_schema", "strict": True, "schema": {"foo": 1}}}},
+            "text.format.schema",
+        ),
+        ({"text": {"format": {"type": "json_object"}}, "guided_regex": "a"}, "guided_regex"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"temperature": 101}, "temperature"),
         ({"n": 2}, "n"),
@@ -171,6 +181,64 @@ def test_bad_requests_name_the_field(shared, more, param):
     r = client.post("/v1/responses", json={"input": "hi", **more})
     assert (r.status_code, r.json()["error"]["param"]) == (400, param), r.text
     assert not engine.requests
+
+
+def test_the_format_of_the_text_is_held_to():
+    """In both spellings, on its own and beside tools, where it is a part of a grammar with calls."""
+    schema = {"type": "json_schema", "name": "x", "schema": {"type": "object"}, "strict": True}
+    with served(SCRIPTS) as (client, engine):
+        for form, kind in (({"type": "json_object"}, "json_object"), (schema, "json_schema")):
+            whole = official(client).responses.create(model="tiny", input="hi", text={"format": form})
+            assert whole.text.format.type == kind and engine.requests[-1].grammar.kind == kind
+            assert engine.requests[-1].grammar.field.startswith("text.format")
+        official(client).responses.create(model="tiny", input="hi", text={"format": {"type": "text"}})
+        assert engine.requests[-1].grammar is None
+        official(client).responses.create(model="tiny", input="hi", text={"format": schema}, tools=TOOLS)
+        assert engine.requests[-1].grammar.kind == "lark"
+        for path, body in (("responses", {"input": "hi"}), ("messages", {"messages": MESSAGES, "max_tokens": 5})):
+            assert client.post(f"/v1/{path}", json={**body, "guided_regex": "a+"}).status_code == 200
+            assert engine.requests[-1].grammar.kind == "regex", path
+
+
+def wait(api, id):
+    end = time.monotonic() + 10
+    while (got := api.responses.retrieve(id)).status == "in_progress":
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    return got
+
+
+def test_responses_in_the_background_end_are_cancelled_and_fail():
+    with served(SCRIPTS, pace=0.01) as (client, engine):
+        api = official(client)
+        begun = api.responses.create(model="tiny", input="hi", background=True)
+        assert (begun.status, begun.background, begun.usage) == ("in_progress", True, None)
+        r = client.post("/v1/responses", json={"input": "more", "previous_response_id": begun.id})
+        assert (r.status_code, r.json()["error"]["param"]) == (400, "previous_response_id")
+        whole = wait(api, begun.id)
+        assert whole.status == "completed" and whole.output_text == "Hello, wörld!" and whole.background
+        assert stripped(api.responses.cancel(begun.id).to_dict()) == stripped(whole.to_dict())
+        on = dict(model="tiny", instructions="be", input="more", previous_response_id=begun.id)
+        assert api.responses.create(**on).output_text
+
+        begun = api.responses.create(model="tiny", input="hi", background=True)
+        while not api.responses.retrieve(begun.id).output:
+            time.sleep(0.005)
+        ended = api.responses.cancel(begun.id)
+        assert ended.status == "cancelled" and ended.output[0].status == "incomplete"
+        assert "Hello, wörld!".startswith(ended.output_text) and not engine.live
+        assert api.responses.retrieve(begun.id).to_dict() == ended.to_dict()
+        begun = api.responses.create(model="tiny", input="fails", background=True)
+        failed = wait(api, begun.id)
+        assert failed.status == "failed" and "42" in failed.error.message
+        begun = api.responses.create(model="tiny", input="hi", background=True)
+        api.responses.delete(begun.id)
+        for gone in (begun.id, "resp_x"):
+            with pytest.raises(openai.NotFoundError):
+                api.responses.cancel(gone)
+        with pytest.raises(openai.BadRequestError, match="background"):
+            api.responses.cancel(api.responses.create(model="tiny", input="hi").id)
+        assert client.get("/load").json() == {"server_load": 0} and not engine.live
 
 
 def test_a_fault_is_a_failed_response():
@@ -197,6 +265,9 @@ def test_the_store_is_bounded_by_number_and_bytes():
     with pytest.raises(NotFound):
         store.get("b")  # a was asked for since
     assert store.get("a") and len(store) == 3
+    size = store.bytes
+    store.put(one("a"))
+    assert (store.bytes, len(store)) == (size, 3), "one that is put again is there once"
     store.put(one("big", 900))
     assert store.get("big") and len(store) <= 3 and store.bytes <= 1000
     store.put(one("huge", 2000))

@@ -378,7 +378,7 @@ def test_a5_lm_eval_scoring_request(server):
             assert value == max(top.values())
 
 
-@pytest.mark.parametrize("field,value", [("best_of", 2), ("suffix", "x"), ("prompt_embeds", "AAAA")])
+@pytest.mark.parametrize("field,value", [("prompt_embeds", "AAAA"), ("logprob_token_ids", [1])])
 def test_a5_unimplemented_fields_are_named(server, field, value):
     problem(server.post("/v1/completions", {**TEXT, field: value}), 400, field, "not implemented")
 
@@ -684,7 +684,10 @@ CHAT_REFUSED = [
     ("thinking_token_budget", 5),
     ("functions", [{}]),
     ("guided_json", 5),
-    ("use_beam_search", True),
+    ("beam_width", 3),
+    ("best_of", 2),
+    ("suffix", "x"),
+    ("stop_regex", "x"),
     ("audio", {"voice": "x"}),
     ("modalities", ["text", "audio"]),
     ("logits_processors", ["x"]),

@@ -233,6 +233,30 @@ def test_beam_search_without_any_end_is_that_of_transformers(rt):
     assert list(one(rt, beam, width=3, stop=Stop(max_tokens=10, ignore_eos=True)).tokens) == ids[0, 21:].tolist()
 
 
+def test_the_best_texts_of_a_beam_search_are_those_of_transformers(rt, ends):
+    """Oracle: transformers' generate with as many sequences to return; each as long as its own text."""
+    with torch.no_grad():
+        ids = upstream("qwen3").generate(
+            torch.tensor([PROMPT]),
+            max_new_tokens=14,
+            do_sample=False,
+            num_beams=4,
+            num_return_sequences=3,
+            eos_token_id=ends,
+            pad_token_id=0,
+        )
+    parts: dict[int, list[int]] = {}
+    job = Job(beam, PROMPT, {"width": 4, "texts": 3}, stop=Stop(max_tokens=14))
+    (done,) = decoding.run(rt, [job], on_emit=lambda p: parts.setdefault(p.choice, []).extend(p.tokens), eos=ends)
+    found = [list(done.tokens), *(list(o.tokens) for o in done.more)]
+    assert found == list(parts.values()) and len(found) == 3
+    for row, text, outcome in zip(ids.tolist(), found, (done, *done.more), strict=True):
+        end = next((i + 1 for i, t in enumerate(row[21:]) if t in ends), 14)
+        assert text == row[21 : 21 + end] and outcome.finish == ("stop" if text[-1] in ends else "length")
+    (bad,) = decoding.run(rt, [Job(beam, PROMPT, {"width": 2, "texts": 3})], eos=ends)
+    assert "texts must be between 1 and width" in str(bad.error)
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, top_p=0.9, seed=3)])
 @pytest.mark.parametrize("scale", [1.5, 3.0, 0.0])
 def test_guidance_is_two_forwards_and_one_decision(rt, sampling, scale):

@@ -62,7 +62,8 @@ TWO_CALLS = "<think>\nHm, é.\n</think>\n\n" + CALLS
 @contextmanager
 def served(scripts, template=QWEN, **options):
     """(client, engine) of an application in this process."""
-    engine = ScriptedEngine(scripts, max_len=1000, templates={"default": template} if template else {})
+    pace = options.pop("pace", 0.0)
+    engine = ScriptedEngine(scripts, max_len=1000, pace=pace, templates={"default": template} if template else {})
     with TestClient(make_app(engine, **options)) as client:
         yield client, engine
         assert not engine.live
@@ -209,7 +210,48 @@ def test_reasoning_that_the_prompt_opened_and_effort():
         message, ignored = ask(reasoning_effort="none")
         assert (message["content"], message["reasoning"], ignored) == ("none", None, "")
         message, ignored = ask(reasoning_effort="high")  # this template knows on and off, nothing between
-        assert (message["content"], ignored) == ("high", "reasoning_effort")
+        assert (message["content"], ignored) == ("high", "")
+
+
+def test_budgets_of_thinking_come_of_either_field():
+    opened = {"chat_template_kwargs": {"opening": "<think>"}}
+    with served({}) as (client, engine):
+
+        def thinking(**body):
+            r = client.post("/v1/chat/completions", json={**HI, **body})
+            assert r.status_code == 200, r.text
+            return engine.requests[-1].thinking
+
+        assert thinking() is None and thinking(thinking_token_budget=-1) is None
+        got = thinking(thinking_token_budget=7, **opened)
+        assert (got.tokens, got.begin, got.ends, bytes(got.close)) == (7, None, ("</think>",), b"</think>")
+        assert thinking(thinking_token_budget=7).begin == "<think>"
+        assert thinking(thinking_token_budget=0, chat_template_kwargs={"opening": "<think></think>"}) is None
+        assert thinking(reasoning_effort="low").tokens == 1024 and thinking(reasoning_effort="high") is None
+        assert thinking(reasoning_effort="low", thinking_token_budget=3).tokens == 3
+        assert thinking(reasoning_effort="low", thinking_token_budget=-1) is None
+        assert thinking(reasoning_effort="none") is None  # the template turns it off
+        for body, param in (
+            ({"thinking_token_budget": -2}, "thinking_token_budget"),
+            ({"thinking_token_budget": "7"}, "thinking_token_budget"),
+            ({"reasoning_effort": "immense"}, "reasoning_effort"),
+        ):
+            r = client.post("/v1/chat/completions", json={**HI, **body})
+            assert (r.status_code, r.json()["error"]["param"]) == (400, param)
+        r = client.post("/v1/completions", json={"prompt": "x", "thinking_token_budget": 7})
+        assert (r.status_code, r.json()["error"]["param"]) == (400, "thinking_token_budget")
+        asked = {"max_tokens": 9, "thinking": {"type": "enabled", "budget_tokens": 5}}
+        assert client.post("/v1/messages", json={**HI, **asked}).status_code == 200
+        assert engine.requests[-1].thinking.tokens == 5
+    with served({}, "{{ enable_thinking }}{{ tools }}") as (client, engine):
+        r = client.post("/v1/chat/completions", json={**HI, "thinking_token_budget": 7})
+        assert r.status_code == 400 and "--reasoning-parser" in r.json()["error"]["message"]
+        r = client.post("/v1/messages", json={**HI, **asked})
+        assert r.headers["x-fnengine-ignored"] == "thinking.budget_tokens" and engine.requests[-1].thinking is None
+    with served({}, "<|channel|><|message|>{{ tools }}{{ reasoning_effort }}") as (client, engine):
+        client.post("/v1/chat/completions", json={**HI, "thinking_token_budget": 2, "reasoning_effort": "low"})
+        got = engine.requests[-1].thinking
+        assert got.tokens == 2 and bytes(got.close) == b"<|end|><|start|>assistant<|channel|>" and got.never == ord("a")
 
 
 def test_tools_that_may_not_be_called_are_not_shown():
@@ -220,11 +262,39 @@ def test_tools_that_may_not_be_called_are_not_shown():
         assert bytes(r.json()["tokens"]) == b"<s>tools:now|user:hi|assistant:"
 
 
-def test_strict_schemas_are_named_as_ignored_where_the_model_may_choose():
+def test_strict_functions_bring_a_grammar_where_the_model_may_choose():
+    """Free text, calls of the schemas; with a format of the answer, calls or that. Reasoning comes before either."""
     strict = {**NOW, "function": {**NOW["function"], "strict": True}}
-    with served({}) as (client, _):
-        r = client.post("/v1/chat/completions", json={**HI, "tools": [WEATHER, strict]})
-        assert r.headers["x-fnengine-ignored"] == "tools.1.function.strict"
+    bad = {**strict, "function": {**strict["function"], "parameters": {"foo": 1}}}
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": 5}}}
+    with served({}) as (client, engine):
+
+        def asked(**body):
+            r = client.post("/v1/chat/completions", json={**HI, **body})
+            assert r.status_code == 200 and "x-fnengine-ignored" not in r.headers, r.text
+            return engine.requests[-1]
+
+        assert asked(tools=[WEATHER, NOW]).grammar is None
+        free = asked(tools=[WEATHER, strict], chat_template_kwargs={"opening": "<think>"})
+        assert "TEXT" in free.grammar.text.splitlines()[0] and free.reasoning.end == "</think>"
+        either = asked(tools=[WEATHER, NOW], response_format=schema)
+        assert '"const": 5' in either.grammar.text and "TEXT" not in either.grammar.text.splitlines()[0]
+        only = asked(tools=[WEATHER, NOW], response_format=schema, tool_choice="required")
+        assert only.grammar.text == asked(tools=[WEATHER, NOW], tool_choice="required").grammar.text
+        none = asked(tools=[WEATHER, NOW], response_format=schema, tool_choice="none")
+        assert none.grammar.kind == "json_schema"
+        for body, param in (
+            ({"guided_grammar": 'start: "a"'}, "guided_grammar"),
+            ({"guided_json": {}, "tool_choice": "required"}, "guided_json"),
+            ({"tools": [bad]}, "tools.0.function.parameters"),
+        ):
+            r = client.post("/v1/chat/completions", json={**HI, "tools": [WEATHER], **body})
+            assert r.status_code == 400 and r.json()["error"]["param"].startswith(param), r.text
+    harmony = "<|channel|><|message|>{{ tools }}"
+    with served({}, harmony) as (client, engine):
+        r = client.post("/v1/chat/completions", json={**HI, "tools": [strict], "thinking_token_budget": 3})
+        assert r.status_code == 200 and engine.requests[-1].reasoning is None and engine.requests[-1].thinking
+        assert "analysis" in engine.requests[-1].grammar.text
 
 
 BAD = [
@@ -266,7 +336,7 @@ def test_a_forced_call_brings_its_grammar_and_where_reasoning_ends():
         assert engine.requests[0].reasoning is None
         opened = {"chat_template_kwargs": {"opening": "<think>"}, "response_format": {"type": "json_object"}}
         assert client.post("/v1/chat/completions", json={**HI, **opened}).status_code == 200
-        assert bytes(engine.requests[-1].reasoning.end) == b"</think>" and engine.requests[-1].reasoning.begin is None
+        assert engine.requests[-1].reasoning.end == "</think>" and engine.requests[-1].reasoning.begin is None
 
 
 @pytest.mark.parametrize(

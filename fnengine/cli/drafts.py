@@ -1,4 +1,4 @@
-"""`--speculative-config`: who drafts for requests that say nothing, and the draft model if there is one."""
+"""`--speculative-config`: who drafts for requests that say nothing, and the draft model or head if there is one."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fnengine.build import memory
+from fnengine import hub
 from fnengine.cli.own import find
+from fnengine.companions import Beside, SecondModel, check_pair
 from fnengine.config import Options
-from fnengine.decoding.draft_model import DraftModel, check_pair
+from fnengine.decoding import eagle
 from fnengine.decoding.speculate import Proposer
 from fnengine.drafting import MAKERS, Maker
 from fnengine.errors import ConfigError, RequestError
 from fnengine.host.request import Speculate
 from fnengine.load import load
 from fnengine.model import Model
-from fnengine.runtime import Runtime
 
 WHERE = "--speculative-config"
 KEYS = {
@@ -28,10 +28,11 @@ KEYS = {
     "dtype": str,
     "quantization": str,
     "revision": str,
-    "kv_cache_memory_bytes": int,
 }
-"""Key -> type. Those from `model` on are about a draft model."""
-OF_MODEL = ("model", "dtype", "quantization", "revision", "kv_cache_memory_bytes")
+"""Key -> type. Those from `model` on are about a draft model; a head has a `model`, too, and a `revision`."""
+OF_MODEL = ("model", "dtype", "quantization", "revision")
+BESIDE = {"draft_model": OF_MODEL, "eagle": ("model", "revision")}
+"""Method -> its own keys, of what is loaded beside the model and drafts for many sequences at once."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Drafts:
 
     speculate: Speculate | None = None
     proposers: Mapping[str, Maker] = field(default_factory=dict)
+    companion: Beside | None = None
     about: str = ""
     """For people: who drafts; empty where nobody does."""
 
@@ -51,18 +53,22 @@ def read(config: Mapping[str, Any]) -> Speculate:
         ConfigError: a key is unknown, missing, of the wrong type, or has no meaning beside the others.
     """
     for key, value in config.items():
+        if key == "kv_cache_memory_bytes":
+            what = "KV of drafts lies in the engine's own pool"
+            raise ConfigError(what, where=WHERE, remedy="--kv-cache-memory-bytes sizes both together")
         if key not in KEYS:
             raise ConfigError(f"{key!r} is not implemented", where=WHERE, remedy=f"the keys are {', '.join(KEYS)}")
         if type(value) is not KEYS[key]:
             raise ConfigError(f"{key} must be a {KEYS[key].__name__}, got {value!r}", where=WHERE)
     method = config.get("method", "draft_model" if "model" in config else None)
-    if method is None or (method not in ("ngram", "suffix", "draft_model") and ":" not in method):
+    method = "eagle" if method == "eagle3" else method  # another engine's name of it
+    if method is None or (method not in ("ngram", "suffix", *BESIDE) and ":" not in method):
         got = "method is missing" if method is None else f"no method is called {method!r}"
-        raise ConfigError(got, where=WHERE, remedy="ngram, suffix, draft_model, or module:Class of your own")
-    if (method == "draft_model") != ("model" in config):
-        what = "needs a model" if method == "draft_model" else f"a model means nothing to {method}"
+        raise ConfigError(got, where=WHERE, remedy="ngram, suffix, draft_model, eagle, or module:Class of your own")
+    if (method in BESIDE) != ("model" in config):
+        what = f"{method} needs a model" if method in BESIDE else f"a model means nothing to {method}"
         raise ConfigError(what, where=WHERE, remedy='{"method": "draft_model", "model": "folder or name"}')
-    if extra := [key for key in OF_MODEL if key in config and "model" not in config]:
+    if extra := [key for key in OF_MODEL if key in config and key not in BESIDE.get(method, ())]:
         raise ConfigError(f"{extra[0]} is about a draft model, and there is none", where=WHERE)
     if config.get("k", config.get("num_speculative_tokens")) != config.get("num_speculative_tokens", config.get("k")):
         raise ConfigError("k and num_speculative_tokens are two names of one number", where=WHERE)
@@ -74,7 +80,7 @@ def read(config: Mapping[str, Any]) -> Speculate:
 
 
 def prepare(config: Mapping[str, Any] | None, target: Model, options: Options) -> Drafts:
-    """Drafts as a command line wants them; a draft model is loaded, with a KV pool of its own.
+    """Drafts as a command line wants them; a draft model or head is loaded.
 
     Raises:
         ConfigError, and what loading raises.
@@ -84,12 +90,10 @@ def prepare(config: Mapping[str, Any] | None, target: Model, options: Options) -
     how = read(config)
     if how.method in MAKERS:
         return Drafts(how, about=f"{how.method}, up to {how.k} tokens")
-    if how.method != "draft_model":
-        return Drafts(how, {how.method: maker(how.method)}, f"{how.method}, up to {how.k} tokens")
-    draft = _draft_model(config, target, options)
-    proposer = DraftModel(draft)
-    about = f"draft model {draft.model.name}, up to {how.k} tokens, KV pool of {draft.free_blocks} blocks"
-    return Drafts(how, {"draft_model": lambda _: proposer}, about)
+    if how.method not in BESIDE:
+        return Drafts(how, {how.method: maker(how.method)}, about=f"{how.method}, up to {how.k} tokens")
+    beside = _beside(how.method, config, target, options)
+    return Drafts(how, companion=beside, about=f"{beside.name}, up to {how.k} tokens")
 
 
 def maker(spec: str) -> Maker:
@@ -107,33 +111,20 @@ def maker(spec: str) -> Maker:
     raise ConfigError(f"{spec} is no proposer", where=WHERE, remedy="it needs start, propose and advance")
 
 
-def _draft_model(config: Mapping[str, Any], target: Model, options: Options) -> Runtime:
-    settings = options.engine
-    if settings.memory is not None:
-        raise ConfigError("--memory does not count a draft model", where=WHERE, remedy="give --kv-cache-memory-bytes")
+def _beside(method: str, config: Mapping[str, Any], target: Model, options: Options) -> Beside:
+    name, revision, cache = config["model"], config.get("revision"), options.model.download_dir
+    if method == "eagle":
+        return eagle.load(hub.resolve(name, revision, cache), target)
     draft = load(
-        config["model"],
+        name,
         dtype=config.get("dtype", "auto"),
         quantization=config.get("quantization", "none"),
-        revision=config.get("revision"),
-        device=str(target.device.type),
-        cache_dir=options.model.download_dir,
+        revision=revision,
+        device=str(target.device),
+        cache_dir=cache,
     )
     try:
         check_pair(target, draft)
-    except RequestError as e:
+    except ConfigError as e:
         raise ConfigError(str(e), where=WHERE) from None
-    pool = config.get("kv_cache_memory_bytes")
-    if pool is None and target.device.type == "cuda":
-        # A tenth of what is free: the engine's own pool, which is sized next, takes what is left.
-        pool = memory(target.device)[0] // 10
-    length = settings.max_model_len
-    return Runtime(
-        draft,
-        enforce_eager=settings.enforce_eager,
-        max_num_seqs=settings.max_num_seqs,
-        performance_mode=settings.performance_mode,
-        max_model_len=None if length is None else min(length, draft.spec.max_len),
-        kv_cache_memory_bytes=pool,
-        seed=settings.seed,
-    )
+    return SecondModel(draft)

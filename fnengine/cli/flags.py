@@ -366,7 +366,7 @@ def _flags() -> tuple[Flag, ...]:
             ("--speculative-config",),
             "serve.speculative_config",
             'drafts for requests that say nothing: {"method": "ngram", "num_speculative_tokens": 4}; suffix; '
-            'draft_model with "model"; module:Class of your own',
+            'draft_model or eagle, with "model"; module:Class of your own',
             server,
             read_object,
             metavar="JSON",

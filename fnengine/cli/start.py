@@ -56,6 +56,7 @@ def build_engine(options: Options, model: Model | None = None) -> Engine:
         generation_config=options.model.generation_config,
         speculate=drafting.speculate,
         proposers=drafting.proposers,
+        companion=drafting.companion,
         strategies=named,
     )
 
@@ -116,4 +117,5 @@ def facts(engine: Engine) -> list[str]:
         f"steps: {built.execution}",
         *([f"strategies: {', '.join(engine.strategies)}"] if engine.strategies else []),
         *([] if how is None or not how.k else [f"drafts: {how.method}, up to {how.k} tokens a step"]),
+        *([f"beside it: {built.drafts}"] if built.drafts else []),
     ]

@@ -50,9 +50,10 @@ def measure(
 
     from fnengine.kernels.triton import tune, tuned
     from fnengine.params import products
+    from fnengine.spec import attentions
 
     where = where or tuned.folder()
-    mixers = dict.fromkeys(layer.mixer for layer in spec.layers)
+    mixers = dict.fromkeys(attentions(spec))
     heads = [(m.heads, m.kv_heads, m.width) for m in mixers]
     on = tuned.card(device)
     makers = tune.cases(device, dtype, layout, heads, products(spec).count, quantization)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -39,13 +40,14 @@ class Finished:
     """False for what only fills the list."""
 
 
-@strategy
+@partial(strategy, choices="texts")
 async def beam(
     ctx: Context,
     prompt: Sequence[int],
     width: int = 4,
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
+    texts: int = 1,
 ):
     """The best of the texts that beam search finds; the request's sampling plays no part in it.
 
@@ -54,6 +56,7 @@ async def beam(
         length_penalty: a finished text scores its log-probability over length ** length_penalty; > 0 favours long ones.
         early_stopping: True ends when `width` texts are finished; False when none of the running hypotheses, ended here
             and now, would beat the worst of them; "never" when none could beat it at any length.
+        texts: so many of the best ones, best first, one for each choice.
 
     Copy-on-write: hypotheses are sequences used several times, so they share their blocks until they differ.
     """
@@ -67,6 +70,8 @@ async def beam(
         )
     if not ctx.max_tokens:
         return "length"
+    if not 1 <= texts <= width:
+        raise RequestError(f"texts must be between 1 and width ({width}), got {texts}", param="texts")
     early = early_stopping if width > 1 else True
     seq, logits = await ctx.extend(ctx.empty, prompt)
     seqs, logits_RV = [seq], logits[None]
@@ -96,7 +101,8 @@ async def beam(
         beams = [tops[i] for i in go_on]
         results = await ctx.extend([(seqs[parents[i]], [tops[i].tokens[-1]]) for i in go_on])
         seqs, logits_RV = [s for s, _ in results], torch.stack([x for _, x in results])
-    ctx.emit(finished[0].tokens)
+    for i, text in enumerate(finished[:texts]):
+        ctx.emit(text.tokens, choice=i)
 
 
 def _candidates(beams: list[Beam], logits_RV: Tensor, n: int) -> tuple[list[Beam], list[int]]:

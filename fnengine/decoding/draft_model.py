@@ -3,6 +3,8 @@
 Noise belongs to (seed, position, token), so where both models give a token about the same probability they draw the
 same one: at temperature 1 coupled draws agree far more often than independent ones, and at temperature 0 nothing
 changes.
+
+An engine has a draft model as its companion (`fnengine.companions`), which drafts for many sequences at once.
 """
 
 from __future__ import annotations
@@ -13,8 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fnengine.decoding.speculate import Draft, Drawing, Text, grown, text
-from fnengine.errors import OutOfBlocks, RequestError
-from fnengine.model import Model
+from fnengine.errors import OutOfBlocks
 from fnengine.runtime import Runtime, Sequence
 from fnengine.sampling import probabilities
 
@@ -79,13 +80,3 @@ class DraftModel:
         keep = state.text.length + right
         seq = state.seq[:keep] if len(state.seq) > keep else state.seq
         return Ahead(grown(state.text, tokens), state.how, seq)
-
-
-def check_pair(target: Model, draft: Model) -> None:
-    """Raises RequestError unless both models have the same tokens."""
-    if target.spec.vocab != draft.spec.vocab:
-        raise RequestError(
-            f"a draft model of {draft.spec.vocab} tokens for a target of {target.spec.vocab}",
-            where=draft.name or None,
-            remedy="take one of the same family",
-        )

@@ -88,7 +88,7 @@ def read(
         return x, logits
 
     wiring = Wiring(lambda seen: matmul(fc, torch.cat(seen, -1)), enter, leave)
-    return Head(target, tuple(taps), kind, params, wiring, claims)
+    return Head(target, tuple(taps), kind, params, wiring, claims, "eagle", sum(found.taken))
 
 
 def _kind(config: Mapping[str, Any], where: str) -> Layer:

@@ -6,13 +6,16 @@ not computed that token. So a draft of k tokens is k passes of one pair each, an
 the same tokens come again with the target's own hidden states.
 
 One layer needs no output of earlier pairs, only their keys and values: a prompt costs two products a token.
+
+As a proposer a head drafts for one text at a time, over KV of its own. As an engine's companion (`decoding.joint`) it
+does so for all rows at once, on the engine's blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,14 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fnengine import kernels
+from fnengine.companions import Ground, Ready
+from fnengine.decoding import joint
 from fnengine.decoding.speculate import Draft, Drawing, Text, grown, memoryless, text
 from fnengine.errors import CheckpointError
 from fnengine.host.step import BLOCK
-from fnengine.layers import rope_angles
+from fnengine.layers import Angles, rope_angles
 from fnengine.leaves import Dense, Leaf, lookup, matmul, packing
 from fnengine.model import Model
 from fnengine.sampling import prepared, probabilities, sample
-from fnengine.spec import Layer
+from fnengine.spec import Attention, Layer
 from fnengine.state import Pool
 
 Params = dict[str, Any]
@@ -62,7 +67,7 @@ class Line:
     __slots__ = ("cos", "index", "pool", "sin", "table", "used")
 
     def __init__(self, kind: Layer, like: Tensor, pairs: int):
-        a, kv = kind.mixer, kernels.ops(like.device, like.dtype).kv
+        a, kv = attention_of(kind), kernels.ops(like.device, like.dtype).kv
         blocks = -(-pairs // BLOCK)
         shapes = kv.shapes(blocks, BLOCK, a.kv_heads, a.width)
         self.pool = Pool(*(torch.zeros(s, dtype=kv.element(like.dtype), device=like.device) for s in shapes))
@@ -113,6 +118,19 @@ class Head:
     wiring: Wiring
     claims: bool = False
     """Also give the distributions that tokens were drawn from, for rejection sampling."""
+    method: str = "head"
+    """Its name in `Speculate`, as an engine's companion."""
+    bytes: int = 0
+    """Of its weights."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.method} head"
+
+    def ready(self, ground: Ground) -> Ready:
+        """It as an engine's companion."""
+        return joint.ready(self, ground)
 
     @cached_property
     def ops(self) -> kernels.Ops:
@@ -174,22 +192,32 @@ class Head:
 
     def _pass(self, line: Line, at: int, tokens: Tokens[int] | np.ndarray, hidden_nD: Tensor) -> tuple[Tensor, Tensor]:
         """What the last of these pairs comes to; the KV of all of them is written to the line from `at` on."""
-        p, a, n, ops = self.params, self.kind.mixer, len(hidden_nD), self.ops
+        n, index = len(hidden_nD), line.index
         token_n = torch.as_tensor(np.asarray(tokens, np.int64)).to(hidden_nD.device)
-        x_nE, residual_nD = self.wiring.enter(token_n, hidden_nD)
-        pool, new, index = line.pool, slice(at, at + n), line.index
-        qkv = matmul(p["qkv"], x_nE)
-        q_nHC = ops.rope_write(
-            qkv, p["q_norm"], p["k_norm"], line.cos[new], line.sin[new], pool.k, pool.v, index[new], self.kind.eps
-        )
+        new = slice(at, at + n)
+        q_nHC, residual_nD = self.enter(token_n, hidden_nD, (line.cos[new], line.sin[new]), line.pool, index[new])
         where = (line.table, index[:1], index[:2], index[at + n : at + n + 1])  # one row with one query, the last
+        return self.wiring.leave(self.attend(q_nHC[-1:], residual_nD[-1:], line.pool, where))
+
+    def enter(
+        self, token_n: Tensor, hidden_nD: Tensor, angles: Angles, pool: Pool, slot_n: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(queries [n, H, C], the residual [n, D]) of pairs; their KV is written to these slots of the pool."""
+        p = self.params
+        x_nE, residual_nD = self.wiring.enter(token_n, hidden_nD)
+        norms = (p["q_norm"], p["k_norm"])
+        qkv = matmul(p["qkv"], x_nE)
+        return self.ops.rope_write(qkv, *norms, *angles, pool.k, pool.v, slot_n, self.kind.eps), residual_nD
+
+    def attend(self, q_nHC: Tensor, residual_nD: Tensor, pool: Pool, where: tuple[Tensor, ...]) -> Tensor:
+        """The residual [n, D] after the layer. `where` is (table, row, start, length), as attention takes it."""
+        p, a = self.params, attention_of(self.kind)
         window = a.window or 0
-        o_1HC = ops.paged_attention(q_nHC[-1:], pool.k, pool.v, *where, a.scale, window, a.soft_cap, None)
-        x_1D = residual_nD[-1:] + matmul(p["o"], o_1HC.flatten(1))
-        gate_up = matmul(p["gate_up"], normed(x_1D, p["norm2"], self.kind.eps))
-        gate_1F, up_1F = gate_up.split(self.kind.mlp.width, dim=-1)
-        x_1D = x_1D + matmul(p["down"], F.silu(gate_1F) * up_1F)
-        return self.wiring.leave(x_1D)
+        o_nHC = self.ops.paged_attention(q_nHC, pool.k, pool.v, *where, a.scale, window, a.soft_cap, None)
+        x_nD = residual_nD + matmul(p["o"], o_nHC.flatten(1))
+        gate_up = matmul(p["gate_up"], normed(x_nD, p["norm2"], self.kind.eps))
+        gate_nF, up_nF = gate_up.split(self.kind.mlp.width, dim=-1)
+        return x_nD + matmul(p["down"], F.silu(gate_nF) * up_nF)
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -209,6 +237,8 @@ class Found:
     target: Model
     where: str
     """For errors."""
+    taken: list[int] = field(default_factory=list)
+    """Bytes of what was."""
 
     def array(self, name: str, *shape: int) -> Tensor:
         """A tensor as the target's activations are. Raises CheckpointError unless it is there in this shape."""
@@ -221,7 +251,9 @@ class Found:
                 where=self.where,
                 remedy="the head belongs to another model",
             )
-        return x.to(device=self.target.device, dtype=self.target.dtype).contiguous()
+        x = x.to(device=self.target.device, dtype=self.target.dtype).contiguous()
+        self.taken.append(x.nbytes)
+        return x
 
     def linear(self, names: Tokens[str], rows: Tokens[int], K: int, bias: bool = False) -> Leaf:
         """Matrices one under the other, multiplied as one, in the best layout that rounds nothing."""
@@ -232,7 +264,7 @@ class Found:
 
     def layer(self, kind: Layer, at: str, E: int) -> Params:
         """The arrays of a decoder layer below `at` whose attention reads E channels; its first norm is the wiring's."""
-        a, m, D = kind.mixer, kind.mlp, self.target.spec.width
+        a, m, D = attention_of(kind), kind.mlp, self.target.spec.width
         q, kv = a.heads * a.width, a.kv_heads * a.width
         attend, feed = f"{at}self_attn.", f"{at}mlp."
         return {
@@ -244,6 +276,12 @@ class Found:
             "gate_up": self.linear([f"{feed}gate_proj", f"{feed}up_proj"], (m.width, m.width), D, m.bias),
             "down": self.linear([f"{feed}down_proj"], (D,), m.width, m.bias),
         }
+
+
+def attention_of(kind: Layer) -> Attention:
+    """The layer's mixer, which is always attention in a head."""
+    assert isinstance(kind.mixer, Attention), f"heads of {kind.mixer} are not implemented"
+    return kind.mixer
 
 
 def embedding(target: Model, weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:

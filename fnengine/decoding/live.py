@@ -80,6 +80,8 @@ class Outcome:
     """One per token, if it emitted every token with one."""
     error: BaseException | None = None
     """With finish == "error"."""
+    more: tuple[Outcome, ...] = ()
+    """Of its other choices, where it gave several."""
 
 
 class Emitted(NamedTuple):
@@ -89,6 +91,7 @@ class Emitted(NamedTuple):
     """Of the job."""
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None
+    choice: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -156,6 +159,8 @@ class Live:
         self.tasks: set[asyncio.Task[Any]] = set()
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.others: dict[int, list[int]] = {}
+        """Tokens of its other choices."""
         self.asking = 0
         self.last = 0.0
         """When it last asked, emitted or was answered; 0 before it has begun."""
@@ -208,13 +213,16 @@ class Live:
         whole = [(s, t if isinstance(t, np.ndarray) else list(t)) for s, t in pairs]
         return Ask(whole, single, want, samplings, names, asyncio.get_running_loop().create_future())
 
-    def emit(self, tokens: Iterable[int], logprobs: Iterable[float | TokenLogprob] | None = None) -> None:
+    def emit(
+        self, tokens: Iterable[int], logprobs: Iterable[float | TokenLogprob] | None = None, choice: int = 0
+    ) -> None:
+        so_far = self.others.setdefault(choice, []) if choice else self.tokens
         ids = [int(t) for t in tokens]
         if bad := [t for t in ids if not 0 <= t < self.context.vocab]:
             raise RequestError(f"token {bad[0]} is outside the vocabulary of {self.context.vocab}", param="tokens")
-        if len(self.tokens) + len(ids) > self.context.max_tokens:
+        if len(so_far) + len(ids) > self.context.max_tokens:
             raise RequestError(
-                f"{len(self.tokens)} and {len(ids)} more tokens were emitted, {self.context.max_tokens} are allowed",
+                f"{len(so_far)} and {len(ids)} more tokens were emitted, {self.context.max_tokens} are allowed",
                 where=f"strategy {self.name!r}",
                 remedy="end at ctx.max_tokens",
             )
@@ -224,11 +232,11 @@ class Live:
                 p if isinstance(p, TokenLogprob) else TokenLogprob(t, float(p))
                 for t, p in zip(ids, logprobs, strict=True)
             )
-            self.logprobs += scores
-        self.tokens += ids
+            self.logprobs += () if choice else scores
+        so_far += ids
         self.last = self.port.watch.clock()
         if ids and not self.stopped:
-            self.port.emitted(self, Emitted(self.index, tuple(ids), scores))
+            self.port.emitted(self, Emitted(self.index, tuple(ids), scores, choice))
 
     def encode(self, text: str, add_special: bool) -> list[int]:
         return self.port.tokenizer.encode(text, add_special=add_special)
@@ -273,10 +281,13 @@ class Live:
             return Outcome(tokens, "error", scores, bare(self.error))
         if self.stopped:
             return Outcome(tokens, "abort", scores)
-        if reason is None:
-            ended = bool(tokens) and tokens[-1] in self.context.eos
-            reason = "length" if len(tokens) >= limit and not ended else "stop"
-        return Outcome(tokens, reason, scores)
+
+        def why(ids: tuple[int, ...]) -> Finish:
+            ended = bool(ids) and ids[-1] in self.context.eos
+            return reason or ("length" if len(ids) >= limit and not ended else "stop")
+
+        more = [Outcome(ids, why(ids)) for _, ids in sorted((i, tuple(t)) for i, t in self.others.items())]
+        return Outcome(tokens, why(tokens), scores, more=tuple(more))
 
     def condemn(self, error: BaseException) -> None:
         """Ends it with this error."""

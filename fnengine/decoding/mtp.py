@@ -89,4 +89,5 @@ def read(
         y = normed(x, norm, kind.eps)
         return (y if layout.feeds_normed else x), matmul(output, y, wide=True)
 
-    return Head(target, ("final",), kind, params, Wiring(lambda seen: seen[0], enter, leave), claims)
+    wiring = Wiring(lambda seen: seen[0], enter, leave)
+    return Head(target, ("final",), kind, params, wiring, claims, "mtp", sum(found.taken))

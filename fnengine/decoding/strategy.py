@@ -36,7 +36,7 @@ class Verbs(Protocol):
     def extend(
         self, pairs: list[tuple[Any, Any]], single: bool, logits: Any, sample: Any, taps: Any
     ) -> Awaitable[Any]: ...
-    def emit(self, tokens: Iterable[int], logprobs: Iterable[float | TokenLogprob] | None) -> None: ...
+    def emit(self, tokens: Iterable[int], logprobs: Iterable[float | TokenLogprob] | None, choice: int) -> None: ...
     def encode(self, text: str, add_special: bool) -> list[int]: ...
     def decode(self, ids: Iterable[int]) -> str: ...
 
@@ -79,13 +79,18 @@ class Context:
         pairs = [(seq, tokens)] if single else [(s, t) for s, t in seq]
         return await self._verbs.extend(pairs, single, logits, sample, taps)
 
-    def emit(self, tokens: Iterable[int], logprobs: Iterable[float | TokenLogprob] | None = None) -> None:
+    def emit(
+        self, tokens: Iterable[int], logprobs: Iterable[float | TokenLogprob] | None = None, choice: int = 0
+    ) -> None:
         """Adds tokens to the answer, with their log-probabilities if those are to be shown; they are streamed.
+
+        Args:
+            choice: which of the answers, of a strategy that gives several.
 
         Raises:
             RequestError: more than `max_tokens` in all, or no tokens of the vocabulary.
         """
-        self._verbs.emit(tokens, logprobs)
+        self._verbs.emit(tokens, logprobs, choice)
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of a text; `add_special` puts BOS before it where the model wants one."""
@@ -106,6 +111,8 @@ class Strategy:
 
     name: str
     function: Callable[..., Coroutine[Any, Any, Ending]]
+    choices: str | None = None
+    """The argument that says how many choices of a request one run gives; None: each choice is a run of its own."""
 
     def __call__(self, ctx: Context, prompt: Iterable[int], **args: Any) -> Coroutine[Any, Any, Ending]:
         return self.function(ctx, prompt, **args)
@@ -128,8 +135,11 @@ class Strategy:
             ) from None
 
 
-def strategy(function: Callable[..., Coroutine[Any, Any, Any]]) -> Strategy:
+def strategy(function: Callable[..., Coroutine[Any, Any, Any]], choices: str | None = None) -> Strategy:
     """The strategy that an `async def name(ctx, prompt, **args)` is.
+
+    Args:
+        choices: its argument for how many answers it gives, if it can give several.
 
     Raises:
         ConfigError: it is no such function.
@@ -143,4 +153,4 @@ def strategy(function: Callable[..., Coroutine[Any, Any, Any]]) -> Strategy:
         raise ConfigError(
             f"{name} does not take a context and a prompt", where="@strategy", remedy=f"write {name}(ctx, prompt, ...)"
         ) from None
-    return Strategy(name, function)
+    return Strategy(name, function, choices)

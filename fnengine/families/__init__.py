@@ -9,6 +9,8 @@ import difflib
 
 from fnengine.errors import SpecError
 from fnengine.families import (
+    bamba,
+    bert,
     cohere,
     falcon,
     gemma,
@@ -22,18 +24,23 @@ from fnengine.families import (
     llama,
     mistral,
     mixtral,
+    modernbert,
     olmo2,
     olmoe,
     opt,
     phi,
     phi3,
+    phimoe,
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5,
     qwen3_moe,
+    qwen3_next,
     smollm3,
     stablelm,
     starcoder2,
+    whole,
 )
 from fnengine.families.names import Family
 from fnengine.spec import ModelSpec
@@ -43,7 +50,10 @@ _EVERY = (
     *(olmo2.FAMILY, olmo2.OLMO3, phi3.FAMILY, gemma.FAMILY, gemma.GEMMA2, gemma3.FAMILY),
     *(cohere.FAMILY, cohere.COHERE2, glm4.GLM, glm4.FAMILY, starcoder2.FAMILY, stablelm.FAMILY),
     *(phi.FAMILY, gpt_neox.FAMILY, gpt2.FAMILY, opt.FAMILY, falcon.FAMILY),
+    *(qwen3_next.FAMILY, qwen3_5.FAMILY, qwen3_5.MOE, qwen3_5.WHOLE, qwen3_5.WHOLE_MOE, bamba.FAMILY),
     *(mixtral.FAMILY, qwen2_moe.FAMILY, qwen3_moe.FAMILY, olmoe.FAMILY, glm4_moe.FAMILY, gpt_oss.FAMILY),
+    *(bert.FAMILY, bert.ROBERTA, bert.XLM_ROBERTA, modernbert.FAMILY),
+    phimoe.FAMILY,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _EVERY}
 
@@ -54,13 +64,13 @@ def spec_from_config(config: dict, where: str = "config.json") -> ModelSpec:
     Raises:
         SpecError: no family knows the architecture, or a key is missing, impossible or not understood.
     """
-    known = {f.architecture: f for f in FAMILIES.values()}
+    known = {name: f for f in FAMILIES.values() for name in whole.architectures(f)}
     named = config.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(n, str) for n in named):
         raise SpecError(f"architectures = {named!r} is not a list of names", where=where, param="architectures")
     if named:
         if named[0] in known:
-            return known[named[0]].read(config, where)
+            return whole.read(known[named[0]], named[0], config, where)
         raise _unknown(named[0], list(known), where, "architectures")
     kind = config.get("model_type")
     if kind in FAMILIES:

@@ -144,13 +144,21 @@ def kv_heads(f: Fields, heads: int) -> int:
 
 
 def rope(
-    f: Fields, width: int, max_len: int, *, partial: float | None = None, theta: float = 10000.0, of: str | None = None
+    f: Fields,
+    width: int,
+    max_len: int,
+    *,
+    partial: float | None = None,
+    theta: float = 10000.0,
+    of: str | None = None,
+    inert: Iterable[str] = (),
 ) -> Rope:
     """Rotary positions from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 
     Args:
         partial: the family's usual share of a head's channels that rotate; None: it always rotates all of them.
         of: the kind of layer, where each kind has parameters of its own.
+        inert: keys of the parameters that leave text alone.
     """
     theta = f.number("rope_theta", theta)
     share = 1.0 if partial is None else f.number("partial_rotary_factor", partial)
@@ -171,7 +179,7 @@ def rope(
     if turning % 2 or not 0 < turning <= width:
         raise f.error("partial_rotary_factor", f"makes {turning} of {width} channels rotate, which are no pairs")
     found = Rope(theta, turning, scaling(f, inner, key, turning, max_len))
-    inner.close()
+    inner.close(inert)
     return found
 
 
@@ -208,6 +216,8 @@ def scaling(f: Fields, inner: Fields, key: str, width: int, max_len: int) -> Sca
         factor = factor if inner.config.get("factor") else max_len / original
         usual = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
         short, long = (_factors(inner, name, width // 2) for name in ("short_factor", "long_factor"))
+        usual = inner.number("short_mscale", usual)
+        inner.only("long_mscale", inner.take("short_mscale", None))
         return LongScaling(short, long, original, gain or usual, max_len)
     raise f.error(
         key,

@@ -19,8 +19,9 @@ def read(config: dict, where: str = "config.json") -> ModelSpec:
     max_len, bias = f.integer("max_position_embeddings", 131072), f.flag("attention_bias")
     scale, cap = f.number("query_pre_attn_scalar", 256.0) ** -0.5, f.number("attn_logit_softcapping", 0.0)
     eps, F, how = f.number("rms_norm_eps", 1e-6), f.integer("intermediate_size"), gelu(f)
-    f.only("use_bidirectional_attention", False)
+    both = f.flag("use_bidirectional_attention")  # the window is then what a token sees on both sides together
     every = f.integer("sliding_window_pattern", f.integer("_sliding_window_pattern", 6))
+    seen = f.integer("sliding_window", 4096)
     usual = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(L)]
     far = rope(f, C, max_len, theta=1000000.0, of="full_attention")
     own = f.number("rope_local_base_freq", 10000.0)
@@ -41,13 +42,14 @@ def read(config: dict, where: str = "config.json") -> ModelSpec:
                 window=window,
                 soft_cap=cap,
                 qk_as=NORM,
+                causal=not both,
             ),
             Mlp(F, how),
             eps,
             norm=NORM,
             after=True,
         )
-        for window in layer_windows(f, L, f.integer("sliding_window", 4096), usual)
+        for window in layer_windows(f, L, seen // 2 + 1 if both else seen, usual)
     )
     ends = Ends(norm=NORM, embed_scale=D**0.5, logit_cap=f.number("final_logit_softcapping", 0.0))
     return model_spec(
@@ -55,4 +57,11 @@ def read(config: dict, where: str = "config.json") -> ModelSpec:
     )
 
 
-FAMILY = Family("gemma3_text", "Gemma3ForCausalLM", read, {**NAMES, **OWN}, IGNORED)
+FAMILY = Family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    read,
+    {**NAMES, **OWN},
+    IGNORED,
+    also=("Gemma3TextModel", "Gemma3TextForSequenceClassification"),
+)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from fnengine.spec import Attention, Layer, ModelSpec
+from fnengine.spec import Layer, ModelSpec
 
 Names = Mapping[str, str | tuple[str, ...]]
 """Key of the params tree -> checkpoint module(s); `{i}` stands for the layer. `.weight` and `.bias` are appended."""
@@ -40,7 +40,17 @@ class Grouped:
     """C"""
 
 
-Order = Interleaved | Grouped
+@dataclass(frozen=True)
+class Sorted:
+    """Rows of projections one under the other, each of them group by group; here part by part."""
+
+    projections: tuple[tuple[int, tuple[int, ...]], ...]
+    """(groups, rows of each part in a group) of each"""
+    parts: tuple[int, ...]
+    """Numbers of the parts, counted through all projections, in the order in which they stand here."""
+
+
+Order = Interleaved | Grouped | Sorted
 """In which a checkpoint has the rows of an array, if not in ours."""
 
 
@@ -66,8 +76,8 @@ class Family:
     names: Names
     ignored: tuple[str, ...]
     """Suffixes of checkpoint tensors that carry nothing: buffers that old versions saved."""
-    orders: Mapping[str, Callable[[Attention], Order]] = field(default_factory=dict)
-    """Key of the params tree -> the order of its rows in the checkpoint."""
+    orders: Mapping[str, Callable[[Any], Order]] = field(default_factory=dict)
+    """Key of the params tree -> the order of its rows in the checkpoint, by the layer's mixer."""
     renamed: Callable[[Layer], Names] = lambda kind: {}
     """What the arrays of such a layer are called instead."""
     transposed: bool = False
@@ -76,9 +86,16 @@ class Family:
     """Sizes that a config must say, beside those that every config does."""
     prefix: str = ""
     """What every name but the head's begins with, and what some checkpoints leave out."""
+    also: tuple[str, ...] = ()
+    """Further names that its configs have in `architectures` (`whole.architectures`)."""
+    encodes: bool = False
+    """Its models read texts whole and have no form that writes any."""
     further: str = ""
     """Beginning of names of layers, a number follows: those beyond the config's last one predict further tokens, and
     are not loaded."""
+    apart: tuple[str, ...] = ()
+    """Beginnings of names of tensors that are no part of what runs here, and are not loaded: heads that predict further
+    tokens, other towers."""
 
 
 NAMES: Names = {
@@ -115,6 +132,21 @@ EXPERTS: Names = {
 """What layers with experts have beside these; `{e}` stands for the expert. `fused.` begins the name of one tensor that
 holds what the key's modules hold, which newer releases of transformers save on request; with `fused.transposed` those
 of experts are [E, K, N], and their biases lie beside them."""
+
+DELTA_NET: Names = {
+    "mix": (
+        "model.layers.{i}.linear_attn.in_proj_qkv",
+        "model.layers.{i}.linear_attn.in_proj_z",
+        "model.layers.{i}.linear_attn.in_proj_b",
+        "model.layers.{i}.linear_attn.in_proj_a",
+    ),
+    "conv": "model.layers.{i}.linear_attn.conv1d.weight",
+    "decay": "model.layers.{i}.linear_attn.A_log",
+    "step_bias": "model.layers.{i}.linear_attn.dt_bias",
+    "gate_norm": "model.layers.{i}.linear_attn.norm.weight",
+    "o": "model.layers.{i}.linear_attn.out_proj",
+}
+"""What layers of gated delta nets have in place of attention: `Family.renamed`."""
 
 IGNORED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".self_attn.masked_bias")
 

@@ -13,9 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
-import llguidance
-from llguidance.gbnf_to_lark import any_to_lark
-
 from fnengine.errors import RequestError
 from fnengine.host.schema import LIMITS, Limits, check_pattern, check_schema, places_of
 
@@ -188,6 +185,21 @@ def from_response_format(value: Any, field: str = "response_format", limits: Lim
     _refuse(f"{field}.type", "must be text, json_object, json_schema or structural_tag")
 
 
+def from_text_format(value: Any, field: str = "text.format", limits: Limits = LIMITS) -> Grammar | None:
+    """The grammar of the `text.format` of a response, where a schema stands beside its name; None for text."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind in ("text", "json_object"):
+        return json_object(field) if kind == "json_object" else None
+    if kind != "json_schema":
+        _refuse(f"{field}.type", "must be text, json_object or json_schema")
+    if value.get("schema") is None:
+        _refuse(f"{field}.schema", "is required")
+    strict = value.get("strict")
+    if not isinstance(strict, bool | None):
+        _refuse(f"{field}.strict", "must be true or false")
+    return json_schema(value["schema"], f"{field}.schema", strict=bool(strict), limits=limits)
+
+
 _PLAIN: Mapping[str, str] = {
     "guided_json": "json",
     "guided_json_object": "json_object",
@@ -265,17 +277,24 @@ def from_fields(fields: Mapping[str, Any], limits: Limits = LIMITS) -> Grammar |
     return guided or made
 
 
+def _library() -> Any:
+    """The grammar library, which nobody loads who asks for no grammar."""
+    import llguidance
+
+    return llguidance
+
+
 def lower(grammar: Grammar, controls: Mapping[str, int], limits: Limits = LIMITS) -> str:
     """The grammar as the library reads it.
 
     Args:
         controls: tokens that are not text, by their spelling; where a tag has one, the token is meant.
     """
-    parser = llguidance.LLMatcher
+    parser = _library().LLMatcher
     if grammar.kind in ("json_object", "json_schema"):
         return parser.grammar_from_json_schema(json.dumps(guided(json.loads(grammar.text), grammar.whitespace)))
     if grammar.kind == "regex":
-        pattern = llguidance.regex_to_lark(grammar.text, "dw")
+        pattern = _library().regex_to_lark(grammar.text, "dw")
         return parser.grammar_from_lark(f"start: /{pattern}/" if pattern else 'start: ""')
     if grammar.kind == "choice":
         choices = " | ".join(map(_literal, json.loads(grammar.text)))
@@ -284,11 +303,26 @@ def lower(grammar: Grammar, controls: Mapping[str, int], limits: Limits = LIMITS
         return parser.grammar_from_lark(_tags_as_lark(json.loads(grammar.text), grammar.whitespace, controls))
     text = grammar.text
     if "::=" in text and grammar.kind == "cfg":
+        from llguidance.gbnf_to_lark import any_to_lark
+
         try:
             text = any_to_lark(text)
         except (Exception, RecursionError) as error:  # whatever a parser of someone else's raises about a user's text
             _refuse(grammar.field, f"not readable as GBNF: {str(error)[:200]}")
     return parser.grammar_from_lark(text)
+
+
+def as_rule(grammar: Grammar) -> str | None:
+    """The grammar as Lark has it on the right of a rule, so that it can be a part of another one; None for those that
+    are rules of their own."""
+    if grammar.kind in ("json_object", "json_schema"):
+        return f"%json {json.dumps(guided(json.loads(grammar.text), grammar.whitespace))}"
+    if grammar.kind == "choice":
+        return " | ".join(map(_literal, json.loads(grammar.text)))
+    if grammar.kind == "regex":
+        pattern = _library().regex_to_lark(grammar.text, "dw")
+        return f"/{pattern}/" if pattern else '""'
+    return None
 
 
 def explain(grammar: Grammar, error: str) -> str:

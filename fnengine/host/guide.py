@@ -12,13 +12,16 @@ that must come are a draft that is always right: they cost one step together, an
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from fnengine.errors import ConfigError, RequestError
+from fnengine.host.thinking import brief, found
 
 if TYPE_CHECKING:
     from fnengine.host.grammar import Grammar
@@ -46,8 +49,9 @@ class Guide(Protocol):
         """Writes what may come next: bit v % 32 of word v // 32. Raises RequestError where nothing may."""
         ...
 
-    def after(self, token: int) -> Guide:
-        """The place after a token. Raises RequestError for one that may not come."""
+    def after(self, token: int) -> Guide | None:
+        """The place after a token; None where nothing holds the text any more. Raises RequestError for one that may
+        not come."""
         ...
 
     def can(self, draft: Sequence[int]) -> int:
@@ -103,8 +107,8 @@ class Held:
 class Reasoning:
     """How a text says that its reasoning is over."""
 
-    end: tuple[int, ...]
-    """Tokens of the mark that ends it."""
+    end: str
+    """The mark that ends it."""
     begin: int | None = None
     """The token that the text may begin with, to reason first; None: it begins inside of reasoning."""
 
@@ -117,8 +121,10 @@ class Late:
     reasoning: Reasoning
     free_W: np.ndarray
     """What may come while it reasons: all but ends of the text."""
-    newest: tuple[int, ...] = ()
-    """The last tokens of reasoning, as many as its mark has."""
+    bytes_of: Callable[[int], bytes]
+    """Of a token."""
+    tail: bytes = b""
+    """The last bytes of reasoning, as many as may become its mark."""
 
     @property
     def words(self) -> int:
@@ -131,21 +137,23 @@ class Late:
         self.inner.allow(mask_W)
         mask_W.view(np.uint32)[begin // 32] |= np.uint32(1 << begin % 32)
 
-    def after(self, token: int) -> Guide:
+    def after(self, token: int) -> Guide | None:
         begin, end = self.reasoning.begin, self.reasoning.end
         if begin is not None:
             return replace(self, reasoning=Reasoning(end)) if token == begin else self.inner.after(token)
         if not self._free(token):
             raise RequestError(_NOTHING, where="reasoning")
-        newest = (*self.newest, token)[-len(end) :]
-        return self.inner if newest == end else replace(self, newest=newest)
+        over, tail = found(self.tail, self.bytes_of(token), [end.encode()])
+        return self.inner if over else replace(self, tail=tail)
 
     def _free(self, token: int) -> bool:
         return bool(int(self.free_W[token // 32]) >> token % 32 & 1)
 
     def can(self, draft: Sequence[int]) -> int:
-        here: Guide = self
+        here: Guide | None = self
         for i, token in enumerate(draft):
+            if here is None:
+                break
             if not isinstance(here, Late):
                 return i + here.can(draft[i:])
             if here.reasoning.begin is not None and token != here.reasoning.begin:
@@ -173,19 +181,25 @@ class Guides:
     size: int
     """V, the width of the logits."""
     eos: tuple[int, ...]
+    pause: Callable[[], None] = partial(time.sleep, 0.0005)
+    """Lets other threads go on while the vocabulary is read."""
     _vocabulary: Vocabulary | None = None
     _cache: Cache | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def prepare(self, request: Request) -> Request:
-        """The request with the guide of its grammar, which has to be compiled for it.
+        """The request with the guide of its grammar, which has to be compiled for it, and of its budget of thinking.
 
         Raises: RequestError naming the grammar's field when it is no grammar, allows no text, is too large, or cannot
             be followed with this model's tokens.
         """
-        if request.grammar is None or request.guide is not None:
+        grammar, thinking = request.grammar, request.thinking
+        if request.guide is not None or (grammar is None and thinking is None):
             return request
-        return replace(request, guide=self.of(request.grammar, request.reasoning))
+        guide = None if grammar is None else self.of(grammar, request.reasoning)
+        if thinking is not None:
+            guide = brief(guide, thinking, -(-self.size // 32), self.tokenizer.token_bytes)
+        return replace(request, guide=guide)
 
     def of(self, grammar: Grammar, reasoning: Reasoning | None = None) -> Guide:
         """The guide of a grammar at the start of a text, or where the text's reasoning ends."""
@@ -193,12 +207,13 @@ class Guides:
         with self._lock:
             if self._vocabulary is None or self._cache is None:
                 try:
-                    self._vocabulary, self._cache = m.vocabulary(self.tokenizer, self.size, self.eos), m.Cache()
+                    self._vocabulary = m.vocabulary(self.tokenizer, self.size, self.eos, self.pause)
+                    self._cache = m.Cache()
                 except ConfigError as e:
                     raise RequestError(str(e), where=grammar.field, param=grammar.field) from e
         vocabulary = self._vocabulary
         held = Held(m.start(self._cache.get(grammar, vocabulary)))
-        return held if reasoning is None else Late(held, reasoning, ~vocabulary.ends_W)
+        return held if reasoning is None else Late(held, reasoning, ~vocabulary.ends_W, self.tokenizer.token_bytes)
 
 
 def _matching():
@@ -217,11 +232,18 @@ def begin(run: Run, guide: Guide, mask_W: np.ndarray) -> None:
 def follow(run: Run, token: int) -> bool:
     """Takes a token that was chosen into the run's guide; whether the text is complete with it.
 
+    A run that nothing holds any more goes on like one without a guide.
+
     Raises: RequestError when the guide does not allow it.
     """
     assert run.guide is not None
     run.guide = run.guide.after(token)
-    return run.guide.done()
+    if run.guide is not None:
+        return run.guide.done()
+    run.draft, run.masks = (), None
+    run.patient = run.guessed
+    run.plain = run.request.logprobs is None and not run.request.stop.min_tokens and not run.taps
+    return False
 
 
 def look(run: Run) -> None:
@@ -229,14 +251,18 @@ def look(run: Run) -> None:
 
     Raises: RequestError when nothing may come, or the grammar became too much work.
     """
-    guide = run.guide
-    assert guide is not None
-    tokens = guide.forced()[: max(min(FORCED, run.limit - run.known - 1), 0)]
-    masks = np.zeros((len(tokens) + 1, guide.words), np.int32)
+    here: Guide | None = run.guide
+    assert here is not None
+    tokens = here.forced()[: max(min(FORCED, run.limit - run.known - 1), 0)]
+    masks = np.zeros((len(tokens) + 1, here.words), np.int32)
     for i, token in enumerate(tokens):
+        assert here is not None, "a token is forced where nothing holds the text"
         masks.view(np.uint32)[i, token // 32] = 1 << token % 32
-        guide = guide.after(token)
-    guide.allow(masks[-1])
+        here = here.after(token)
+    if here is None:
+        masks[-1] = -1
+    else:
+        here.allow(masks[-1])
     run.draft, run.masks = tokens, masks
 
 
@@ -245,19 +271,20 @@ def guess(run: Run, draft: Sequence[int]) -> None:
 
     A guess that would be too much work ends before that.
     """
-    guide = run.guide
-    if guide is None:
+    here: Guide | None = run.guide
+    if here is None:
         run.draft = tuple(draft)
         return
     assert run.masks is not None
     if run.draft:
         return  # what must come is there already
     masks = [run.masks[0]]
-    for token in draft[: guide.can(draft)]:
-        mask_W = np.empty_like(masks[0])
+    for token in draft[: here.can(draft)]:
+        mask_W = np.full_like(masks[0], -1)
         try:
-            guide = guide.after(token)
-            guide.allow(mask_W)
+            here = None if here is None else here.after(token)
+            if here is not None:
+                here.allow(mask_W)
         except RequestError:
             break
         masks.append(mask_W)

@@ -16,8 +16,9 @@ from __future__ import annotations
 import random
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NoReturn
 
 import llguidance
@@ -36,7 +37,7 @@ WORN = ("too many states", "too many expressions")
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """A model's tokens as grammars see them. Make one with `vocabulary`; 152k tokens take about a second."""
+    """A model's tokens as grammars see them. Make one with `vocabulary`; 152k tokens take a second of one core."""
 
     size: int
     """V, the width of the logits."""
@@ -55,8 +56,18 @@ class Vocabulary:
         return len(self.known_W)
 
 
-def vocabulary(tokenizer: Tokenizer, size: int, eos: Sequence[int]) -> Vocabulary:
+AT_ONCE = 256
+"""Tokens that are looked at between two pauses: about a millisecond."""
+
+
+def vocabulary(
+    tokenizer: Tokenizer, size: int, eos: Sequence[int], pause: Callable[[], None] = lambda: None
+) -> Vocabulary:
     """The vocabulary of a model whose logits are `size` wide and whose texts end with one of `eos`.
+
+    Args:
+        pause: called now and then, so that a thread that makes one can let others go on. The library holds the
+            interpreter's lock twice, for about 0.3 s of 152k tokens each.
 
     Raises: ConfigError when the tokenizer's text is not its tokens' bytes, or no token ends a text.
     """
@@ -73,18 +84,26 @@ def vocabulary(tokenizer: Tokenizer, size: int, eos: Sequence[int]) -> Vocabular
     # An added token in brackets (<tool_call>) means more than its text even where it is not called special.
     marks = {i for i, t in added.items() if t.content[:1] + t.content[-1:] in ("<>", "[]") and len(t.content) > 2}
     special = {i for i in tokenizer.special_ids | marks | set(ends) if i < size}
-    tokens = [tokenizer.token_bytes(i) for i in range(size)]
+    tokens: list[bytes] = []
+    for at in range(0, size, AT_ONCE):
+        tokens += [tokenizer.token_bytes(i) for i in range(at, min(at + AT_ONCE, size))]
+        pause()
     spelled = {tokenizer.token(i) or "": i for i in sorted(special)}
-    known = np.array([len(t) > 0 for t in tokens] + [False] * (-size % 32))
+    known = np.zeros(size + -size % 32, bool)
+    known[:size] = np.fromiter(map(len, tokens), np.int64, size) > 0
     known[list(ends)] = True
     pieces = _Pieces(tokenizer, tokens, frozenset(special), ends[0], tokenizer.bos)
+    library = llguidance.LLTokenizer
+    pause()
+    backend = library(llguidance.TokenizerWrapper(pieces), n_vocab=size, eos_token=list(ends), slices=[])
+    pause()
     return Vocabulary(
         size=size,
         eos=ends,
         known_W=_pack(known),
         ends_W=_pack(np.isin(np.arange(len(known)), ends)),
         controls={text: i for text, i in spelled.items() if text},
-        backend=llguidance.LLTokenizer(llguidance.TokenizerWrapper(pieces), n_vocab=size, eos_token=list(ends)),
+        backend=backend.with_slices(library.general_slices()),
     )
 
 
@@ -100,11 +119,19 @@ class _Pieces:
         self.tokens, self.special_token_ids = tokens, sorted(special)
         self.eos_token_id, self.bos_token_id = eos, bos
         self._tokenizer, self._special = tokenizer, special
-        self._ids: dict[bytes, int] = {}
-        self._longest = max(map(len, tokens), default=0)
-        for i, token in enumerate(tokens):
-            if token and i not in special:
-                self._ids.setdefault(token, i)
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        """Of tokens by their bytes; only few texts need it."""
+        found: dict[bytes, int] = {}
+        for i, token in enumerate(self.tokens):
+            if token and i not in self._special:
+                found.setdefault(token, i)
+        return found
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self.tokens), default=0)
 
     def __call__(self, text: str) -> list[int]:
         assert isinstance(text, str)  # the library tries bytes first and asks with strings then

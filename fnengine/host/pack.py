@@ -23,6 +23,12 @@ def _asked(bits: int) -> tuple[tuple[str, ...], bool]:
     return tuple(name for name in PIPELINE if bits & BIT[name]), bool(bits & NOISE)
 
 
+def asked_of(draft: Draft) -> Ask:
+    """How a step in the making draws tokens, and nothing else of it."""
+    names, noise = _asked(draft.needs)
+    return Ask(pipeline=names, noise=noise)
+
+
 def needs_of(sampling: Sampling) -> int:
     """Bits of what one row's sampling asks of the step that chooses a token for it."""
     names, noise = pipeline_of([(sampling, False)])

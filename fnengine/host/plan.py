@@ -538,7 +538,7 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
             row=run.row,
             length=base,
             blocks=blocks,
-            tokens=run.tokens[:base],
+            tokens=run.tokens[: run.known],
             prompt_len=run.prompt_len,
             sampling=run.request.sampling,
             seed=run.seed,

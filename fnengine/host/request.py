@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fnengine.errors import RequestError
+from fnengine.host.repeats import Repetition
 
 if TYPE_CHECKING:
     from fnengine.host.grammar import Grammar
     from fnengine.host.guide import Guide, Reasoning
+    from fnengine.host.thinking import Budget
 
 MAX_BIAS = 512
 """Most (token id, bias) entries a row can hold: logit_bias plus what min_tokens forbids."""
@@ -176,6 +178,8 @@ class Stop:
     ignore_eos: bool = False
     include_stop: bool = False
     """Keep the matched stop string in the text."""
+    repetition: Repetition | None = None
+    """What counts as going in circles, which ends the text; None for nothing."""
 
     def __post_init__(self):
         if self.max_tokens is not None and self.max_tokens < 0:
@@ -219,8 +223,10 @@ class Request:
     """What the text must look like; None is any text."""
     reasoning: Reasoning | None = None
     """Of a text that reasons first: the grammar holds it from the end of that on."""
+    thinking: Budget | None = None
+    """How long the text may reason; None leaves it to the model."""
     guide: Guide | None = None
-    """The grammar made ready, by `Engine.prepare`; where it is not there, `Engine.submit` does that first."""
+    """Grammar and budget made ready, by `Engine.prepare`; where it is not there, `Engine.submit` does that first."""
     pooling: str | None = None
     """One of `pooling.POOLINGS`: the answer is no text but the prompt's embedding, and `stop.max_tokens` is 0."""
     arrival: float = 0.0

@@ -139,6 +139,8 @@ class Run:
     """Draft tokens in flight."""
     patient: bool = False
     """It sits a step out rather than go on from a token that nobody has read: a draft may come of it."""
+    guessed: bool = False
+    """Somebody guesses drafts for it."""
     guide: Guide | None = None
     """What its text is held to, behind the tokens that are known."""
     masks: np.ndarray | None = None

@@ -44,7 +44,7 @@ class Admission:
     blocks: np.ndarray
     """[p] int32 block ids, in order, covering at least `length` tokens."""
     tokens: np.ndarray
-    """[length] int32: the tokens behind that KV (penalties read them)."""
+    """[n >= length] int32: the tokens behind that KV (penalties read them), and those known to come after it."""
     prompt_len: int
     """Tokens of the prompt; later ones count as generated (penalties)."""
     sampling: Sampling

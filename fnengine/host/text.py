@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from fnengine.host.repeats import REPETITION, Repeats, Repetition
 from fnengine.host.tokenizer import Tokenizer
 
 LOST = "\ufffd"
@@ -301,6 +302,8 @@ class TextStream:
     _queue: deque[tuple[int, Any, int]] = field(default_factory=deque)
     """(id, log-probability, `_shown` at which its text is out) of the tokens that wait."""
     _over: bool = False
+    repeats: Repeats | None = None
+    """Ends a text that goes in circles; what is there of it stays."""
     whole: Mapping[int, str] = field(default_factory=dict)
     """Tokens whose `push` would give just this text, themselves and their log-probability, and change nothing: the way
     of most tokens, without the way."""
@@ -314,12 +317,14 @@ class TextStream:
         include_stop: bool = False,
         from_token: int = 0,
         skip_special: bool = True,
+        repetition: Repetition | None = None,
     ) -> TextStream:
         """A stream that stands behind `prompt`. For min_tokens = m, `from_token` is max(0, m - 1): the text may end
         with the m-th token, not before."""
         detok = Detokenizer.start(tokenizer, prompt, skip_special)
         here = TextStream(detok, StopScan(tuple(stops), include_stop), from_token)
-        here.whole = _NONE if stops else detok.whole()
+        here.repeats = None if repetition is None else Repeats(repetition)
+        here.whole = _NONE if stops or repetition is not None else detok.whole()
         return here
 
     def push(self, token: int, logprob: Any = None, *, silent: bool = False) -> Piece:
@@ -338,6 +343,11 @@ class TextStream:
         self._queue.append((token, logprob, self._seen + (self._detok.waiting and not silent)))
         self._pushed += 1
         piece = self._let_out(text)
+        if self.repeats is not None:
+            if self.repeats.push(token) and self._pushed > self.from_token and not self._over:
+                piece += self.finish()
+                return piece if piece.stop is not None else piece._replace(stop=REPETITION)
+            return piece
         self.whole = _NONE if self._queue or self._over or self._scan.stops else self._detok.whole()
         return piece
 

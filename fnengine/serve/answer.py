@@ -166,6 +166,8 @@ class _Choice:
     length: int = 0
     """Characters sent, the echoed prompt included."""
     tokens: int = 0
+    logprob: float = 0.0
+    """Summed over tokens, where the best choices are the answer."""
     held: list[Delta] = field(default_factory=list)
     """Deltas that wait for the log-probabilities of the echoed prompt, which come with choice 0."""
     usage: Usage | None = None
@@ -243,6 +245,8 @@ class Answer:
                 piece["logprobs"] = text_logprobs(self.text, ids, delta.logprobs, shape.logprobs, shape.as_ids, where)
         if shape.return_ids:
             piece["token_ids"] = list(delta.tokens)
+        if shape.best is not None:
+            c.logprob += sum(e.logprob for e in delta.logprobs or ())
         c.length += len(delta.text)
         c.tokens += len(delta.tokens)
         if delta.finish is not None:
@@ -391,7 +395,7 @@ class Answer:
             "object": "chat.completion" if chat else "text_completion",
             "created": shape.created,
             "model": shape.model,
-            "choices": [self._whole(c) for c in self.choices],
+            "choices": [self._whole(c) | {"index": i} for i, c in enumerate(self.best())],
             "usage": self.usage(),
             "system_fingerprint": shape.fingerprint,
         }
@@ -402,6 +406,17 @@ class Answer:
         if chat and shape.return_ids:
             out["prompt_token_ids"] = list(shape.prompts[0])
         return out
+
+    def best(self) -> list[_Choice]:
+        """The choices that are the answer, in order: of each prompt, those of the largest mean log-probability."""
+        n, best = self.shape.n, self.shape.best
+        if best is None:
+            return self.choices
+        found = []
+        for at in range(0, len(self.choices), n):
+            ranked = sorted(self.choices[at : at + n], key=lambda c: -c.logprob / max(c.tokens, 1))  # ties: the first
+            found += ranked[:best]
+        return found
 
     def _whole(self, c: _Choice) -> dict[str, Any]:
         shape, parts = self.shape, self._parts[c.index]

@@ -226,11 +226,16 @@ def make_app(
         ignored = tuple(sorted({*ignored, *job.ignored}))
         headers = {"x-fnengine-ignored": header(ignored)} if ignored else {}
         if job.shape.stream:
-            return EventStream(events(flight, answer, Thinning(stream_interval), log, blame), close, headers, silence)
-        try:
-            return await whole(request, flight, answer, headers, room, blame)
-        finally:
-            close()
+            thin = Thinning(job.shape.interval or stream_interval)
+            return EventStream(events(flight, answer, thin, log, blame), close, headers, silence)
+
+        async def rest(client: Request | None) -> Response:
+            try:
+                return await whole(client, flight, answer, headers, room, blame)
+            finally:
+                close()
+
+        return await rest(request) if job.background is None else job.background(flight, answer, rest(None))
 
     async def completions(request: Request) -> Response:
         return await generate(request, protocol.CompletionBody, translate.from_completion)
@@ -382,7 +387,7 @@ def make_app(
     route("/debug/graphs", "GET", debug_graphs)
     route("/reset_prefix_cache", "POST", reset_prefix_cache)
     route("/abort_requests", "POST", abort_requests, protocol.AbortBody)
-    core = Core(engine, read, named, generate, from_chat, wall)
+    core = Core(engine, read, named, generate, from_chat, wall, parsers.thinks, log)
     own: list[Route] = [*embeddings.routes(core), *messages.routes(core), *responses.routes(core), *unbuilt()]
     for r in own:
         route(r.path, r.methods, r.endpoint, r.model, r.problem)

@@ -108,8 +108,12 @@ def turns_of(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
     return turns
 
 
-def chat_fields(body: CountBody) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(messages, tools and variables of the template, fields without effect)."""
+def chat_fields(body: CountBody, thinks: bool = True) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(messages, tools and variables of the template, fields without effect).
+
+    Args:
+        thinks: whether reasoning is told apart, so that a budget of it can be kept.
+    """
     fields: dict[str, Any] = {"messages": []}
     if body.system is not None:
         fields["messages"].append({"role": "system", "content": text_of(body.system, "system")})
@@ -125,7 +129,13 @@ def chat_fields(body: CountBody) -> tuple[dict[str, Any], tuple[str, ...]]:
         if kind != "adaptive":
             on = kind == "enabled"
             fields["chat_template_kwargs"] = {"enable_thinking": on, "thinking": on}
-        ignored = tuple(f"thinking.{name}" for name in body.thinking if name != "type")
+        budget = body.thinking.get("budget_tokens")
+        if budget is not None and (type(budget) is not int or budget < 0):
+            _refuse("thinking.budget_tokens", "must be a number of tokens")
+        if kind == "enabled" and budget is not None and thinks:
+            fields["thinking_token_budget"] = budget
+        used = ("type", *(["budget_tokens"] if thinks else ()))
+        ignored = tuple(f"thinking.{name}" for name in body.thinking if name not in used)
     return fields, ignored
 
 
@@ -141,13 +151,13 @@ def tool_of(tool: dict[str, Any], where: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def chat_of(body: MessagesBody) -> tuple[ChatBody, tuple[str, ...]]:
+def chat_of(body: MessagesBody, thinks: bool = True) -> tuple[ChatBody, tuple[str, ...]]:
     """(the chat that a request is, fields without effect).
 
     Raises:
         RequestError: `param` names the field, in the words of this protocol.
     """
-    fields, ignored = chat_fields(body)
+    fields, ignored = chat_fields(body, thinks)
     fields |= shared_fields(body)
     for i, stop in enumerate(body.stop_sequences or ()):
         if not stop:
@@ -175,8 +185,8 @@ def chat_of(body: MessagesBody) -> tuple[ChatBody, tuple[str, ...]]:
 class Message:
     """An answer as content blocks; the events of the stream and the whole message come of the same steps."""
 
-    def __init__(self, answer: Answer):
-        self.answer = answer
+    def __init__(self, answer: Answer, stops: Sequence[str] = ()):
+        self.answer, self.stops = answer, stops
         self.blocks: list[dict[str, Any]] = []
         self.open = False
         self.ended: tuple[str | None, str | None] = (None, None)
@@ -225,7 +235,7 @@ class Message:
                     out.append(self.grown("input_json_delta", "partial_json", arguments))
             if (finish := piece.get("finish")) is not None:
                 out += self.close()
-                matched = piece["stop_reason"] if isinstance(piece["stop_reason"], str) else None
+                matched = piece["stop_reason"] if piece["stop_reason"] in self.stops else None
                 self.ended = ENDS.get(finish, "stop_sequence" if matched else "end_turn"), matched
         return out
 
@@ -286,10 +296,12 @@ def routes(core: Core) -> list[Route]:
     """The routes of messages."""
 
     def make(body: MessagesBody, engine: Any, *, id: str, created: int, model: str) -> Job:
-        chat, ignored = chat_of(body)
+        chat, ignored = chat_of(body, core.thinks)
         job: Job = core.from_chat(chat, engine, id=id, created=created, model=model)
-        shape = replace(job.shape, id=f"msg_{id}")
-        return Job(job.requests, shape, job.ignored + ignored, lambda shape, *more: Message(Answer(shape, *more)))
+        shape, stops = replace(job.shape, id=f"msg_{id}"), job.requests[0].stop.strings
+        return Job(
+            job.requests, shape, job.ignored + ignored, lambda shape, *more: Message(Answer(shape, *more), stops)
+        )
 
     async def messages(request: Request) -> Response:
         return await core.generate(request, MessagesBody, make)

@@ -93,6 +93,16 @@ class PredictionBody(BaseModel):
     content: Annotated[list[dict[str, Any]], BeforeValidator(_parts)]
 
 
+class RepetitionBody(BaseModel):
+    """When a text that goes in circles ends."""
+
+    model_config = CONFIG | {"extra": "forbid"}
+
+    max_pattern_size: Int
+    min_pattern_size: Int | None = None
+    min_count: Int = 2
+
+
 Speculative = Annotated[
     SpeculativeBody | None,
     BeforeValidator(_switch),
@@ -142,6 +152,14 @@ class Generate(BaseModel):
     ignore_eos: Bool = None
     skip_special_tokens: Bool = None
     add_special_tokens: Bool = None
+    stream_interval: Int | None = None
+    truncate_prompt_tokens: Int | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    repetition_detection: RepetitionBody | None = None
+    use_beam_search: Bool = None
+    beam_width: Int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
     prompt_logprobs: Int | None = None
     return_tokens_as_token_ids: Bool = None
     return_token_ids: Bool = None
@@ -156,6 +174,8 @@ class Generate(BaseModel):
 class CompletionBody(Generate):
     prompt: str | list[str] | list[Int] | list[list[Int]]
     echo: Bool = None
+    suffix: str | None = None
+    best_of: Int | None = None
     logprobs: Int | None = None
 
 
@@ -167,10 +187,12 @@ class ChatBody(Generate):
     add_generation_prompt: Bool = None
     continue_final_message: Bool = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = Field(default=None, min_length=1)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: Bool = None
     reasoning_effort: str | None = Field(default=None, max_length=32)
+    thinking_token_budget: Int | None = None
     include_reasoning: Bool = None
 
 
@@ -219,19 +241,13 @@ HINTS = frozenset(
 
 _NONE = (None,)
 REFUSED: dict[str, tuple] = {
-    "best_of": (None, 1),
-    "suffix": (None, ""),
     "functions": _NONE,
     "function_call": (None, "none", "auto"),
-    "guided_decoding_backend": _NONE,
+    "guided_decoding_backend": (None, "auto", "guidance", "llguidance"),
     "logits_processors": (None, []),
     "custom_logit_processor": _NONE,
     "custom_params": _NONE,
     "vllm_xargs": (None, {}),
-    "use_beam_search": (None, False),
-    "beam_width": (None, 1),
-    "length_penalty": (None, 1),
-    "early_stopping": (None, False),
     "prompt_embeds": _NONE,
     "audio": _NONE,
     "modalities": (None, [], ["text"]),
@@ -240,40 +256,47 @@ REFUSED: dict[str, tuple] = {
     "logprob_token_ids": (None, []),
     "logprobs_mode": (None, "raw_logprobs"),
     "stop_regex": (None, []),
-    "repetition_detection": _NONE,
-    "thinking_token_budget": _NONE,
-    "truncate_prompt_tokens": _NONE,
-    "truncation_side": _NONE,
     "chat_template": _NONE,
-    "documents": (None, []),
     "web_search_options": _NONE,
     "kv_transfer_params": _NONE,
     "lora": _NONE,
     "top_n_sigma": (None, -1, 0),
     "mirostat": (None, 0),
-    "repeat_penalty": (None, 1),
-    "min_new_tokens": (None, 0),
+    "return_prompt_text": (None, False),
+    "return_token_offsets": (None, False),
+    "trace_decode_token_ids": (None, False, []),
+    "output_kind": _NONE,
     "watermarking": (None, False),
     "flat_logprobs": (None, False),
 }
 """Name -> values that ask for nothing. Every other value is a 400."""
 
 _REMEDY = {
-    "best_of": "send n and choose yourself",
     "chat_template": "start the server with --chat-template FILE",
-    "repeat_penalty": "the field is called repetition_penalty here",
-    "min_new_tokens": "the field is called min_tokens here",
+    "vllm_xargs": "the field is called processors here",
 }
 
-_COMPLETION_ONLY = {"prompt": _NONE, "echo": (None, False)}
+_COMPLETION_ONLY = {"prompt": _NONE, "echo": (None, False), "suffix": (None, ""), "best_of": (None, 1)}
 _CHAT_ONLY = {
     "tools": _NONE,
     "tool_choice": (None, "none", "auto"),
     "parallel_tool_calls": (None, True, False),
     "reasoning_effort": (None, "none"),
     "include_reasoning": (None, True, False),
+    "documents": (None, []),
+    "thinking_token_budget": _NONE,
 }
 
+
+ALIASES = {
+    "repeat_penalty": "repetition_penalty",
+    "min_new_tokens": "min_tokens",
+    "max_new_tokens": "max_tokens",
+    "n_predict": "max_tokens",
+    "sampling_seed": "seed",
+    "no_stop_trim": "include_stop_str_in_output",
+}
+"""Names that SGLang and llama.cpp have for fields, and ours."""
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -324,6 +347,11 @@ def parse(model: type[M], data: dict[str, Any], *, strict: bool = False) -> tupl
         refused = refused | _COMPLETION_ONLY
     elif model is CompletionBody:
         refused = refused | _CHAT_ONLY
+    for name in data.keys() & ALIASES.keys() if refused else ():
+        ours = ALIASES[name]
+        if data.get(ours) is not None:
+            raise RequestError(f"is another name of {ours}", where=name, param=name, remedy="give one of them")
+        data = {**{k: v for k, v in data.items() if k != name}, ours: data[name]}
     for name in data.keys() & refused.keys():
         value = data[name]
         if not any(_same(value, ok) for ok in refused[name]):
@@ -350,7 +378,7 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-_TAGS = ("str", "list[", "function-", "constrained-", "int", "dict[", "nullable")
+_TAGS = ("str", "list[", "function-", "constrained-", "int", "dict[", "nullable", "bool", "literal[")
 
 
 def _first(error: ValidationError) -> RequestError:

@@ -172,7 +172,7 @@ async def events(
 
 
 async def whole(
-    request: Request,
+    request: Request | None,
     flight: Flight,
     answer: Writer,
     headers: dict[str, str],
@@ -183,16 +183,21 @@ async def whole(
 
     What it holds of the room is given back when it has been sent, so that answers which nobody reads are counted.
 
+    Args:
+        request: whose client waits; None: nobody does, and it goes on by itself.
+
     Raises:
         RequestError, Unavailable: there is no room to hold the answer until it is whole.
     """
     held = 0
+    listener = None
 
     def give_back():
         room.held -= held
 
-    listener = asyncio.ensure_future(until_gone(request.receive))
-    listener.add_done_callback(lambda task: None if task.cancelled() else flight.close())
+    if request is not None:
+        listener = asyncio.ensure_future(until_gone(request.receive))
+        listener.add_done_callback(lambda task: None if task.cancelled() else flight.close())
     try:
         async for batch in flight.batches():
             _check(batch, blame)
@@ -201,12 +206,16 @@ async def whole(
                 answer.take(prompt, delta)
         if not answer.done:
             raise flight.reason or Unavailable("the client has gone")
-        return Paced(dump(answer.body()), headers, give_back)
+        made = Paced(dump(answer.body()), headers, give_back)
+        if request is None:
+            give_back()
+        return made
     except BaseException:
         give_back()
         raise
     finally:
-        listener.cancel()
+        if listener is not None:
+            listener.cancel()
         flight.close()
 
 

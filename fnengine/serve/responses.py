@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NoReturn
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from fnengine.errors import FnError, NotFound, RequestError
+from fnengine.host.grammar import Grammar, from_text_format
 from fnengine.host.output import Delta
 from fnengine.serve.answer import Answer, dump
+from fnengine.serve.flight import Flight
 from fnengine.serve.protocol import Bool, ChatBody, Generate, Int
-from fnengine.serve.replies import as_json
+from fnengine.serve.replies import Aborted, Fault, as_json
 from fnengine.serve.routes import Core, Route, shared_fields
 from fnengine.serve.sse import named_event
 from fnengine.serve.translate import Job
@@ -81,6 +85,8 @@ class Store:
         if size > self.most_bytes:
             return
         with self._lock:
+            if (before := self._kept.pop(stored.response["id"], None)) is not None:
+                self.bytes -= before[1]
             self._kept[stored.response["id"]] = stored, size
             self.bytes += size
             while len(self._kept) > self.most or self.bytes > self.most_bytes:
@@ -190,14 +196,14 @@ def turns_of(items: Sequence[dict[str, Any]], where: str = "input") -> list[dict
     return turns
 
 
-def chat_of(body: ResponsesBody, before: Sequence[dict[str, Any]]) -> tuple[ChatBody, tuple[str, ...]]:
-    """(the chat that a request is, fields without effect), given the items of the conversation before it.
+def chat_of(body: ResponsesBody, before: Sequence[dict[str, Any]]) -> tuple[ChatBody, Grammar | None, tuple[str, ...]]:
+    """(the chat that a request is, what its answer has to be, fields without effect), given the items of the
+    conversation before it.
 
     Raises:
         RequestError: `param` names the field, in the words of this protocol.
     """
     for name, nothing in (
-        ("background", (None, False)),
         ("conversation", (None,)),
         ("prompt", (None,)),
         ("top_logprobs", (None, 0)),
@@ -207,9 +213,11 @@ def chat_of(body: ResponsesBody, before: Sequence[dict[str, Any]]) -> tuple[Chat
         if getattr(body, name) not in nothing:
             remedy = "the field is called max_output_tokens here" if name == "max_tokens" else "leave it out"
             _refuse(name, "is not implemented", remedy)
-    form = (body.text or {}).get("format")
-    if form is not None and (not isinstance(form, dict) or form.get("type") != "text"):
-        _refuse("text.format", "only text is implemented", 'send {"type": "text"}')
+    asked = (body.text or {}).get("format")
+    form = None if asked is None else from_text_format(asked)
+    if body.background and (body.stream or body.store is False):
+        what = "what is made in the background cannot be streamed, and is stored"
+        _refuse("background", what, "leave out stream, and store: false")
     if body.max_output_tokens is not None and body.max_output_tokens < 1:
         _refuse("max_output_tokens", f"must be at least 1, got {body.max_output_tokens}")
     first = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
@@ -232,7 +240,7 @@ def chat_of(body: ResponsesBody, before: Sequence[dict[str, Any]]) -> tuple[Chat
             fields["reasoning_effort"] = value
         elif value is not None:
             ignored.append(f"reasoning.{name}")
-    return ChatBody(**fields), tuple(ignored)
+    return ChatBody(**fields), form, tuple(ignored)
 
 
 def tool_of(tool: dict[str, Any], where: str) -> dict[str, Any]:
@@ -280,7 +288,7 @@ class Items:
             "created_at": shape.created,
             "completed_at": int(self.wall()) if status == "completed" else None,
             "status": status,
-            "background": False,
+            "background": body.background is True,
             "error": None if error is None else {"code": "server_error", "message": str(error)},
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": body.instructions,
@@ -292,7 +300,7 @@ class Items:
             "reasoning": {"effort": (body.reasoning or {}).get("effort"), "summary": None},
             "store": body.store is not False,
             "temperature": body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (body.text or {}).get("format") or {"type": "text"}},
             "tool_choice": body.tool_choice or "auto",
             "tools": body.tools or [],
             "top_p": body.top_p,
@@ -421,14 +429,72 @@ class Items:
         return response
 
 
+class Background:
+    """Responses that nobody waits for, while they are made."""
+
+    def __init__(self, store: Store, log: Callable[[str], None] = lambda _: None):
+        self.store, self._log = store, log
+        self.open: dict[str, tuple[Flight, Items, Callable[[dict[str, Any], list[dict[str, Any]]], None]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(
+        self,
+        keep: Callable[[dict[str, Any], list[dict[str, Any]]], None],
+        flight: Flight,
+        items: Items,
+        rest: Coroutine[Any, Any, Any],
+    ) -> Response:
+        """Lets a response go on by itself; as it is now. What becomes of it goes to `keep`."""
+        id = items.answer.shape.id
+        self.open[id] = flight, items, keep
+        task = asyncio.get_running_loop().create_task(self._run(id, items, rest))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return as_json(items.response("in_progress"))
+
+    async def _run(self, id: str, items: Items, rest: Coroutine[Any, Any, Any]) -> None:
+        status, error = "", None
+        try:
+            await rest  # and keeps what came of it
+        except FnError as e:
+            status, error = "failed", e
+        except Exception:
+            self._log(f"response {id}: {traceback.format_exc()}")
+            status, error = "failed", Fault("internal error; the server's log says more")
+        found = self.open.pop(id, None)
+        if found is not None and status:
+            items.close("incomplete")
+            found[2](items.response(status, error), items.items)
+
+    def get(self, id: str) -> dict[str, Any] | None:
+        """One of them, as far as it has come."""
+        return None if (found := self.open.get(id)) is None else found[1].response("in_progress")
+
+    def end(self, id: str) -> dict[str, Any] | None:
+        """Cancels one: as far as it came, and kept like that."""
+        if (found := self.open.pop(id, None)) is None:
+            return None
+        flight, items, keep = found
+        flight.close(Aborted("the response was cancelled"))
+        items.close("incomplete")
+        response = items.response("cancelled")
+        keep(response, items.items)
+        return response
+
+
 def routes(core: Core, store: Store | None = None) -> list[Route]:
     """The routes of responses."""
     store = Store() if store is None else store
+    background = Background(store, core.log)
 
     def make(body: ResponsesBody, engine: Any, *, id: str, created: int, model: str) -> Job:
-        before = () if body.previous_response_id is None else store.get(body.previous_response_id).items
-        chat, ignored = chat_of(body, before)
-        job: Job = core.from_chat(chat, engine, id=id, created=created, model=model)
+        before: tuple[dict[str, Any], ...] = ()
+        if body.previous_response_id is not None:
+            if body.previous_response_id in background.open:
+                _refuse("previous_response_id", "names a response that is still in progress", "wait for its end")
+            before = store.get(body.previous_response_id).items
+        chat, form, ignored = chat_of(body, before)
+        job: Job = core.from_chat(chat, engine, id=id, created=created, model=model, form=form)
         inputs = items_of(body.input)
 
         def keep(response: dict[str, Any], output: list[dict[str, Any]]) -> None:
@@ -440,6 +506,7 @@ def routes(core: Core, store: Store | None = None) -> list[Route]:
             replace(job.shape, id=f"resp_{id}"),
             job.ignored + ignored,
             lambda shape, *more: Items(Answer(shape, *more), body, keep, core.wall),
+            partial(background.begin, keep) if body.background else None,
         )
 
     async def create(request: Request) -> Response:
@@ -451,16 +518,19 @@ def routes(core: Core, store: Store | None = None) -> list[Route]:
     async def retrieve(request: Request) -> Response:
         if request.query_params.get("stream") == "true":
             _refuse("stream", "what has been answered is not streamed again", "leave it out")
-        return as_json(stored(request).response)
+        return as_json(background.get(request.path_params["id"]) or stored(request).response)
+
+    async def cancel(request: Request) -> Response:
+        response = background.end(request.path_params["id"]) or stored(request).response
+        if not response["background"]:
+            _refuse("response_id", "names a response that was not made in the background", "close its connection")
+        return as_json(response)
 
     async def delete(request: Request) -> Response:
         id = request.path_params["id"]
+        background.end(id)
         store.drop(id)
         return as_json({"id": id, "object": "response", "deleted": True})
-
-    async def cancel(request: Request) -> Response:
-        stored(request)
-        _refuse("background", "only a response that was made in the background can be cancelled, and none is")
 
     async def input_tokens(request: Request) -> Response:
         body, _ = await core.read(request, ResponsesBody)
@@ -477,8 +547,8 @@ def routes(core: Core, store: Store | None = None) -> list[Route]:
     return [
         Route("/v1/responses", "POST", create, ResponsesBody),
         Route("/v1/responses/input_tokens", "POST", input_tokens, ResponsesBody),
-        Route("/v1/responses/{id}/cancel", "POST", cancel),
         Route("/v1/responses/{id}", "GET", retrieve),
         Route("/v1/responses/{id}", "DELETE", delete),
+        Route("/v1/responses/{id}/cancel", "POST", cancel),
         Route("/v1/responses/{id}/input_items", "GET", input_items),
     ]

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fnengine.errors import FnError, RequestError
+from fnengine.host.grammar import FIELDS
 from fnengine.serve.engine_port import EnginePort
 from fnengine.serve.protocol import Generate
 from fnengine.serve.replies import NotImplementedHere, problem
@@ -32,6 +33,10 @@ class Core:
     """A `ChatBody` -> a `Job`."""
     wall: Callable[[], float]
     """Unix seconds."""
+    thinks: bool = True
+    """Whether reasoning is told apart here."""
+    log: Callable[[str], None] = lambda _: None
+    """Takes a text about a fault."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ def shared_fields(body: Generate) -> dict[str, Any]:
         RequestError: it asks for something that an answer of its protocol has no place for.
     """
     given = {name: getattr(body, name) for name in Generate.model_fields if name in body.model_fields_set}
+    given |= {name: value for name, value in (body.model_extra or {}).items() if name in FIELDS}
     for name in NOT_A_CHAT:
         value = given.pop(name, None)
         nothing = value is None or value is False or (name == "n" and value == 1)

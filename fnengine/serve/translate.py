@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
 from fnengine.errors import ContextLengthError, RequestError
 from fnengine.host.grammar import Grammar, from_fields
 from fnengine.host.guide import Reasoning
+from fnengine.host.repeats import Repetition
 from fnengine.host.request import MAX_BAD, MAX_BREAKERS, MAX_DRAFT, Request, Sampling, Speculate, Stop
+from fnengine.host.thinking import Budget
 from fnengine.serve import tools as tooling
 from fnengine.serve.engine_port import EnginePort, Text
 from fnengine.serve.parsing.parser import Parsers, begin
@@ -23,6 +25,10 @@ COMPLETION_TOKENS = 16
 """max_tokens of a completion that names none (OpenAI's legacy default)."""
 MOST_CHOICES = 128
 """Largest n, as OpenAI's."""
+BEAMS = "use_beam_search"
+"""The field, and the name of the strategy that it stands for."""
+BEAM_WIDTH = 4
+"""Of a beam search that gives one text and names none."""
 MOST_PROMPTS = 2048
 """Most prompts of a completion, as OpenAI's; beyond it a small body makes very many requests."""
 BREAKERS = ("\n", ":", '"', "*")
@@ -75,6 +81,10 @@ class Shape:
     """Say at the end where its seconds went."""
     role: str = "assistant"
     skip_special: bool = True
+    best: int | None = None
+    """Of each prompt's choices, the so many likeliest are the answer; None for all, in their order."""
+    interval: int | None = None
+    """Tokens of a chunk, at least; None is as the server was started."""
     strategy: str | None = None
     """Name of what decides the answer; None where tokens are sampled."""
     reader: Reader | None = None
@@ -91,6 +101,8 @@ class Job:
     """Fields without effect, beside those that have none in any request."""
     write: Callable[[Shape, Text, Callable[[], Any]], Any] | None = None
     """Makes the `replies.Writer` of a protocol of its own; None is OpenAI's `Answer`."""
+    background: Callable[[Any, Any, Coroutine[Any, Any, Any]], Any] | None = None
+    """(flight, writer, the rest of its life, to be run by whoever is given it) -> an HTTP response at once."""
 
 
 def tokens_held(job: Job) -> int:
@@ -114,7 +126,13 @@ def from_completion(body: CompletionBody, engine: EnginePort, *, id: str, create
     text = engine.tokenizer
     prompts = _prompts(body.prompt)
     special = body.add_special_tokens is not False
-    ids = [tuple(text.encode(p, add_special=special)) if isinstance(p, str) else tuple(p) for p in prompts]
+    if body.suffix:
+        if body.echo:
+            _refuse("suffix", "cannot be combined with echo", "leave one out")
+        prompts = [_infill(p, body.suffix, text) for p in prompts]
+    whole = [tuple(text.encode(p, add_special=special)) if isinstance(p, str) else tuple(p) for p in prompts]
+    cut = _cut(body, engine.max_len)
+    ids = [cut(one) for one in whole]
     echo = bool(body.echo)
     skip = body.skip_special_tokens is not False
     check_ids(ids, text.vocab_size)
@@ -130,7 +148,12 @@ def from_completion(body: CompletionBody, engine: EnginePort, *, id: str, create
         fingerprint=engine.fingerprint,
         prompts=tuple(ids),
         logprobs=logprobs,
-        echo=tuple(p if isinstance(p, str) else text.decode(p, skip_special=skip) for p in prompts) if echo else None,
+        echo=tuple(
+            p if isinstance(p, str) and len(kept) == len(all) else text.decode(kept, skip_special=skip)
+            for p, all, kept in zip(prompts, whole, ids, strict=True)
+        )
+        if echo
+        else None,
         **_common_shape(body, engine),
     )
     prompt_k = shape.prompt_logprobs
@@ -153,13 +176,22 @@ def from_chat(
     role: str = "assistant",
     parsers: Parsers | None = None,
     auto_tools: bool = True,
+    form: Grammar | None = None,
 ) -> Job:
-    """Requests and shape of /v1/chat/completions. Raises as `from_completion` does."""
+    """Requests and shape of /v1/chat/completions. Raises as `from_completion` does.
+
+    Args:
+        form: what the answer has to be, where another protocol says it in words of its own.
+    """
     text, parsers = engine.tokenizer, parsers or Parsers()
-    want = tooling.wanted(body, parsers, text, auto=auto_tools)
-    variables, ignored = tooling.effort(body, text)
-    rendered, tokens = _render(body, text, want.shown, variables)
-    ids = [tuple(tokens)]
+    asked_form = from_fields(body.model_extra or {})
+    if form is not None and asked_form is not None:
+        what = f"only one constraint is possible, and {form.field} is another"
+        _refuse(asked_form.field, what, "leave one out")
+    want = tooling.wanted(body, parsers, text, answer=form or asked_form, auto=auto_tools)
+    effort = tooling.effort(body, parsers, text)
+    rendered, tokens = _render(body, text, want.shown, effort.variables)
+    ids = [_cut(body, engine.max_len)(tuple(tokens))]
     common = _common_shape(body, engine)
     going_on = _final_text(body) if body.continue_final_message else None
     start = begin(parsers, rendered, want.tools, going_on)
@@ -195,12 +227,7 @@ def from_chat(
         **common,
     )
     explicit = asked is not None
-    grammar = from_fields(body.model_extra or {})
-    if grammar is not None and want.tools is not None:
-        if want.grammar is not None:
-            _refuse(grammar.field, "only one constraint is possible, and tool_choice is another", "leave one out")
-        _refuse(grammar.field, "would keep the model from calling tools", 'send tool_choice "none", or leave one out')
-    grammar = grammar or want.grammar
+    held = want.grammar is not None
     requests = _requests(
         body,
         engine,
@@ -210,11 +237,11 @@ def from_chat(
         most=most,
         explicit=explicit,
         prompt_logprobs=shape.prompt_logprobs,
-        grammar=grammar,
-        reasoning=None if grammar is None else tooling.reasoning_of(start, text, want.grammar is not None),
+        grammar=want.grammar,
+        reasoning=tooling.reasoning_of(start, text, want.call) if held else None,
+        thinking=tooling.budget_of(start, text, effort.budget, want.call),
     )
-    notes = () if grammar is None else grammar.ignored
-    return Job(requests, shape, tuple(dict.fromkeys(want.ignored + ignored + notes)))
+    return Job(requests, shape, tuple(dict.fromkeys(want.ignored + effort.ignored)))
 
 
 def from_tokenize(body: TokenizeBody, text: Text) -> list[int]:
@@ -228,7 +255,7 @@ def from_tokenize(body: TokenizeBody, text: Text) -> list[int]:
     return _render(body, text, body.tools)[1]
 
 
-def _refuse(param: str, what: str, remedy: str | None = None):
+def _refuse(param: str, what: str, remedy: str | None = None) -> NoReturn:
     raise RequestError(what, where=param, param=param, remedy=remedy)
 
 
@@ -268,6 +295,16 @@ def _common_shape(body: Generate, engine: EnginePort) -> dict[str, Any]:
     n = 1 if body.n is None else body.n
     if not 1 <= n <= MOST_CHOICES:
         _refuse("n", f"must be between 1 and {MOST_CHOICES}, got {n}")
+    most = body.best_of if isinstance(body, CompletionBody) and body.best_of is not None else n
+    if not n <= most <= MOST_CHOICES:
+        _refuse("best_of", f"must be between n ({n}) and {MOST_CHOICES}, got {most}")
+    if most > n and body.stream:
+        _refuse("best_of", "cannot be streamed: nobody knows the best before the end", "leave stream out")
+    if most > n and (body.strategy is not None or body.use_beam_search):
+        _refuse("best_of", "cannot be asked of a strategy", "leave it out")
+    if body.stream_interval is not None and not 1 <= body.stream_interval <= 1 << 20:
+        _refuse("stream_interval", f"must be at least 1, got {body.stream_interval}")
+    beams = _beams(body, n)
     options = body.stream_options
     stream = bool(body.stream)
     if options is not None and not stream and (options.model_fields_set):
@@ -275,7 +312,9 @@ def _common_shape(body: Generate, engine: EnginePort) -> dict[str, Any]:
     if body.prompt_logprobs is not None and stream:
         _refuse("prompt_logprobs", "cannot be streamed", "leave stream out")
     return {
-        "n": n,
+        "n": most,
+        "best": n if most > n else None,
+        "interval": body.stream_interval,
         "stream": stream,
         "include_usage": bool(options and (options.include_usage or options.continuous_usage_stats)),
         "continuous_usage": bool(options and options.continuous_usage_stats),
@@ -284,7 +323,7 @@ def _common_shape(body: Generate, engine: EnginePort) -> dict[str, Any]:
         "return_ids": bool(body.return_token_ids),
         "timing": bool(body.timing),
         "skip_special": body.skip_special_tokens is not False,
-        "strategy": None if body.strategy is None else body.strategy.name,
+        "strategy": BEAMS if beams is not None else None if body.strategy is None else body.strategy.name,
     }
 
 
@@ -300,9 +339,12 @@ def _requests(
     prompt_logprobs: int | None,
     grammar: Grammar | None = None,
     reasoning: Reasoning | None = None,
+    thinking: Budget | None = None,
 ) -> tuple[Request, ...]:
     sampling = _sampling(body, engine)
     strategy = None if body.strategy is None else (body.strategy.name, body.strategy.args or {})
+    if (beams := _beams(body, shape.n)) is not None:
+        strategy = (BEAMS, beams)
     speculate = _speculate(body, engine)
     stop = _stop(body, most, engine.tokenizer.vocab_size, explicit)
     for prompt in ids:
@@ -315,7 +357,7 @@ def _requests(
             sampling=sampling,
             stop=stop,
             n=shape.n,
-            logprobs=shape.logprobs,
+            logprobs=shape.logprobs if shape.best is None else shape.logprobs or 0,
             prompt_logprobs=prompt_logprobs,
             priority=0 if body.priority is None else body.priority,
             salt=body.cache_salt or "",
@@ -323,12 +365,76 @@ def _requests(
             skip_special_tokens=shape.skip_special,
             grammar=grammar,
             reasoning=reasoning,
+            thinking=thinking,
             strategy=strategy,
             speculate=speculate,
             arrival=now,
         )
         for i, prompt in enumerate(ids)
     )
+
+
+def _beams(body: Generate, n: int) -> dict[str, Any] | None:
+    """Arguments of the beam search that a request's fields ask for, which gives n texts; None where they do not."""
+    if not body.use_beam_search:  # values that say what is done anyway are harmless, and some clients send them
+        for name, nothing in (("beam_width", 1), ("length_penalty", 1), ("early_stopping", False)):
+            if getattr(body, name) not in (None, nothing):
+                _refuse(name, f"needs {BEAMS}: true")
+        return None
+    if body.strategy is not None:
+        _refuse(BEAMS, "stands for a strategy, and strategy names another", "leave one out")
+    width = body.beam_width if body.beam_width is not None else n if n > 1 else BEAM_WIDTH
+    if not n <= width <= MOST_CHOICES:
+        _refuse("beam_width", f"must be between n ({n}) and {MOST_CHOICES}, got {width}")
+    penalty = 1.0 if body.length_penalty is None else body.length_penalty
+    if not -10 <= penalty <= 10:
+        _refuse("length_penalty", f"must be between -10 and 10, got {penalty}")
+    early = False if body.early_stopping is None else body.early_stopping
+    return {"width": width, "length_penalty": penalty, "early_stopping": early}
+
+
+INFILL = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+)
+"""Marks of models that fill a gap: before what precedes it, what follows it, and the middle (DeepSeek: around the gap).
+Sources: the tokenizers of Qwen2.5-Coder, StarCoder2, Granite code, DeepSeek-Coder."""
+
+
+def _infill(prompt: str | Sequence[int], suffix: str, text: Text) -> list[int]:
+    """The prompt of a text that stands between two others, for a model whose tokenizer has marks for that."""
+    for marks in INFILL:
+        found = [text.encode(mark, add_special=False) for mark in marks]
+        if all(len(ids) == 1 for ids in found):
+            (before,), (behind,), (middle,) = found
+            first = text.encode(prompt, add_special=False) if isinstance(prompt, str) else list(prompt)
+            return [before, *first, behind, *text.encode(suffix, add_special=False), middle]
+    _refuse("suffix", "needs a model that fills gaps, and this tokenizer has no marks for that", "leave it out")
+
+
+def _cut(body: Generate, context: int) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
+    """What `truncate_prompt_tokens` leaves of a prompt: its end, unless `truncation_side` is right. -1 is as much as
+    leaves room for one token. Source: vLLM."""
+    limit = body.truncate_prompt_tokens
+    if limit is None:
+        if body.truncation_side is not None:
+            _refuse("truncation_side", "needs truncate_prompt_tokens")
+        return lambda ids: ids
+    if not (limit == -1 or 1 <= limit <= context):
+        _refuse("truncate_prompt_tokens", f"must be -1 or between 1 and {context}, got {limit}")
+    most = context - 1 if limit == -1 else limit
+    if body.truncation_side == "right":
+        return lambda ids: ids[:most]
+    return lambda ids: ids[-most:]
+
+
+def _repetition(body: Generate) -> Repetition | None:
+    asked = body.repetition_detection
+    if asked is None or not asked.max_pattern_size:
+        return None
+    return Repetition(asked.max_pattern_size, asked.min_pattern_size or 1, asked.min_count)
 
 
 def _check_room(length: int, most: int | None, context: int):
@@ -473,6 +579,7 @@ def _stop(body: Generate, most: int | None, vocab: int, explicit: bool) -> Stop:
         ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
         include_stop=bool(body.include_stop_str_in_output),
+        repetition=_repetition(body),
     )
 
 
@@ -499,6 +606,8 @@ def _render(
     messages = [_message(m, f"messages.{i}") for i, m in enumerate(body.messages)]
     if going_on and messages[-1]["role"] != "assistant":
         _refuse("continue_final_message", "needs an assistant message at the end")
+    if isinstance(body, ChatBody) and body.documents:
+        extra["documents"] = body.documents
     rendered = text.render_chat(messages, tools=tools, add_generation_prompt=opening, continue_final=going_on, **extra)
     ids = text.encode(rendered, add_special=bool(body.add_special_tokens))
     if not ids:

@@ -1,9 +1,18 @@
-"""What a model may write when it must call a tool, in its own format: a grammar that a grammar engine compiles."""
+"""What a model may write where it calls tools, in its own format: a grammar that a grammar engine compiles.
+
+    required, named     calls, and nothing else
+    auto                any text; what begins like a call goes on like one
+    auto, an answer     calls, or the answer
+
+A call is a mark and what follows it. A mark that is one token is no text, so text ends before it; any other one ends
+the text lazily, where it is first complete. Formats that begin a call without a mark do so only at the start of a text.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,6 +20,7 @@ from fnengine.host.grammar import guided
 from fnengine.serve.parsing.choose import HARMONY
 
 _ANY = {"type": "object"}
+Functions = Sequence[Mapping[str, Any]]
 
 
 def grammar_for(
@@ -20,17 +30,20 @@ def grammar_for(
     *,
     parallel: bool = True,
     special: Mapping[str, int] | None = None,
+    answer: str | None = None,
 ) -> dict[str, Any]:
     """`{"type": "lark", "grammar": ...}` of texts that `parser` reads as calls, as llguidance reads Lark.
 
-    It begins where reasoning has ended. JSON within it is `%json` of the parameters' schemas.
+    It begins where reasoning has ended; that of gpt-oss with `auto` begins with the text, whose messages it knows. JSON
+    within it is `%json` of the parameters' schemas.
 
     Args:
         tools: as a request has them.
-        tool_choice: `required`, or an object that names a function.
+        tool_choice: `required`, an object that names a function, or `auto`.
         parser: the name of a format of `choose.BY_NAME`, or gpt-oss.
         parallel: whether there may be several calls. A named function is called once.
         special: marks that are special tokens, with their ids: they have no text of their own in a grammar.
+        answer: with `auto`, what a text without calls has to be, as Lark has it on the right of a rule; None is any.
     """
     functions = [t["function"] for t in tools]
     if isinstance(tool_choice, Mapping):
@@ -39,9 +52,50 @@ def grammar_for(
         parallel = False
     assert functions, "somebody must check that the function is there"
     write = _Writer(special or {})
-    start = _WRITTEN[parser](write, functions, parallel)
-    rules = [f"start: {start}", *write.rules, r"SPACE: /[ \t\r\n]{0,4}/"]
+    free, told = tool_choice == "auto", None if answer is None else write.rule(answer)
+    if parser == HARMONY:
+        start = _harmony(write, functions, free, told)
+    else:
+        form = _WRITTEN[parser](write, functions, parallel)
+        start = _forced(write, form, parallel)
+        if free:
+            start = _free(write, form, parallel) if told is None else f"{start} | {told}"
+    rules = [f"start: {start}", *write.rules, r"SPACE: /[ \t\r\n]{0,4}/", r"TEXT: /(.|\n)*/"]
     return {"type": "lark", "grammar": "\n".join(rules) + "\n"}
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How calls of some functions are written."""
+
+    mark: str
+    """What begins a call wherever it stands, or all of them."""
+    body: str
+    """What follows the mark."""
+    one: bool
+    """A mark begins one call, so several calls have several marks."""
+    bare: str = ""
+    """Calls without a mark, at the start of a text ..."""
+    first: str = ""
+    """... and the character that they begin with."""
+
+
+def _forced(w: _Writer, form: _Form, parallel: bool) -> str:
+    """Calls."""
+    if form.bare:
+        return form.bare
+    call = w.rule(w.text(form.mark), form.body)
+    return f"{call} (SPACE {call})*" if form.one and parallel else call
+
+
+def _free(w: _Writer, form: _Form, parallel: bool) -> str:
+    """Any text, in which what begins like a call is one."""
+    if not form.bare:
+        call = w.rule(w.until(form.mark), form.body)
+        return f"{call}* TEXT" if parallel else f"{call} | TEXT"
+    w.rules.append(rf"OTHER: /([ \t\r\n]*[^ \t\r\n\{form.first}](.|\n)*|[ \t\r\n]*)/")
+    call = w.rule(w.until(form.mark, "OTHER"), form.body)
+    return f"{form.bare} | {call}* OTHER" if parallel else f"{form.bare} | {call} | OTHER"
 
 
 class _Writer:
@@ -64,6 +118,10 @@ class _Writer:
     def json(self, schema: Mapping[str, Any]) -> str:
         """A value of a schema, on one line as the grammar's syntax wants it."""
         return self.rule(f"%json {json.dumps(guided(schema))}")
+
+    def until(self, mark: str, before: str = "TEXT") -> str:
+        """Text up to a mark, and the mark."""
+        return self.rule(before, self.text(mark), attributes="" if mark in self.special else "[lazy]")
 
     def any(self, options: Sequence[str]) -> str:
         return "(" + " | ".join(options) + ")"
@@ -109,27 +167,29 @@ def _at_root(schema: Any, name: str, found: dict[str, Any]) -> Any:
     return whole
 
 
-def _hermes(w: _Writer, functions: Sequence[Mapping[str, Any]], parallel: bool) -> str:
+def _hermes(w: _Writer, functions: Functions, parallel: bool) -> _Form:
     schema, root = _objects(functions, "arguments")
-    call = w.rule(w.text("<tool_call>"), "SPACE", w.json(schema | root), "SPACE")
-    one = w.rule(call, w.text("</tool_call>"))
-    return f"{one} (SPACE {one})*" if parallel else one
+    return _Form("<tool_call>", w.rule("SPACE", w.json(schema | root), "SPACE", w.text("</tool_call>")), True)
 
 
-def _llama(w: _Writer, functions: Sequence[Mapping[str, Any]], parallel: bool) -> str:
+def _llama(w: _Writer, functions: Functions, parallel: bool) -> _Form:
     schema, root = _objects(functions, "parameters")
     one = w.json(schema | root)
-    return f'{one} (";" SPACE {one})*' if parallel else one
+    calls = w.rule(f'{one} (";" SPACE {one})*' if parallel else one)
+    return _Form("<|python_tag|>", w.rule("SPACE", calls), False, calls, "{")
 
 
-def _mistral(w: _Writer, functions: Sequence[Mapping[str, Any]], parallel: bool) -> str:
+def _mistral(w: _Writer, functions: Functions, parallel: bool) -> _Form:
+    if "[ARGS]" in w.special:  # newer tokenizers
+        calls = [w.rule(w.text(f["name"], "[ARGS]"), w.json(_schema(f))) for f in functions]
+        return _Form("[TOOL_CALLS]", w.rule(w.any(calls)), True)
     length = {} if parallel else {"maxItems": 1}
     items, root = _objects(functions, "arguments")
     schema = {"type": "array", "items": items, "minItems": 1, **length, **root}
-    return f"{w.text('[TOOL_CALLS]')} SPACE {w.json(schema)}"
+    return _Form("[TOOL_CALLS]", w.rule("SPACE", w.json(schema)), False)
 
 
-def _coder(w: _Writer, functions: Sequence[Mapping[str, Any]], parallel: bool) -> str:
+def _coder(w: _Writer, functions: Functions, parallel: bool) -> _Form:
     calls = []
     for f in functions:
         schema = _schema(f)
@@ -140,15 +200,19 @@ def _coder(w: _Writer, functions: Sequence[Mapping[str, Any]], parallel: bool) -
             if kind in ("integer", "number", "boolean", "array", "object"):
                 one = w.rule(begin, w.json(_alone(value, schema)), w.text("\n</parameter>\n"))
             else:  # without quotes: a text is anything up to its mark
-                one = w.rule(begin, w.rule(r"/(.|\n)*/", attributes=r'[suffix="\n</parameter>\n"]'))
+                one = w.rule(begin, _unquoted(w))
             given.append(one if key in (schema.get("required") or ()) else f"{one}?")
-        begin = w.text("<tool_call>"), w.text(f"\n<function={f['name']}>\n")
-        calls.append(w.rule(*begin, *given, w.text("</function>\n"), w.text("</tool_call>")))
-    one = w.any(calls)
-    return f"{one} (SPACE {one})*" if parallel else one
+        if _open(schema):
+            given.append(w.rule(w.text("<parameter="), r"/[^<>\n]{1,240}/", w.text(">\n"), _unquoted(w)) + "*")
+        calls.append(w.rule(w.text(f"\n<function={f['name']}>\n"), *given, w.text("</function>\n", "</tool_call>")))
+    return _Form("<tool_call>", w.rule(w.any(calls)), True)
 
 
-def _pythonic(w: _Writer, functions: Sequence[Mapping[str, Any]], parallel: bool) -> str:
+def _unquoted(w: _Writer) -> str:
+    return w.rule(r"/(.|\n)*/", attributes=r'[suffix="\n</parameter>\n"]')
+
+
+def _pythonic(w: _Writer, functions: Functions, parallel: bool) -> _Form:
     calls = []
     for f in functions:
         schema = _schema(f)
@@ -158,17 +222,19 @@ def _pythonic(w: _Writer, functions: Sequence[Mapping[str, Any]], parallel: bool
         rest = [rule for k, rule in every.items() if k not in needed]
         if first:
             given = ' ", " '.join(first) + "".join(f' (", " {rule})?' for rule in rest)
+        elif _open(schema):
+            one = w.rule(r"/[a-zA-Z_][a-zA-Z0-9_]{0,63}=/", w.json({}))
+            given = f'({one} (", " {one})*)?'
         else:
             tails = [rule + "".join(f' (", " {r})?' for r in rest[i:]) for i, rule in enumerate(rest, 1)]
             given = f"({' | '.join(tails)})?" if tails else ""
         calls.append(w.rule(w.text(f"{f['name']}("), *([given] if given else []), w.text(")")))
     one = w.any(calls)
-    return f'"[" {one} (", " {one})* "]"' if parallel else f'"[" {one} "]"'
+    every = w.rule(f'"[" {one} (", " {one})* "]"' if parallel else f'"[" {one} "]"')
+    return _Form("<|python_start|>", w.rule(every, w.text("<|python_end|>")), False, every, "[")
 
 
-def _deepseek(
-    kind: tuple[str, ...], block: tuple[str, str], w: _Writer, functions: Sequence[Mapping[str, Any]], parallel: bool
-) -> str:
+def _deepseek(kind: tuple[str, ...], block: tuple[str, str], w: _Writer, functions: Functions, parallel: bool) -> _Form:
     calls = []
     for f in functions:
         begin = w.text("<｜tool▁call▁begin｜>", *kind, *((f["name"],) if kind else (f["name"], "<｜tool▁sep｜>")))
@@ -176,20 +242,35 @@ def _deepseek(
         calls.append(w.rule(begin, *([w.text(block[0])] if block[0] else []), w.json(_schema(f)), end))
     one = w.any(calls)
     between = f"{one} (SPACE {one})*" if parallel else one
-    return f"{w.text('<｜tool▁calls▁begin｜>')} {between} {w.text('<｜tool▁calls▁end｜>')}"
+    return _Form("<｜tool▁calls▁begin｜>", w.rule(between, w.text("<｜tool▁calls▁end｜>")), False)
 
 
-def _harmony(w: _Writer, functions: Sequence[Mapping[str, Any]], parallel: bool) -> str:
-    """One call in any case: `<|call|>` ends the text."""
+def _harmony(w: _Writer, functions: Functions, free: bool, answer: str | None) -> str:
+    """One call in any case: `<|call|>` ends the text, where it is a token that does so by itself. Where a model is free
+    its messages of reasoning, and those before calls, are any text."""
     calls = []
+    end, head = f"({w.text('<|call|>')})?", (w.text("<|channel|>"), w.text("<|constrain|>", "json", "<|message|>"))
     for f in functions:
-        head = w.text("<|channel|>", f"commentary to=functions.{f['name']} ", "<|constrain|>", "json", "<|message|>")
-        calls.append(w.rule(head, w.json(_schema(f)), w.text("<|call|>")))
-    return f"({w.text('<|start|>', 'assistant')})? {w.any(calls)}"
+        to = f"to=functions.{f['name']}"
+        name = w.any(
+            [f"{head[0]} {w.text(f'commentary {to} ')}", f"{w.text(f' {to}')} {head[0]} {w.text('commentary ')}"]
+        )
+        calls.append(w.rule(name, head[1], w.json(_schema(f)), end))
+    if not free:
+        return f"({w.text('<|start|>', 'assistant')})? {w.any(calls)}"
+    any_text = w.rule(w.any([w.text("analysis"), w.text("commentary")]), w.text("<|message|>"), w.until("<|end|>"))
+    between = w.rule(head[0], any_text, w.text("<|start|>", "assistant"))
+    final = w.rule(head[0], w.text("final", "<|message|>"), answer or "TEXT")
+    return f"{between}* {w.any([final, *calls])}"
 
 
 def _properties(schema: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return list((schema.get("properties") or {}).items())
+
+
+def _open(schema: Mapping[str, Any]) -> bool:
+    """Whether it names no parameters and does not say that there are none."""
+    return not schema.get("properties") and schema.get("additionalProperties") is not False
 
 
 def _alone(value: Any, schema: Mapping[str, Any]) -> Any:
@@ -198,7 +279,7 @@ def _alone(value: Any, schema: Mapping[str, Any]) -> Any:
     return {**value, **kept} if isinstance(value, dict) else value
 
 
-_WRITTEN: dict[str, Callable[[_Writer, Sequence[Mapping[str, Any]], bool], str]] = {
+_WRITTEN: dict[str, Callable[[_Writer, Functions, bool], _Form]] = {
     "hermes": _hermes,
     "llama3_json": _llama,
     "mistral": _mistral,
@@ -206,5 +287,4 @@ _WRITTEN: dict[str, Callable[[_Writer, Sequence[Mapping[str, Any]], bool], str]]
     "qwen3_coder": _coder,
     "deepseek_v3": partial(_deepseek, ("function", "<｜tool▁sep｜>"), ("\n```json\n", "\n```")),
     "deepseek_v31": partial(_deepseek, (), ("", "")),
-    HARMONY: _harmony,
 }

@@ -67,6 +67,11 @@ def begin(tags: Tags, prompt: str, going_on: str | None = None) -> Thoughts:
     return Thoughts(tags, "after" if tail.endswith(tags.end) else "before")
 
 
+def reasons(state: Thoughts) -> bool:
+    """Whether reasoning may come, or goes on."""
+    return state.phase in ("before", "inside")
+
+
 def feed(state: Thoughts, text: str) -> tuple[Thoughts, list[Event]]:
     """The state after more text, and what that text says; contents are for the next parser."""
     if state.phase == "content":

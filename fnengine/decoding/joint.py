@@ -1,0 +1,136 @@
+"""A head as an engine's companion: its layer over all rows of a step at once, on the target's blocks.
+
+A pair has the slot of the token whose hidden state it holds. Its other token is the one after that, so pairs are
+written when a step is done, with what it has chosen; of a prompt that comes in pieces the row's history knows the next
+token already. A shared block's last pair therefore holds the token that came next in the text that computed it, which
+another text need not have: one pair of a block, of which a draft may be the worse.
+
+    step      KV of all pairs of its tokens: two products a token; the newest one's hidden state is kept
+    draft     pass by pass, the newest pair of each row through the whole layer; its output is the next pair's state
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fnengine import sampling
+from fnengine.companions import Ground, Ready
+from fnengine.device import make_pool
+from fnengine.errors import ConfigError
+from fnengine.graphs.compile import Traces
+from fnengine.host.step import BLOCK
+from fnengine.kernels.layout import block_bytes
+from fnengine.layers import rope_angles
+from fnengine.memory import Extra
+from fnengine.processors import PROCESSORS, Own, in_turn
+from fnengine.spec import Attention
+from fnengine.state import Batch, Carry, Out, Pool, Rows, State, Where, locate
+from fnengine.step import Step
+from fnengine.transforms.companion import Companion
+
+if TYPE_CHECKING:
+    from fnengine.decoding.heads import Head
+
+
+def ready(head: Head, ground: Ground) -> Ready:
+    """A head as `companions.Beside` promises it. Raises ConfigError if it was read for another model."""
+    target = ground.target
+    if head.target is not target:
+        raise ConfigError("a head of another model", where=head.name, remedy="load it for the model that is served")
+    assert isinstance(head.kind.mixer, Attention)
+    a, D, item = head.kind.mixer, target.spec.width, target.dtype.itemsize
+    budget, qkv = ground.mode.budget, (a.heads + 2 * a.kv_heads) * a.width
+    inside = budget * len(head.taps) * D * item
+    extra = Extra(
+        head.name,
+        weights=head.bytes,
+        per_block=block_bytes(head.ops.kv, BLOCK, a.kv_heads, a.width, target.dtype),
+        rows=2 * (ground.mode.rows + 1) * D * item,
+        workspace=2 * inside + budget * (6 * D + 2 * qkv) * item,
+        beside=inside,
+        on_card=2 * inside + budget * (6 * D + 2 * qkv) * item,
+    )
+
+    def made(max_len: int, traces: Traces) -> tuple[Companion, str]:
+        return companion(head, ground.own), "eager"
+
+    return Ready(extra, target.spec.max_len, False, made)
+
+
+def companion(head: Head, own: tuple[Own, ...] = ()) -> Companion:
+    """What a device has to know of a head. `own` are the engine's own logits processors."""
+    target, layers = head.target, len(head.target.spec.layers)
+    processors = {**PROCESSORS, "own": in_turn(own)}
+
+    def kv_of(state: State) -> Pool:
+        pool = state.pool[layers]
+        assert isinstance(pool, Pool)
+        return pool
+
+    def follow(step: Step) -> Step:
+        def both(params: Any, state: State, batch: Batch) -> tuple[State, Out]:
+            rows, asked, carry = state.rows, batch.ask.taps, state.carry
+            assert carry is not None
+            where = locate(rows, batch, BLOCK)  # before the step moves lengths on
+            taps = (*asked, *(name for name in head.taps if name not in asked))
+            wider = replace(batch, ask=replace(batch.ask, taps=taps))
+            _, out = step(params[0], State(state.pool[:layers], rows), wider)
+            seen = dict(zip(taps, out.taps, strict=True))
+            hidden_TD = head.wiring.hidden([seen[name] for name in head.taps])
+            token_T = _at(rows, where.row_T, where.position + 1)
+            angles = rope_angles(head.kind.mixer.rope, where.position)
+            head.enter(token_T, hidden_TD, angles, kv_of(state), where.slot)
+            # Of the tokens that a row chooses after, the last that was drafted right.
+            newest_R = (batch.start[1:] - batch.emit + out.count - 1).clamp(min=0).long()
+            carry.seen[batch.row.long()] = hidden_TD[newest_R]
+            return state, replace(out, taps=out.taps[: len(asked)])
+
+        return both
+
+    def draft(hidden_of: Callable[[Carry], Tensor]) -> Step:
+        def drafted(params: Any, state: State, batch: Batch) -> tuple[State, Out]:
+            rows, carry = state.rows, state.carry
+            assert carry is not None
+            where = _before(rows, locate(rows, batch, BLOCK))
+            row_R, length_R = batch.row.long(), rows.length[batch.row.long()]
+            token_T = _at(rows, where.row_T, where.position + 1)
+            hidden_TD = hidden_of(carry)[where.row_T]
+            angles, pool = rope_angles(head.kind.mixer.rope, where.position), kv_of(state)
+            q_THC, residual_TD = head.enter(token_T, hidden_TD, angles, pool, where.slot)
+            x_TD = head.attend(q_THC, residual_TD, pool, (where.table, where.row, where.start, where.length))
+            hidden_RD, logits_RV = head.wiring.leave(x_TD[(batch.start[1:] - 1).clamp(min=0).long()])
+            carry.ahead[row_R] = hidden_RD
+            position_R = length_R + 1
+            token_R = sampling.choose(batch.ask, logits_RV, rows, row_R, position_R, head.ops, processors)
+            rows.history[row_R, position_R.long().clamp(max=rows.history.shape[1] - 1)] = token_R
+            rows.length[row_R] = position_R
+            rows.length[-1:] = 0  # the null row stays empty
+            return state, Out(token_R, batch.emit)
+
+        return drafted
+
+    def pool(blocks: int) -> Any:
+        assert isinstance(head.kind.mixer, Attention)
+        return make_pool([head.kind.mixer], head.ops.kv, blocks, target.dtype, target.device)
+
+    first, later = draft(lambda carry: carry.seen), draft(lambda carry: carry.ahead)
+    return Companion(head.params, pool, follow, first, later, carry=target.spec.width)
+
+
+def _at(rows: Rows, row_T: Tensor, position_T: Tensor) -> Tensor:
+    """The tokens that stand there."""
+    return rows.history[row_T, position_T.long().clamp(max=rows.history.shape[1] - 1)]
+
+
+def _before(rows: Rows, where: Where) -> Where:
+    """One place earlier: where the pairs of the rows' newest tokens are."""
+    position = (where.position - 1).clamp(min=0)
+    column = (position // BLOCK).clamp(max=rows.table.shape[1] - 1).long()
+    slot = rows.table[where.row_T, column] * BLOCK + position % BLOCK
+    # The null row has as many tokens as it says and nothing before them.
+    return replace(where, position=position, slot=slot, length=torch.maximum(where.length - 1, where.start.diff()))
