@@ -60,14 +60,15 @@ ALWAYS: Mapping[str, Strategy] = {"use_beam_search": beam}
 class Audience(Protocol):
     """Whoever runs a strategy for somebody."""
 
-    cached: int | None
-    """Tokens that the prefix cache had of the first text the strategy computed from nothing; None so far."""
-
     def emitted(self, part: Emitted) -> bool:
         """Takes a part of the answer; true when no more of it is wanted."""
         ...
 
     def ended(self, outcome: Outcome) -> None: ...
+
+    def looked_up(self, cached: int) -> None:
+        """Told once how many tokens the prefix cache had of the first text that the strategy computed from nothing."""
+        ...
 
 
 def refuse_beside(request: Request) -> None:
@@ -132,7 +133,7 @@ class Answer:
     sink: Callable[[Delta], None]
     on_end: Callable[[Delta], None] = lambda _delta: None
     """Told after the sink that this was the last."""
-    cached: int | None = None
+    cached: int = 0
     made: int = 0
     """Tokens given so far."""
     found: str | None = None
@@ -155,6 +156,9 @@ class Answer:
             self.sink(Delta(self.index, piece.text, piece.tokens, _scores(piece)))
         return self.found is not None
 
+    def looked_up(self, cached: int) -> None:
+        self.cached = cached
+
     def ended(self, outcome: Outcome) -> None:
         """Gives the text that still waited, and why it ended."""
         piece = Piece() if self.found is not None else self.text.finish()
@@ -175,7 +179,7 @@ class Answer:
             finish="stop" if found is not None else outcome.finish,
             stop_reason=reason,
             error=error,
-            usage=Usage(prompt=self.prompt, cached=min(self.cached or 0, self.prompt), completion=self.made),
+            usage=Usage(prompt=self.prompt, cached=min(self.cached, self.prompt), completion=self.made),
         )
         self.sink(delta)
         self.on_end(delta)
@@ -194,6 +198,10 @@ class Answers:
         if part.choice < len(self.each) and self.each[part.choice].found is None:
             self.each[part.choice].emitted(part._replace(choice=0))
         return all(a.found is not None for a in self.each)
+
+    def looked_up(self, cached: int) -> None:
+        for choice in self.each:
+            choice.looked_up(cached)
 
     def ended(self, outcome: Outcome) -> None:
         """Ends each choice for its own reason; one that nothing was said of for that of the first."""
@@ -224,6 +232,8 @@ class _Guest:
     priority: int
     arrival: float
     asking: int = 0
+    looked: bool = False
+    """Whether its audience was told of the prefix cache."""
 
 
 @dataclass(eq=False, slots=True)
@@ -466,8 +476,9 @@ class Strategies:
             return
         assert run.base is not None
         extend, i = found
-        if extend.guest.audience.cached is None and not run.base.length:
-            extend.guest.audience.cached = run.cached
+        if not run.base.length and not extend.guest.looked:
+            extend.guest.looked = True
+            extend.guest.audience.looked_up(run.cached)
         self.host.ledger.free(run.base)
         if event.finish == "error":
             self._fail(extend, DeviceFault(event.error or "the step failed"))

@@ -104,6 +104,12 @@ def test_streams_are_held_and_let_go(served):
     engine.check()
 
 
+def test_gaps_are_told_apart_by_when_they_were():
+    seen = Honest(times=[[0.0, 1.0, 2.5, 3.0, 5.5, 6.5], [9.0], []])
+    seen.sort(2.0, 6.0)  # the gaps from 1 to 2.5 and from 5.5 to 6.5 lie across
+    assert seen.quiet == [1.0] and seen.under_attack == [0.5, 2.5]
+
+
 def test_the_verdict_names_each_fault():
     even = Honest(quiet=[0.01] * 50, under_attack=[0.011] * 50, answers=3)
     flat = {"growth": 0.001}

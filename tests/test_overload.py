@@ -225,7 +225,7 @@ def test_whole_answers_that_nobody_reads_are_counted_until_they_are_cut(monkeypa
             at.sendall(head_of(raw) + raw)
             until(lambda at=at: at.recv(1, socket.MSG_PEEK), 10)
         r = server.post("/v1/completions", answer)
-        assert r.status_code == 503 and "--answer-memory" in r.text
+        assert r.status_code == 503 and "--answer-memory" in r.text and r.headers["retry-after"] == "1"
         until(lambda: server.post("/v1/completions", answer).status_code == 200, 10)
 
 

@@ -436,3 +436,20 @@ def test_histogram_counts_as_prometheus_client_does(observed):
 
 def test_one_two_five():
     assert one_two_five(100) == (1, 2, 5, 10, 20, 50, 100) and one_two_five(7) == (1, 2, 5)
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+@pytest.mark.parametrize("usage", [True, False])
+def test_the_short_way_to_a_chunk_writes_what_the_long_one_does(kind, usage):
+    asked = shape(kind=kind, prompts=((1,), (2, 3)), n=2, stream=True, include_usage=usage)
+    short, long = Answer(asked, ByteText()), Answer(asked, ByteText())
+    long._fronts = None
+    deltas = [
+        (p, Delta(i, text, (97,) * k))
+        for p, i, text, k in [(0, 0, "a", 1), (1, 1, 'é"\n\u2028', 3), (0, 0, "bc", 2), (1, 1, "", 1), (1, 1, "x", 1)]
+    ]
+    ends = [(p, Delta(i, "", (), finish="stop", usage=Usage(1, 0, 3))) for p in (0, 1) for i in (0, 1)]
+    for prompt, delta in deltas + ends:
+        assert short.chunks(prompt, delta) == long.chunks(prompt, delta)
+    assert [(c.length, c.tokens) for c in short.choices] == [(c.length, c.tokens) for c in long.choices]
+    assert short.last_chunk() == long.last_chunk()

@@ -200,6 +200,12 @@ class Answer:
             f'{{"id":{quote(shape.id)},"object":"{object_name}","created":{shape.created},'
             f'"model":{quote(shape.model)},"choices":['
         )
+        # What stands before and behind the text of a chunk that holds nothing else, which nearly all are.
+        bare = shape.logprobs is None and shape.reader is None and not shape.return_ids and not shape.continuous_usage
+        front, back = ('"text":', "") if shape.kind == "completion" else ('"delta":{"content":', "}")
+        self._fronts = [f'data: {self._head}{{"index":{c.index},{front}' for c in self.choices] if bare else None
+        usage = ',"usage":null' if shape.include_usage else ""
+        self._back = f'{back},"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
 
     @property
     def done(self) -> bool:
@@ -294,6 +300,12 @@ class Answer:
 
     def chunks(self, prompt: int, delta: Delta) -> str:
         """Server-sent events for one delta; empty when there is nothing to show yet."""
+        if self._fronts is not None and delta.finish is None and delta.text and delta.prompt_logprobs is None:
+            c = self.choices[prompt * self.shape.n + delta.index]
+            if c.opened:  # the same as below, at a fifth of its time
+                c.length += len(delta.text)
+                c.tokens += len(delta.tokens)
+                return f"{self._fronts[c.index]}{quote(delta.text)}{self._back}"
         return "".join([self._chunk(c, piece) for c, piece in self.pieces(prompt, delta)])
 
     def _chunk(self, c: _Choice, piece: dict[str, Any]) -> str:

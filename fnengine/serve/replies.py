@@ -147,6 +147,10 @@ async def events(
     """The events of one stream, an error among them."""
     try:
         async for batch in flight.batches():
+            if len(batch) == 1 and batch[0][1].finish is None and thin.interval <= 1:  # nearly always
+                if text := answer.chunks(*batch[0]):
+                    yield text
+                continue
             faults = [at for at, (_, d) in enumerate(batch) if d.finish in ("error", "abort")]
             told = batch[: faults[0]] if faults else batch  # what came before a fault is told before it
             text = "".join([answer.chunks(prompt, delta) for prompt, delta in thin(told)])
@@ -252,6 +256,8 @@ def problem(e: FnError) -> Response:
     headers: dict[str, str] = {}
     if isinstance(e, QueueFull):
         headers["retry-after"] = str(max(1, math.ceil(e.retry_after)))
+    if isinstance(e, Unavailable) and not isinstance(e, Aborted):
+        headers["retry-after"] = "1"
     if isinstance(e, Aborted | NotImplementedHere | StrategyFault | TooLate):
         headers["x-should-retry"] = "false"
     code: int | str = e.code
