@@ -98,10 +98,9 @@ def wanted(body: ChatBody, parsers: Parsers, text: Text, *, answer: Grammar | No
         _refuse(answer.field, what, 'send tool_choice "none", or a schema, a pattern or choices')
     if choice == "auto" and answer is None and not any(t["function"].get("strict") for t in body.tools):
         return Wanted(body.tools, found)
-    form = HARMONY if parsers.tools == HARMONY else parsers.tools.name
+    form, shape = (HARMONY, None) if parsers.tools == HARMONY else (parsers.tools.name, parsers.tools.shape)
     # A mark that is one token is meant as that token, called special or not: that is how models write it.
-    marks = (*parsers.marks(True), "[ARGS]")
-    special = {mark: ids[0] for mark in marks if len(ids := text.encode(mark, add_special=False)) == 1}
+    special = {mark: ids[0] for mark in parsers.marks(True) if len(ids := text.encode(mark, add_special=False)) == 1}
     checked, ignored = [], [] if answer is None else list(answer.ignored)
     for i, tool in enumerate(body.tools):
         function = tool["function"]
@@ -112,7 +111,7 @@ def wanted(body: ChatBody, parsers: Parsers, text: Text, *, answer: Grammar | No
         schema, notes = check_schema(given, where, strict=bool(function.get("strict")))
         checked.append({"function": {"name": function["name"], "parameters": schema}})
         ignored += notes
-    made = grammar_for(checked, choice, form, parallel=parallel, special=special, answer=rule)
+    made = grammar_for(checked, choice, form, parallel=parallel, special=special, answer=rule, shape=shape)
     grammar = written(made["grammar"], "tools", tuple(ignored))
     return Wanted(body.tools, found, grammar, None if choice == "auto" else True, grammar.ignored)
 
