@@ -12,6 +12,7 @@ import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def make_app(
     tool_call_parser: str = "auto",
     reasoning_parser: str = "auto",
     enable_auto_tool_choice: bool = True,
+    tokens_as_ids: bool = False,
+    always_usage: bool = False,
     silence: float = SILENCE,
     profile_dir: str | None = None,
     stuck: float = operations.STUCK,
@@ -108,6 +111,8 @@ def make_app(
         stream_interval: tokens a chunk holds at least, the first and last of a choice excepted.
         tool_call_parser, reasoning_parser: names as `serve.parsing.choose` has them.
         enable_auto_tool_choice: whether models may choose tools by themselves.
+        tokens_as_ids: name tokens `token_id:<n>` where a request does not say.
+        always_usage: every stream ends with usage.
         silence: seconds without an event before a keep-alive comment.
         profile_dir: where /stop_profile leaves its traces; None turns profiling off.
         stuck: seconds without a step, while there is work, from which on /health/decode is a 503.
@@ -175,6 +180,12 @@ def make_app(
             )
         return name
 
+    def defaults(body: Any, shape: translate.Shape) -> translate.Shape:
+        """What requests that do not say get here."""
+        if tokens_as_ids and getattr(body, "return_tokens_as_token_ids", None) is None:
+            shape = replace(shape, as_ids=True)
+        return replace(shape, include_usage=True) if always_usage and shape.stream else shape
+
     async def generate(request: Request, model: Any, make: Callable[..., translate.Job]) -> Response:
         body, ignored = await read(request, model)
         name = named(body)
@@ -188,6 +199,7 @@ def make_app(
                 return make(body, engine, id=flight.id, created=int(wall()), model=name)
 
             job = await asyncio.to_thread(work) if _large(body) else work()
+            job = replace(job, shape=defaults(body, job.shape))
             prompts = room.take(0, PROMPT_TOKEN * translate.tokens_held(job))
         except BaseException:
             flight.close()
