@@ -170,6 +170,12 @@ def make_app(
 
         return await asyncio.to_thread(work) if size > LARGE else work()
 
+    def defaults(body: Any, shape: translate.Shape) -> translate.Shape:
+        """What requests that do not say get here."""
+        if tokens_as_ids and getattr(body, "return_tokens_as_token_ids", None) is None:
+            shape = replace(shape, as_ids=True)
+        return replace(shape, include_usage=True) if always_usage and shape.stream else shape
+
     def named(body: Any) -> str:
         name = translate.choose_model(engine, body.model)
         if name is None:
@@ -179,12 +185,6 @@ def make_app(
                 remedy=f"served here: {', '.join(engine.names)}",
             )
         return name
-
-    def defaults(body: Any, shape: translate.Shape) -> translate.Shape:
-        """What requests that do not say get here."""
-        if tokens_as_ids and getattr(body, "return_tokens_as_token_ids", None) is None:
-            shape = replace(shape, as_ids=True)
-        return replace(shape, include_usage=True) if always_usage and shape.stream else shape
 
     async def generate(request: Request, model: Any, make: Callable[..., translate.Job]) -> Response:
         body, ignored = await read(request, model)
