@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from fnengine import __version__, environment
+from fnengine.cli.files import expand
 from fnengine.cli.flags import FLAGS, add_flags, read_size
 from fnengine.cli.refused import refuse
 from fnengine.errors import ConfigError, FnError
@@ -28,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:
+        words, origins = expand(words)
         args = parser().parse_args(refuse(words, [name for f in FLAGS for name in f.names]))
+        args.origins = origins
         if args.command is None:
             parser().print_help()
             return 0

@@ -125,6 +125,15 @@ def read_object(text: str) -> dict[str, Any]:
 def _flags() -> tuple[Flag, ...]:
     model, memory, steps, server, tls = "model", "memory", "scheduling", "server", "server security"
     return (
+        Flag(
+            ("--config",),
+            "-",
+            "YAML of flags and their values; what the command line says goes before",
+            model,
+            str,
+            (),
+            "FILE",
+        ),
         Flag(("--tokenizer",), "model.tokenizer", "folder or name, if not the model's", model, str),
         Flag(("--served-model-name",), "model.served_model_name", "names clients may use", model, str, many=True),
         Flag(
@@ -171,6 +180,14 @@ def _flags() -> tuple[Flag, ...]:
             model,
             str,
             ("auto", "vllm"),
+        ),
+        Flag(
+            ("--override-generation-config",),
+            "model.override_generation_config",
+            'sampling defaults that go before the model\'s: {"temperature": 0.6}',
+            model,
+            read_object,
+            metavar="JSON",
         ),
         Flag(("--max-model-len",), "engine.max_model_len", "longest sequence, or auto", memory, read_length, (), "N"),
         Flag(
@@ -372,6 +389,18 @@ def _flags() -> tuple[Flag, ...]:
             metavar="JSON",
         ),
         Flag(("--strict",), "serve.strict", "unknown fields of a request are a 400", server),
+        Flag(
+            ("--return-tokens-as-token-ids",),
+            "serve.return_tokens_as_token_ids",
+            "tokens of log-probabilities are named token_id:<n> in answers to requests that do not say",
+            server,
+        ),
+        Flag(
+            ("--enable-force-include-usage",),
+            "serve.enable_force_include_usage",
+            "every stream ends with usage",
+            server,
+        ),
         Flag(
             ("--metrics-compat",), "serve.metrics_compat", "metrics under vLLM's names as well", server, str, ("vllm",)
         ),

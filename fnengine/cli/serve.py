@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
             tool_call_parser=s.tool_call_parser,
             reasoning_parser=s.reasoning_parser,
             enable_auto_tool_choice=s.enable_auto_tool_choice,
+            tokens_as_ids=s.return_tokens_as_token_ids,
+            always_usage=s.enable_force_include_usage,
             answer_bytes=options.engine.answer_bytes,
             constants=constants(engine),
         )

@@ -48,7 +48,7 @@ def build_engine(options: Options, model: Model | None = None) -> Engine:
         drafts.read(config)  # what is wrong with it should not take a model to be known
     model = model or load_model(options.model)
     drafting = drafts.prepare(config, model, options)
-    return Engine.build(
+    engine = Engine.build(
         model,
         options.engine,
         tokenizer=tokenizer_of(options.model, model),
@@ -59,6 +59,8 @@ def build_engine(options: Options, model: Model | None = None) -> Engine:
         companion=drafting.companion,
         strategies=named,
     )
+    engine.defaults = {**engine.defaults, **(options.model.override_generation_config or {})}
+    return engine
 
 
 def tokenizer_of(options: ModelOptions, model: Model) -> Tokenizer:

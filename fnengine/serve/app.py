@@ -12,6 +12,7 @@ import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def make_app(
     tool_call_parser: str = "auto",
     reasoning_parser: str = "auto",
     enable_auto_tool_choice: bool = True,
+    tokens_as_ids: bool = False,
+    always_usage: bool = False,
     silence: float = SILENCE,
     profile_dir: str | None = None,
     stuck: float = operations.STUCK,
@@ -110,6 +113,8 @@ def make_app(
         stream_interval: tokens a chunk holds at least, the first and last of a choice excepted.
         tool_call_parser, reasoning_parser: names as `serve.parsing.choose` has them.
         enable_auto_tool_choice: whether models may choose tools by themselves.
+        tokens_as_ids: name tokens `token_id:<n>` where a request does not say.
+        always_usage: every stream ends with usage.
         silence: seconds without an event before a keep-alive comment.
         profile_dir: where /stop_profile leaves its traces; None turns profiling off.
         stuck: seconds without a step, while there is work, from which on /health/decode is a 503.
@@ -167,6 +172,12 @@ def make_app(
 
         return await asyncio.to_thread(work) if size > LARGE else work()
 
+    def defaults(body: Any, shape: translate.Shape) -> translate.Shape:
+        """What requests that do not say get here."""
+        if tokens_as_ids and getattr(body, "return_tokens_as_token_ids", None) is None:
+            shape = replace(shape, as_ids=True)
+        return replace(shape, include_usage=True) if always_usage and shape.stream else shape
+
     def named(body: Any) -> str:
         name = translate.choose_model(engine, body.model)
         if name is None:
@@ -200,6 +211,7 @@ def make_app(
                 return make(body, engine, id=flight.id, created=int(wall()), model=name)
 
             job = await asyncio.to_thread(work) if _large(body) else work()
+            job = replace(job, shape=defaults(body, job.shape))
             prompts = room.take(0, PROMPT_TOKEN * translate.tokens_held(job))
         except BaseException:
             over()
