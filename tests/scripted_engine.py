@@ -167,6 +167,7 @@ class ScriptedEngine:
         self.captured: dict | None = None
         self.preempted: list[Preempted] = []
         self.width, self.pooling = 4, "last"
+        self.tasks, self.head = ("generate", "embed", "pool", "score"), None
         self.frozen = False
         """No more steps are made."""
         self.task: asyncio.Task | None = None

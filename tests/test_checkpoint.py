@@ -106,8 +106,8 @@ def test_the_benchmark_shape_is_the_published_one():
     ("name", "change", "says"),
     [
         ("Qwen3-0.6B", {"architectures": ["Qwen3NextForCausalLM"]}, ["Qwen3NextForCausalLM", "nearest is Qwen3"]),
-        ("Qwen3-0.6B", {"architectures": ["BertModel"]}, ["BertModel", "LlamaForCausalLM, MinistralForCausalLM"]),
-        ("Qwen3-0.6B", {"architectures": None, "model_type": "bert"}, ["bert", "LlamaForCausalLM"]),
+        ("Qwen3-0.6B", {"architectures": ["ElectraModel"]}, ["BertModel", "LlamaForCausalLM, MinistralForCausalLM"]),
+        ("Qwen3-0.6B", {"architectures": None, "model_type": "electra"}, ["electra", "LlamaForCausalLM"]),
         ("Qwen3-0.6B", {"architectures": None, "model_type": None}, ["architectures", "model_type"]),
         ("Qwen3-0.6B", {"logit_scale": 0.5}, ["logit_scale", "0.5", "change the maths"]),
         ("Qwen3-0.6B", {"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
