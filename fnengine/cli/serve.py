@@ -147,9 +147,9 @@ def banner(url: str, name: str, options: Options, seconds: float, tasks: Sequenc
     page = "" if uds else "Open it in a browser. "
     at = f"--unix-socket {uds} http://localhost" if uds else url
     if "generate" not in tasks:
-        path, body = (
-            ("v1/embeddings", '{"input": "Hello!"}') if "embed" in tasks else ("classify", '{"input": "Hello!"}')
-        )
+        path, body = "v1/embeddings" if "embed" in tasks else "classify", '{"input": "Hello!"}'
+        if "classify" in tasks and "score" in tasks:
+            path, body = "score", '{"text_1": "What is new?", "text_2": ["The news.", "An old hat."]}'
         return "\n".join(
             [
                 f"ready at {url} after {seconds:.1f} s; Ctrl-C stops. Try:",

@@ -124,8 +124,8 @@ def facts_of_reader(reader: Reader) -> list[str]:
     made = reader.made
     gives = f"embeddings of {reader.width} numbers, pooled by {reader.pooling}"
     if reader.head is not None:
-        gives = f"{len(reader.head.labels)} labels: {', '.join(reader.head.labels[:8])}"
-        gives += ", ..." if len(reader.head.labels) > 8 else ""
+        labels = reader.head.labels
+        gives = f"{len(labels)} label{'s' * (len(labels) != 1)}: {', '.join(labels[:8])}" + ", ..." * (len(labels) > 8)
     return [
         f"{reader.name}: texts of up to {made.max_len} tokens ({made.length}), up to {made.rows} texts and "
         f"{made.budget} tokens a batch",
