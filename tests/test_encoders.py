@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fnengine import checkpoint, encoder, leaves, params
 from fnengine import model as fn_model
-from fnengine.checkpoint import outline, read_spec
+from fnengine.checkpoint import open_tensors, outline, read_spec
 from fnengine.errors import CheckpointError, SpecError
 from fnengine.families import FAMILIES, spec_from_config
 from fnengine.model import Model
@@ -343,9 +343,14 @@ def test_an_embedder_saved_without_its_head_is_one(tmp_path):
         fn_model.load(tmp_path, device="cpu")
     (tmp_path / "modules.json").write_text('[{"type": "sentence_transformers.models.Transformer", "path": ""}]')
     model = fn_model.load(tmp_path, dtype="float32", device="cpu")
-    assert model.spec.whole is not None and torch.equal(
-        encoded(model, TEXTS)[0], encoded(whole_model("qwen3"), TEXTS)[0]
-    )
+    assert model.spec.whole is not None
+    assert torch.equal(encoded(model, TEXTS)[0], encoded(whole_model("qwen3"), TEXTS)[0])
+    with open_tensors(tmp_path) as files:  # as large ones are told by their index, which a plan has and no weights
+        index = {"weight_map": dict.fromkeys(files, "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert read_spec(tmp_path) == model.spec
+    (tmp_path / "model.safetensors").unlink()
+    assert read_spec(tmp_path) == model.spec
 
 
 def test_a_tied_embedder_without_prefix_is_a_language_model(tmp_path):
