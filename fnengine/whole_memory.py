@@ -2,6 +2,10 @@
 
 The largest batch is the budget's, or one text that is longer; the longest text is cut to what memory holds where nobody
 asked for a length. Lines are those of `memory`, as far as there are such.
+
+Measured, random weights, one text of the greatest length and eight of 64 tokens, two threads (2026-11-30): BERT-base in
+float32, eager, held at most 738 MiB where the ledger says 825, in bfloat16, compiled, 673 of 681; ModernBERT-base in
+float32 with a text of 4096 tokens 1270 of 1287.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from fnengine.leaves import QUANTIZED
 from fnengine.memory import (
     CODE,
     COMPILING,
+    KEPT,
     MIB,
     ONEDNN,
     PIECES,
@@ -32,6 +37,8 @@ from fnengine.params import memory_plan
 from fnengine.settings import PoolSize, Settings, wanted_len
 from fnengine.spec import Attention
 
+FUSED = 16 * MIB
+"""What torch's fused attention sets up in its first calls (measured: 8 MiB beyond all other lines, in bfloat16)."""
 LEAST = 16
 """Tokens: no shorter longest text is made up where memory is scarce."""
 
@@ -41,7 +48,7 @@ def account(s: Shapes) -> Account:
     spec, item = s.spec, s.dtype.itemsize
     T = fit(max(s.mode.budget, s.max_len), s.mode.rows).tokens
     plan = memory_plan(spec, s.dtype, s.how)
-    code = CODE + (0 if s.how.kind in QUANTIZED else ONEDNN) + (COMPILING if s.compiling else 0)
+    code = CODE + FUSED + (0 if s.how.kind in QUANTIZED else ONEDNN) + (COMPILING if s.compiling else 0)
     lean = dataclasses.replace(s, compiled=True)
     layer = max(layer_bytes(kind, spec.width, T, lean) for kind in spec.layers)
     if not s.compiled:
@@ -54,7 +61,7 @@ def account(s: Shapes) -> Account:
         Line("tokenizer", spec.vocab * TOKEN_TEXT, f"{spec.vocab:,} tokens"),
         Line("weights", plan.weights, s.how.name),
         Line("workspace", layer + ends + s.threads * THREAD, f"one layer of {T:,} tokens, on paper"),
-        Line("allocator", PIECES, "freed buffers that it does not give back"),
+        Line("allocator", PIECES + min(KEPT, layer + attention), "freed buffers that it does not give back"),
         Line("KV pool", 0, "none: texts are read whole"),
     )
     return Account(

@@ -346,6 +346,33 @@ def test_classification_over_http(classifier):
     np.testing.assert_allclose(shares, np.exp(number) / np.exp(number).sum(), rtol=1e-4)
 
 
+def test_a_reward_model_reads_a_conversation():
+    """Through the chat template, whose text is given to transformers' model of one label, without special tokens."""
+    template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} . {% endfor %}"
+    template += "{% if add_generation_prompt %}a{% endif %}"
+    spoken("qwen2-one")
+    tokenizer = dataclasses.replace(loaded("qwen2-one").tokenizer, templates={"default": template})
+    talk = [{"role": "user", "content": "is the film good?"}, {"role": "assistant", "content": "very good"}]
+    with TestClient(make_app(built("qwen2-one", tokenizer=tokenizer))) as client:
+        for more, end in (({}, ""), ({"add_generation_prompt": True}, "a")):
+            text = "u is the film good? . a very good . " + end
+            ids = upstream_tokenizer("qwen2-one")(text, add_special_tokens=False)["input_ids"]
+            got = post(client, "/classify", messages=talk, use_activation=False, **more)["data"][0]["probs"]
+            np.testing.assert_allclose(got, logits("qwen2-one", ids), rtol=1e-4, atol=1e-5)
+            reward = post(client, "/pooling", messages=talk, use_activation=False, **more)["data"][0]["data"]
+            assert reward == got
+        r = client.post("/classify", json={"messages": talk, "input": "a"})
+        assert (r.status_code, r.json()["error"]["param"]) == (400, "messages")
+        for body, param in (
+            ({"messages": [{"content": "no role"}]}, "messages.0.role"),
+            ({"messages": []}, "messages"),
+            ({"messages": talk, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+            ({}, "input"),
+        ):
+            r = client.post("/classify", json=body)
+            assert (r.status_code, r.json()["error"]["param"]) == (400, param), r.text
+
+
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 
 

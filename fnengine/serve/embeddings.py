@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -17,9 +17,9 @@ from fnengine.host.output import Delta
 from fnengine.host.pooling import LABELS, check_pooling, spread
 from fnengine.host.request import Request, Stop
 from fnengine.serve.engine_port import EnginePort, Text
-from fnengine.serve.protocol import CONFIG, Bool, Int
+from fnengine.serve.protocol import CONFIG, Bool, Int, TokenizeBody
 from fnengine.serve.routes import Core, Route
-from fnengine.serve.translate import Job, Shape, check_ids
+from fnengine.serve.translate import Job, Shape, check_ids, from_tokenize
 
 MOST_INPUTS = 2048
 """As OpenAI's."""
@@ -46,15 +46,23 @@ class PoolBody(BaseModel):
     request_id: str | None = Field(default=None, min_length=1, max_length=128)
 
 
-class EmbeddingBody(PoolBody):
-    input: str | list[str] | list[Int] | list[list[Int]]
+class TextBody(PoolBody):
+    """One of: inputs, or a conversation, which the chat template makes one text of."""
+
+    input: str | list[str] | list[Int] | list[list[Int]] | None = None
+    messages: list[dict[str, Any]] | None = Field(default=None, min_length=1)
+    add_generation_prompt: Bool = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class EmbeddingBody(TextBody):
     encoding_format: str | None = None
     dimensions: Int | None = None
     normalize: Bool = None
 
 
-class ClassifyBody(PoolBody):
-    input: str | list[str] | list[Int] | list[list[Int]]
+class ClassifyBody(TextBody):
+    pass
 
 
 class ScoreBody(PoolBody):
@@ -71,7 +79,7 @@ class RerankBody(PoolBody):
     return_documents: Bool = None
 
 
-def _refuse(param: str, what: str, remedy: str | None = None):
+def _refuse(param: str, what: str, remedy: str | None = None) -> NoReturn:
     raise RequestError(what, where=param, param=param, remedy=remedy)
 
 
@@ -89,6 +97,20 @@ def inputs_of(value: Any, param: str = "input") -> list[str | list[int]]:
         if not len(one):
             _refuse(param if len(many) == 1 else f"{param}.{i}", "must not be empty")
     return many
+
+
+def said(body: TextBody, text: Text) -> list[str | list[int]]:
+    """What a body gives to be read."""
+    if body.messages is None:
+        return inputs_of(body.input) if body.input is not None else _refuse("input", "is required, or messages")
+    if body.input is not None:
+        _refuse("messages", "is one input, and there is another one", "send either")
+    asked = TokenizeBody(
+        messages=body.messages,
+        add_generation_prompt=body.add_generation_prompt is True,
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
+    return [from_tokenize(asked, text)]
 
 
 def tokens_of(text: Text, one: str | list[int], body: PoolBody, limit: int) -> tuple[int, ...]:
@@ -232,7 +254,7 @@ def embedding_job(body: EmbeddingBody, engine: EnginePort, *, raw: bool, **named
         ]
         return listed(of, data)
 
-    return job_of(body, inputs_of(body.input), engine, "pool" if raw else "embd", tell, **named)
+    return job_of(body, said(body, engine.tokenizer), engine, "pool" if raw else "embd", tell, **named)
 
 
 def activates(body: PoolBody) -> bool:
@@ -262,7 +284,7 @@ def classify_job(body: ClassifyBody, engine: EnginePort, **named: Any) -> Job:
         ]
         return listed(of, data)
 
-    return job_of(body, inputs_of(body.input), engine, "classify", tell, **named)
+    return job_of(body, said(body, engine.tokenizer), engine, "classify", tell, **named)
 
 
 def compared(
