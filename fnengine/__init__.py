@@ -23,6 +23,7 @@ _HOME = {
     "Engine": "engine",
     "LLM": "llm",
     "Model": "model",
+    "Reader": "reader",
     "Request": "host.request",
     "Runtime": "runtime",
     "Sampling": "host.request",
@@ -30,6 +31,7 @@ _HOME = {
     "Settings": "settings",
     "Speculate": "host.request",
     "Stop": "host.request",
+    "Verdict": "vectors",
     "load": "load",
     "sample": "sampling",
     "strategy": "decoding.strategy",
@@ -43,6 +45,7 @@ __all__ = [
     "Completion",
     "Engine",
     "Model",
+    "Reader",
     "Request",
     "Runtime",
     "Sampling",
@@ -50,6 +53,7 @@ __all__ = [
     "Settings",
     "Speculate",
     "Stop",
+    "Verdict",
     "__version__",
     "errors",
     "load",
@@ -65,9 +69,11 @@ if TYPE_CHECKING:
     from fnengine.llm import LLM, Choice, Completion
     from fnengine.load import load
     from fnengine.model import Model
+    from fnengine.reader import Reader
     from fnengine.runtime import Runtime, Sequence
     from fnengine.sampling import sample, verify
     from fnengine.settings import Settings
+    from fnengine.vectors import Verdict
 
 _ROOT = Path(__file__).resolve().parent.parent
 _BESIDE = {"fnengine.kernels": "contract.py", "fnengine.graphs": "compile.py"}

@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fnengine import checkpoint, kernels, keys, leaves, products
+from fnengine import checkpoint, kernels, keys, leaves, products, whole
 from fnengine.build import choose_ops
+from fnengine.encoder import attention_for
 from fnengine.errors import ConfigError
 from fnengine.graphs import compile
 from fnengine.graphs.compile import Traces
-from fnengine.kernels import KVLayout, native
+from fnengine.kernels import KVLayout, Ops, native
 from fnengine.products import Measured
 from fnengine.program import Kind, wanted_layers
 from fnengine.settings import check_kv
@@ -114,10 +116,12 @@ def needs(
     eager = ops.paged_attention.reason if ops.paged_attention.backend.name == "reference" else None
     if enforce_eager:
         eager = "--enforce-eager"
+    if spec.whole is not None and not enforce_eager:
+        eager = None
     layers: list[Kind] = []
     if eager is None:
         how = products.packing(spec, on, kind, quantization, tiles)
-        layers = wanted_layers(spec, checkpoint.outline(spec, kind, how), ops, kind, on)
+        layers = _layers(spec, checkpoint.outline(spec, kind, how), ops, kind, on)
     unable = compile.missing_compiler() if on.type == "cpu" else None
     return Needs(
         spec,
@@ -132,6 +136,13 @@ def needs(
         eager,
         unable,
     )
+
+
+def _layers(spec: ModelSpec, outline: Any, ops: Ops, dtype: torch.dtype, device: torch.device) -> list[Kind]:
+    """The layers that will be compiled: those of a step, or of a model that reads texts whole."""
+    if spec.whole is None:
+        return wanted_layers(spec, outline, ops, dtype, device)
+    return whole.wanted_layers(spec, outline, attention_for(spec, device, dtype), dtype, device)
 
 
 def _libraries(parts: tuple[str, ...], compiler: str | None) -> tuple[Library, ...]:
@@ -199,7 +210,7 @@ def fill(needs: Needs) -> Iterator[Made | Measured]:
         return
     outline = checkpoint.outline(spec, dtype, products.packing(spec, device, dtype, needs.quantization))
     ops = choose_ops(spec, device, dtype, needs.kv_cache_dtype, needs.attention_backend)
-    for kind in wanted_layers(spec, outline, ops, dtype, device):
+    for kind in _layers(spec, outline, ops, dtype, device):
         w = kind.wanted
         artifact = compile.make(w, compile.folder(), Traces())
         if w.kept(compile.folder()) is None:

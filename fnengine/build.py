@@ -84,6 +84,12 @@ def build(
     for name, processor in own.items():
         check_own(name, processor, model.spec.vocab, model.device)
     device, spec = model.device, model.spec
+    if spec.whole is not None:
+        raise ConfigError(
+            f"{spec.architecture} reads texts whole and writes none",
+            where=model.name or spec.family,
+            remedy="`fnengine serve` gives vectors, labels and scores; in Python LLM.embed, classify and score do",
+        )
     mode = settings.mode(device.type)
     check_kv(settings.kv_cache_dtype, device.type)
     kernels.start(device, model.dtype, model.quantization != "none", settings.kv_cache_dtype)

@@ -95,11 +95,17 @@ def beside(folder: Path, spec: ModelSpec) -> ModelSpec:
 
 def _headless(folder: Path, spec: ModelSpec) -> bool:
     """Whether a model with a head of its own was saved without it."""
-    family = FAMILIES[spec.family]
-    if spec.tied or not any(folder.glob("*.safetensors")):
+    family, index = FAMILIES[spec.family], folder / "model.safetensors.index.json"
+    if spec.tied:
         return False
-    with open_tensors(folder) as files:
-        return f"{family.names['head']}.weight" not in files and not any(n.startswith(prefix(family)) for n in files)
+    if index.exists():
+        names = set(read_json(index).get("weight_map") or {})
+    elif any(folder.glob("*.safetensors")):
+        with open_tensors(folder) as files:
+            names = set(files)
+    else:
+        return False
+    return f"{family.names['head']}.weight" not in names and not any(n.startswith(prefix(family)) for n in names)
 
 
 def generation_config(folder: Path) -> dict[str, Any]:

@@ -195,9 +195,19 @@ class Engine:
         engine.drafting.jointly = lambda wishes: ahead.drafts(engine.host, wishes, device.draft, built.drafts_to)
         return engine
 
+    tasks = ("generate", "embed", "pool", "score")
+    """What may be asked of it; scores are cosines."""
+    head = None
+    """Labels are a `Reader`'s."""
+
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def most(self) -> int:
+        """Sequences that are computed at once."""
+        return self.policy.rows
 
     @property
     def width(self) -> int:

@@ -23,11 +23,13 @@ DEMOS = {DEMO: BUNDLED, "demo-draft": BUNDLED / "draft", "demo-eagle": BUNDLED /
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.tiktoken")
 """What a model needs of its repository: weights, configs, chat templates, tokenizers."""
 
-CONFIG = ("config.json", "generation_config.json")
+CONFIG = ("config.json", "generation_config.json", "modules.json", "sentence_bert_config.json", "[0-9]_*/config.json")
+CONFIG += ("model.safetensors.index.json",)
 """What says which shapes a model has."""
 
-LEFT_OUT = ("consolidated*", "original/*", "onnx/*", "*/*")
-"""Second copies of the weights in other formats, which would double the download."""
+LEFT_OUT = ("consolidated*", "original/*", "onnx/*", "[!0-9]*/*")
+"""Second copies of the weights in other formats, which would double the download; but not what sentence-transformers
+keeps beside a model, in folders with a number (1_Pooling, 2_Dense)."""
 
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

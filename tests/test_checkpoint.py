@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from fnengine import checkpoint, hub, leaves, model, params, tree
 from fnengine.errors import CheckpointError, ConfigError, FnError, SpecError
 from fnengine.families import spec_from_config
+from fnengine.host import pooling
 from fnengine.spec import Llama3Scaling
 from tests.models import TINY, threads, tiny_folder, upstream
 
@@ -109,8 +110,8 @@ def test_the_benchmark_shape_is_the_published_one():
     ("name", "change", "says"),
     [
         ("Qwen3-0.6B", {"architectures": ["Qwen3NextForCausalLM"]}, ["Qwen3NextForCausalLM", "nearest is Qwen3"]),
-        ("Qwen3-0.6B", {"architectures": ["BertModel"]}, ["BertModel", "LlamaForCausalLM"]),
-        ("Qwen3-0.6B", {"architectures": None, "model_type": "bert"}, ["bert", "LlamaForCausalLM"]),
+        ("Qwen3-0.6B", {"architectures": ["ElectraModel"]}, ["BertModel", "LlamaForCausalLM, MinistralForCausalLM"]),
+        ("Qwen3-0.6B", {"architectures": None, "model_type": "electra"}, ["electra", "LlamaForCausalLM"]),
         ("Qwen3-0.6B", {"architectures": None, "model_type": None}, ["architectures", "model_type"]),
         ("Qwen3-0.6B", {"logit_scale": 0.5}, ["logit_scale", "0.5", "change the maths"]),
         ("Qwen3-0.6B", {"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
@@ -517,6 +518,7 @@ def test_hub_names(tmp_path: Path):
     source = tiny_folder("qwen3")
     TinyHub.files = {p.name: p.read_bytes() for p in source.iterdir()}
     TinyHub.files |= {"consolidated.safetensors": b"x", "onnx/model.json": b"x", "README.md": b"x"}
+    TinyHub.files |= {"1_Pooling/config.json": b'{"pooling_mode_mean_tokens": true}', "2_Dense/model.safetensors": b"x"}
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), TinyHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = """
@@ -561,7 +563,8 @@ print(json.dumps(out))
         server.shutdown()
         server.server_close()
     assert "not in the cache" in cold and "online" in cold
-    assert first == warm and first[1] == sorted(p.name for p in source.iterdir())
+    assert first == warm and first[1] == sorted([*(p.name for p in source.iterdir()), "1_Pooling", "2_Dense"])
+    assert pooling.declared(first[0]) == "mean"
     assert "no such repository" in unknown and "tiny/unknown" in unknown and "HF_TOKEN" in unknown
     assert "gated" in gated and "https://huggingface.co/tiny/gated" in gated
     assert "no such revision" in revision and "v9" in revision

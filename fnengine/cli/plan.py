@@ -29,6 +29,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"model": name, **as_json(pool, account)}, indent=1))
         return 0
     print(*table(account), sep="\n")
+    if not pool.blocks:
+        print(f"{name}: texts of up to {pool.max_len} tokens, at most {rows} at once; {pool.reason}")
+        return 0
     tokens = (pool.blocks - 1) * 16
     print(
         f"{name}: {pool.blocks - 1} blocks, {tokens} tokens, {tokens / pool.max_len:.1f} sequences of "
@@ -41,7 +44,7 @@ def made(options: Options, folder: Path) -> tuple[PoolSize, Account, int]:
     """(pool, ledger, rows) of a server with these options."""
     import torch
 
-    from fnengine import artifacts, build, leaves, memory, products
+    from fnengine import artifacts, build, leaves, memory, products, whole, whole_memory
     from fnengine.graphs import compile
     from fnengine.kernels import native
 
@@ -75,6 +78,11 @@ def made(options: Options, folder: Path) -> tuple[PoolSize, Account, int]:
         base=base,
         kv=needs.kv,
     )
+    if needs.spec.whole is not None:
+        whole.refuse(settings)
+        available, _ = build.memory(torch.device("cpu"))
+        longest, why, account = whole_memory.fitted(shapes, settings, available, base)
+        return whole_memory.pool_of(longest, why), account, shapes.mode.rows
     shapes = dataclasses.replace(shapes, host_slots=int(settings.swap_space * 2**30) // shapes.per_block)
     available, total = build.memory(torch.device("cpu"))
     if settings.memory is None:  # as after loading: the weights are no longer available then

@@ -19,6 +19,7 @@ from fnengine.hub import resolve
 from fnengine.kernels import describe
 from fnengine.load import load
 from fnengine.model import Model
+from fnengine.reader import Reader
 
 
 def say(text: str) -> None:
@@ -63,6 +64,24 @@ def build_engine(options: Options, model: Model | None = None) -> Engine:
     return engine
 
 
+def build_server(options: Options, model: Model | None = None) -> Engine | Reader:
+    """What serves the model that the options name: an engine, or a reader of one that reads texts whole.
+
+    Raises:
+        ConfigError: flags about what is generated have no meaning for a reader.
+    """
+    model = model or load_model(options.model)
+    if model.spec.whole is None:
+        return build_engine(options, model)
+    s = options.serve
+    for flag, given in (("--strategy", s.strategy), ("--speculative-config", s.speculative_config)):
+        if given:
+            raise ConfigError(f"{model.name} reads texts whole and writes none", where=flag, remedy="leave it out")
+    return Reader.build(
+        model, options.engine, tokenizer=tokenizer_of(options.model, model), names=options.model.served_model_name
+    )
+
+
 def tokenizer_of(options: ModelOptions, model: Model) -> Tokenizer:
     """The model's tokenizer, or the one asked for, with the chat template asked for.
 
@@ -103,8 +122,27 @@ def stand_in(vocab: int) -> Tokenizer:
     return Tokenizer(backend, Decoding("byte_level"), frozenset())
 
 
-def facts(engine: Engine) -> list[str]:
+def facts_of_reader(reader: Reader) -> list[str]:
+    """What a user wants to know of a reader that has just been built, a line each."""
+    made = reader.made
+    gives = f"embeddings of {reader.width} numbers, pooled by {reader.pooling}"
+    if reader.head is not None:
+        labels = reader.head.labels
+        gives = f"{len(labels)} label{'s' * (len(labels) != 1)}: {', '.join(labels[:8])}" + ", ..." * (len(labels) > 8)
+    return [
+        f"{reader.name}: texts of up to {made.max_len} tokens ({made.length}), up to {made.rows} texts and "
+        f"{made.budget} tokens a batch",
+        f"gives {gives}",
+        *([] if made.account is None else [f"memory: {memory.sentence(made.account)}"]),
+        f"attention: {made.attend.backend.name} ({made.attend.reason})",
+        f"layers: {made.execution}",
+    ]
+
+
+def facts(engine: Engine | Reader) -> list[str]:
     """What a user wants to know of an engine that has just been built, a line each."""
+    if isinstance(engine, Reader):
+        return facts_of_reader(engine)
     built = engine.built
     assert built is not None
     how = engine.drafting.default

@@ -228,7 +228,10 @@ class Request:
     guide: Guide | None = None
     """Grammar and budget made ready, by `Engine.prepare`; where it is not there, `Engine.submit` does that first."""
     pooling: str | None = None
-    """One of `pooling.POOLINGS`: the answer is no text but the prompt's embedding, and `stop.max_tokens` is 0."""
+    """One of `pooling.POOLINGS`: the answer is no text but the prompt's embedding, and `stop.max_tokens` is 0; or
+    `pooling.LABELS`, of a model that has some: what it says of each."""
+    pair: int = 0
+    """Where in the prompt the second text of a pair begins, for models that are told; 0: it is one text."""
     arrival: float = 0.0
     """Seconds of the engine's clock."""
 

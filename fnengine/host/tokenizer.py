@@ -111,6 +111,31 @@ class Tokenizer:
                 remedy="send characters above U+FFFF whole or as a pair of escapes",
             ) from error
 
+    def encode_pair(
+        self, first: str, second: str, add_special: bool = True, most: int | None = None, left: bool = False
+    ) -> tuple[list[int], int]:
+        """(token ids of two texts in one prompt, as tokenizer.json joins them; where those of the second type begin, 0
+        if none are).
+
+        Args:
+            most: tokens that may stand, special ones included; what is too much is taken from the longer text, as
+                tokenizers' LongestFirst does, at its end, or with `left` at its beginning.
+
+        Raises: RequestError when a text is no Unicode text.
+        """
+        for text in (first, second):
+            self.encode(text, False)  # raises
+        a, b = (self.backend.encode(text, add_special_tokens=False) for text in (first, second))
+        special = self.backend.num_special_tokens_to_add(True) if add_special else 0
+        if most is not None and len(a) + len(b) + special > most:
+            room = max(most - special, 0)
+            short = min(len(a), len(b), room // 2)
+            sizes = (room - short, short) if len(a) > len(b) else (short, room - short)
+            for encoding, n in zip((a, b), sizes, strict=True):
+                encoding.truncate(n, direction="left" if left else "right")
+        joined = self.backend.post_process(a, b, add_special)
+        return joined.ids, next((i for i, t in enumerate(joined.type_ids) if t), 0)
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -49,7 +49,7 @@ from fnengine.serve.replies import (
     problem,
     whole,
 )
-from fnengine.serve.routes import Core, Route, unbuilt
+from fnengine.serve.routes import Core, Route, check_task, unbuilt
 from fnengine.serve.sse import SILENCE, EventStream
 from fnengine.settings import Settings
 
@@ -59,7 +59,7 @@ LARGE = 1 << 16
 """Bytes of a body from which on parsing and tokenizing leave the event loop, which other streams need."""
 PROMPT_TOKEN = 48
 """Bytes of a token of a prompt while its request is open: as an object, in the answer's shape, in the engine."""
-_KIND = re.compile(r"^(chatcmpl-|cmpl-|msg_|resp_|embd-|pool-|score-|rerank-)")
+_KIND = re.compile(r"^(chatcmpl-|cmpl-|msg_|resp_|embd-|pool-|score-|rerank-|classify-)")
 """What ids of answers begin with, before the request's own."""
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -188,9 +188,12 @@ def make_app(
             )
         return name
 
-    async def generate(request: Request, model: type[Any], make: Callable[..., translate.Job]) -> Response:
+    async def generate(
+        request: Request, model: type[Any], make: Callable[..., translate.Job], task: str = "generate"
+    ) -> Response:
         body, ignored = await read(request, model)
         name = named(body)
+        check_task(engine, task)
         why = engine.healthy()
         if why is not None:
             raise Unavailable(f"the engine cannot serve: {why}")
