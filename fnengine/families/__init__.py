@@ -16,6 +16,7 @@ from fnengine.families import (
     gemma3,
     glm4,
     glm4_moe,
+    glm4_moe_lite,
     gpt2,
     gpt_neox,
     gpt_oss,
@@ -48,7 +49,8 @@ _EVERY = (
     *(cohere.FAMILY, cohere.COHERE2, glm4.GLM, glm4.FAMILY, starcoder2.FAMILY, stablelm.FAMILY),
     *(phi.FAMILY, gpt_neox.FAMILY, gpt2.FAMILY, opt.FAMILY, falcon.FAMILY),
     *(mixtral.FAMILY, qwen2_moe.FAMILY, qwen3_moe.FAMILY, olmoe.FAMILY, glm4_moe.FAMILY, gpt_oss.FAMILY),
-    *(phimoe.FAMILY, deepseek.V2, deepseek.V3, mimo.FAMILY, llama4.FAMILY),
+    *(phimoe.FAMILY, deepseek.V2, deepseek.V3, glm4_moe_lite.FAMILY, mimo.FAMILY),
+    llama4.FAMILY,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _EVERY}
 
