@@ -18,6 +18,7 @@ from fnengine.families import (
     gemma3,
     glm4,
     glm4_moe,
+    glm4_moe_lite,
     gpt2,
     gpt_neox,
     gpt_oss,
@@ -56,7 +57,7 @@ _EVERY = (
     *(qwen3_next.FAMILY, qwen3_5.FAMILY, qwen3_5.MOE, qwen3_5.WHOLE, qwen3_5.WHOLE_MOE, bamba.FAMILY),
     *(mixtral.FAMILY, qwen2_moe.FAMILY, qwen3_moe.FAMILY, olmoe.FAMILY, glm4_moe.FAMILY, gpt_oss.FAMILY),
     *(bert.FAMILY, bert.ROBERTA, bert.XLM_ROBERTA, modernbert.FAMILY),
-    *(phimoe.FAMILY, deepseek.V2, deepseek.V3, mimo.FAMILY, llama4.FAMILY),
+    *(phimoe.FAMILY, deepseek.V2, deepseek.V3, glm4_moe_lite.FAMILY, mimo.FAMILY, llama4.FAMILY),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _EVERY}
 

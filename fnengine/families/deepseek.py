@@ -27,20 +27,22 @@ def read_v2(config: dict, where: str = "config.json") -> ModelSpec:
     groups, kept = _groups(f, E, 1, 1)
     if method == "greedy":
         groups = kept = 1
+    F = f.integer("moe_intermediate_size", 1407)
     routed = MoE(
         E,
         f.chosen("num_experts_per_tok", 6, E // groups * kept),
-        f.integer("moe_intermediate_size", 1407),
+        F,
         normalized=False,
         wide=True,
         factor=f.number("routed_scaling_factor", 1.0),
         groups=groups,
         kept=kept,
         best=1,
-        shared=f.integer("moe_intermediate_size", 1407) * f.integer("n_shared_experts", 2),
+        shared=F * f.integer("n_shared_experts", 2),
     )
-    layers = _layers(f, routed, first=0, max_len=2048)
-    return _spec(f, "deepseek_v2", "DeepseekV2ForCausalLM", layers, 2048)
+    max_len = f.integer("max_position_embeddings", 2048)
+    layers = layers_of(f, latent(f, max_len), routed, dense_first(f, 0))
+    return spec_of(f, "deepseek_v2", "DeepseekV2ForCausalLM", layers, max_len)
 
 
 def read_v3(config: dict, where: str = "config.json") -> ModelSpec:
@@ -49,26 +51,30 @@ def read_v3(config: dict, where: str = "config.json") -> ModelSpec:
     Source: DeepSeek-V3 (arXiv 2412.19437); keys as in transformers' DeepseekV3Config.
     """
     f = Fields(config, where)
+    routed = sigmoid_experts(f, E=256, J=8, F=2048, factor=2.5, groups=8, kept=4)
+    max_len = f.integer("max_position_embeddings", 4096)
+    layers = layers_of(f, latent(f, max_len), routed, dense_first(f, 3))
+    return spec_of(f, "deepseek_v3", "DeepseekV3ForCausalLM", layers, max_len)
+
+
+def sigmoid_experts(f: Fields, *, E: int, J: int, F: int, factor: float, groups: int, kept: int) -> MoE:
+    """V3's experts; the values are those of a config that does not say."""
     f.only("scoring_func", "sigmoid")
     f.only("topk_method", "noaux_tc")
-    f.only("rope_interleave", True)
-    E = f.integer("n_routed_experts", 256)
-    groups, kept = _groups(f, E, 8, 4)
-    routed = MoE(
+    E, F = f.integer("n_routed_experts", E), f.integer("moe_intermediate_size", F)
+    groups, kept = _groups(f, E, groups, kept)
+    return MoE(
         E,
-        f.chosen("num_experts_per_tok", 8, E // groups * kept),
-        f.integer("moe_intermediate_size", 2048),
+        f.chosen("num_experts_per_tok", J, E // groups * kept),
+        F,
         scores="sigmoid",
         normalized=f.flag("norm_topk_prob", True),
-        factor=f.number("routed_scaling_factor", 2.5),
+        factor=f.number("routed_scaling_factor", factor),
         correction=True,
         groups=groups,
         kept=kept,
-        shared=f.integer("moe_intermediate_size", 2048) * f.integer("n_shared_experts", 1),
+        shared=F * f.integer("n_shared_experts", 1),
     )
-    layers = _layers(f, routed, first=3, max_len=4096)
-    f.integer("num_nextn_predict_layers", 1, least=0)  # layers after these, which predict further tokens
-    return _spec(f, "deepseek_v3", "DeepseekV3ForCausalLM", layers, 4096)
 
 
 def _groups(f: Fields, experts: int, groups: int, kept: int) -> tuple[int, int]:
@@ -78,10 +84,10 @@ def _groups(f: Fields, experts: int, groups: int, kept: int) -> tuple[int, int]:
     return groups, f.chosen("topk_group", min(kept, groups), groups)
 
 
-def _layers(f: Fields, routed: MoE, first: int, max_len: int) -> tuple[Layer, ...]:
-    """The dense ones, so many of them by default, and those with experts."""
-    L, H = f.integer("num_hidden_layers"), f.integer("num_attention_heads")
-    still, turning = f.integer("qk_nope_head_dim", 128), f.integer("qk_rope_head_dim", 64)
+def latent(f: Fields, max_len: int, *, still: int = 128, values: int = 128, query_rank: int = 1536) -> Latent:
+    """Latent attention; the values are those of a config that does not say."""
+    H = f.integer("num_attention_heads")
+    still, turning = f.integer("qk_nope_head_dim", still), f.integer("qk_rope_head_dim", 64)
     if turning % 2:
         raise f.error("qk_rope_head_dim", "is odd, rotary positions need pairs of channels")
     rank = f.integer("kv_lora_rank", 512)
@@ -90,23 +96,31 @@ def _layers(f: Fields, routed: MoE, first: int, max_len: int) -> tuple[Layer, ..
     if kv_heads(f, H) != H:
         raise f.error("num_key_value_heads", f"is not num_attention_heads = {H}; latents belong to all heads alike")
     f.only("attention_bias", False)
-    f.only("hidden_act", "silu")
-    f.only("moe_layer_freq", 1)
-    turned = rope(f, turning, f.integer("max_position_embeddings", max_len))
-    query_rank = f.integer("q_lora_rank", 0 if "q_lora_rank" in f.config else 1536)  # null: there is none
-    mixer = Latent(
+    f.only("rope_interleave", True)
+    return Latent(
         heads=H,
         rank=rank,
         still=still,
         turning=turning,
-        values=f.integer("v_head_dim", 128),
-        rope=turned,
+        values=f.integer("v_head_dim", values),
+        rope=rope(f, turning, max_len),
         scale=(still + turning) ** -0.5 * _stretch(f) ** 2,
-        query_rank=query_rank,
+        query_rank=f.integer("q_lora_rank", 0 if "q_lora_rank" in f.config else query_rank),  # null: there is none
     )
-    dense, eps = Mlp(f.integer("intermediate_size")), f.number("rms_norm_eps", 1e-6)
-    first = f.integer("first_k_dense_replace", first, least=0)
-    return tuple(Layer(mixer, dense if i < first else routed, eps) for i in range(L))
+
+
+def dense_first(f: Fields, usual: int) -> tuple[bool, ...]:
+    """Which layers have experts: all but the first."""
+    first = f.integer("first_k_dense_replace", usual, least=0)
+    return tuple(i >= first for i in range(f.integer("num_hidden_layers")))
+
+
+def layers_of(f: Fields, mixer: Latent, routed: MoE, sparse: tuple[bool, ...], eps: float = 1e-6) -> tuple[Layer, ...]:
+    """The layers, of which some have experts."""
+    f.only("hidden_act", "silu")
+    f.only("moe_layer_freq", 1)
+    dense, eps = Mlp(f.integer("intermediate_size")), f.number("rms_norm_eps", eps)
+    return tuple(Layer(mixer, routed if has else dense, eps) for has in sparse)
 
 
 def _stretch(f: Fields) -> float:
@@ -118,16 +132,11 @@ def _stretch(f: Fields) -> float:
     return 0.1 * given.get("mscale_all_dim", 0) * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _spec(f: Fields, family: str, architecture: str, layers: tuple[Layer, ...], max_len: int) -> ModelSpec:
-    return model_spec(
-        f,
-        family,
-        architecture,
-        layers,
-        width=f.integer("hidden_size"),
-        max_len=f.integer("max_position_embeddings", max_len),
-        inert=INERT,
-    )
+def spec_of(f: Fields, family: str, architecture: str, layers: tuple[Layer, ...], max_len: int) -> ModelSpec:
+    """The spec of such layers."""
+    f.integer("num_nextn_predict_layers", 1, least=0)  # layers after these, which predict further tokens
+    width = f.integer("hidden_size")
+    return model_spec(f, family, architecture, layers, width=width, max_len=max_len, inert=INERT)
 
 
 INERT = (
