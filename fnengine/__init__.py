@@ -31,6 +31,7 @@ _HOME = {
     "Speculate": "host.request",
     "Stop": "host.request",
     "load": "load",
+    "register": "families",
     "sample": "sampling",
     "strategy": "decoding.strategy",
     "verify": "sampling",
@@ -53,6 +54,7 @@ __all__ = [
     "__version__",
     "errors",
     "load",
+    "register",
     "sample",
     "strategy",
     "verify",
@@ -61,6 +63,7 @@ __all__ = [
 if TYPE_CHECKING:
     from fnengine.decoding.strategy import strategy
     from fnengine.engine import Engine
+    from fnengine.families import register
     from fnengine.host.request import Request, Sampling, Speculate, Stop
     from fnengine.llm import LLM, Choice, Completion
     from fnengine.load import load

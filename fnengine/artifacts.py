@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fnengine import checkpoint, kernels, keys, leaves, products
+from fnengine import checkpoint, fallback, kernels, keys, leaves, products
 from fnengine.build import choose_ops
 from fnengine.errors import ConfigError
 from fnengine.graphs import compile
@@ -95,13 +95,15 @@ def needs(
     kv_cache_dtype: str = "auto",
     attention_backend: str = "auto",
     enforce_eager: bool = False,
+    impl: str = "auto",
+    trust: bool = False,
 ) -> Needs:
     """What an engine of the model in `folder` will load; nothing is built, traced or compiled to know it.
 
     Raises:
         CheckpointError, SpecError, ConfigError: as `model.load`, but for the weights, which need not be there.
     """
-    spec, on = checkpoint.read_spec(folder), checkpoint.pick_device(device)
+    spec, on = checkpoint.read_spec(folder, impl, trust), checkpoint.pick_device(device)
     check_kv(kv_cache_dtype, on.type)
     try:  # where no compiler can build native code, what is chosen now is what will be
         compiler, tiles, choose = native.find_compiler(), leaves.expected_tiles, kernels.expected
@@ -114,6 +116,8 @@ def needs(
     eager = ops.paged_attention.reason if ops.paged_attention.backend.name == "reference" else None
     if enforce_eager:
         eager = "--enforce-eager"
+    if spec.upstream is not None:
+        eager = fallback.said(spec)
     layers: list[Kind] = []
     if eager is None:
         how = products.packing(spec, on, kind, quantization, tiles)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from fnengine import __version__, captures, environment, kernels
+from fnengine import __version__, captures, environment, fallback, kernels
 from fnengine import memory as accounting
 from fnengine.device import TorchDevice
 from fnengine.errors import ConfigError
@@ -25,7 +25,7 @@ from fnengine.kernels import Heads, Ops, team
 from fnengine.kernels.layout import block_bytes
 from fnengine.kernels.recording import RECORDED_TOKENS
 from fnengine.memory import Account, Shapes
-from fnengine.model import Model, one_by_one
+from fnengine.model import Model, forward_of, one_by_one
 from fnengine.params import memory_plan
 from fnengine.processors import Own, check_own
 from fnengine.program import Recorded, compiled_layers, wanted_layers
@@ -81,7 +81,11 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
     per_block = sum(block_bytes(ops.kv, BLOCK, x.mixer.kv_heads, x.mixer.width, model.dtype) for x in spec.layers)
     slots = int(settings.swap_space * 2**30) // per_block
     kinds = []
-    if compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu"):
+    if (
+        compiling
+        and spec.upstream is None
+        and (ops.paged_attention.backend.name != "reference" or device.type != "cpu")
+    ):
         kinds = wanted_layers(spec, model.params, ops, model.dtype, device)
     captured = captures.plan(settings, mode, ops, device, lazy)
     account = None
@@ -141,7 +145,8 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
     traces = Traces()
     run_layers, execution = one_by_one(), "eager: --enforce-eager"
     if compiling and not kinds:
-        execution = f"eager: {why_not or ops.paged_attention.reason}"
+        uncompiled = None if spec.upstream is None else fallback.said(spec)
+        execution = f"eager: {why_not or uncompiled or ops.paged_attention.reason}"
     elif compiling:
         try:
             run_layers = compiled_layers(kinds, model.params, folder(), traces)
@@ -162,7 +167,7 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
     runner = TorchDevice(
         spec,
         model.params,
-        make_step(for_length(spec, pool.max_len), ops, run_layers, tuple(own.values()), steer),
+        make_step(for_length(spec, pool.max_len), ops, run_layers, tuple(own.values()), steer, forward_of(model)),
         ops,
         blocks=pool.blocks,
         rows=mode.rows,
@@ -219,9 +224,8 @@ def check_steer(names: Sequence[str], spec: ModelSpec) -> tuple[str, ...]:
     known = steerable(spec)
     for name in names:
         if name not in known:
-            raise ConfigError(
-                f"there is no layer {name!r}", where="--steer", remedy=f"{known[0]} to {known[-1]}, with commas between"
-            )
+            remedy = f"{known[0]} to {known[-1]}, with commas between" if known else "leave it out: a fallback has none"
+            raise ConfigError(f"there is no layer {name!r} to steer", where="--steer", remedy=remedy)
     return tuple(name for name in known if name in names)
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnengine import experts, packed, products, tree
+from fnengine import experts, fallback, packed, products, tree
 from fnengine.errors import CheckpointError, ConfigError, SpecError
 from fnengine.experts import Experts
-from fnengine.families import FAMILIES, spec_from_config
+from fnengine.families import Unknown, family_of, spec_from_config
 from fnengine.leaves import Dense, Packing, Tiles, packing, place_ends, tiles
 from fnengine.params import ArrayInfo, abstract, arrays, dummy_array, noise, permutation, stored_shape
 from fnengine.spec import ModelSpec
@@ -46,8 +46,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_spec(folder: Path) -> ModelSpec:
+def read_spec(folder: Path, impl: str = "auto", trust: bool = False) -> ModelSpec:
     """The spec of a model's folder: config.json, and the end-of-sequence ids of generation_config.json beside it.
+
+    Args:
+        impl: `auto` takes a family where one knows the architecture, else the fallback; `native` and `transformers`
+            take one of them.
+        trust: Python files of the folder may be run, where they define what the fallback runs.
 
     Raises:
         CheckpointError: the folder or its config.json is missing or unreadable.
@@ -58,7 +63,7 @@ def read_spec(folder: Path) -> ModelSpec:
         raise CheckpointError("no such directory", where=str(folder), remedy="give a model's folder or a hub name")
     if not (folder / "config.json").exists():
         raise CheckpointError("holds no config.json", where=str(folder), remedy="is this a model's folder?")
-    spec = spec_from_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    spec = _spec(read_json(folder / "config.json"), str(folder / "config.json"), impl, str(folder) if trust else "")
     more = generation_config(folder).get("eos_token_id")
     if more is None:
         return spec
@@ -70,6 +75,27 @@ def read_spec(folder: Path) -> ModelSpec:
             param="eos_token_id",
         )
     return dataclasses.replace(spec, eos=tuple(dict.fromkeys((*spec.eos, *more))))
+
+
+IMPLEMENTATIONS = ("auto", "native", "transformers")
+"""Who computes the forward."""
+
+
+def _spec(config: dict[str, Any], where: str, impl: str, code: str) -> ModelSpec:
+    if impl not in IMPLEMENTATIONS:
+        raise ConfigError(f"{impl!r} is none", where="--model-impl", remedy=" or ".join(IMPLEMENTATIONS))
+    if impl == "transformers":
+        return fallback.read(config, where, code)
+    try:
+        return spec_from_config(config, where)
+    except Unknown as unknown:
+        if impl == "native":
+            raise
+        try:
+            return fallback.read(config, where, code)
+        except SpecError as e:
+            what = f"{unknown.what}, and {e.what}"
+            raise SpecError(what, where=where, remedy=e.remedy, param=unknown.param) from e
 
 
 def generation_config(folder: Path) -> dict[str, Any]:
@@ -201,7 +227,7 @@ def load(
             the message names file and tensor.
     """
     with open_tensors(Path(folder)) as files:
-        files = with_prefix(files, FAMILIES[spec.family].prefix)
+        files = named(spec, files)
         infos = tree.map_with_path(lambda _, info: stored_as(info, files), abstract(spec), stop=ArrayInfo)
         _check(spec, infos, files, Path(folder))
         total = sum(_bytes(files[name]) for _, info in arrays(infos) for name, _ in info.parts)
@@ -273,6 +299,8 @@ def build(infos: dict[str, Any], make: Callable[[str, ArrayInfo], Tensor], how: 
     def fill_in(path: str, node: Any, place: bool = True) -> Any:  # the ends wait, because a tied one may serve as both
         if isinstance(node, ArrayInfo):
             return make(path, node)
+        if isinstance(node, dict):
+            return {k: fill_in(f"{path}.{k}", v) for k, v in node.items()}
         if isinstance(node, Dense):
             bias = None if node.bias is None else make(f"{path}.bias", node.bias)  # type: ignore[arg-type]
             whole = Dense(make(f"{path}.weight", node.weight), bias)  # type: ignore[arg-type]
@@ -333,6 +361,13 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Stored]]:
                     raise CheckpointError(f"tensor {name} is in {found[name].path.name} too", where=str(path))
                 found[name] = Stored(path, handle, name)
         yield found
+
+
+def named(spec: ModelSpec, files: dict[str, Stored]) -> dict[str, Stored]:
+    """The files under the names that the spec's arrays have, where a checkpoint has others."""
+    if spec.upstream is None:
+        return with_prefix(files, family_of(spec).prefix)
+    return {name: files[stored] for stored, name in fallback.names(spec, files).items()}
 
 
 def with_prefix(files: dict[str, Stored], prefix: str) -> dict[str, Stored]:
@@ -408,7 +443,7 @@ def _check(spec: ModelSpec, infos: dict[str, Any], files: dict[str, Stored], fol
                 where=str(file.path),
                 remedy="use the unquantized checkpoint",
             )
-    ignored = FAMILIES[spec.family].ignored + (("lm_head.weight",) if spec.tied else ())
+    ignored = family_of(spec).ignored + (("lm_head.weight",) if spec.tied else ())
     unused = [name for name in files if name not in wanted and not name.endswith(ignored) and not _further(spec, name)]
     if unused:
         raise CheckpointError(
@@ -421,7 +456,7 @@ def _check(spec: ModelSpec, infos: dict[str, Any], files: dict[str, Stored], fol
 
 def _further(spec: ModelSpec, name: str) -> bool:
     """Whether a tensor is of a layer beyond the config's last one, where a family has such."""
-    begin = FAMILIES[spec.family].further
+    begin = family_of(spec).further
     number = name.removeprefix(begin).partition(".")[0]
     return bool(begin) and name.startswith(begin) and number.isdecimal() and int(number) >= len(spec.layers)
 

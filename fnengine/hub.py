@@ -26,6 +26,9 @@ FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*",
 CONFIG = ("config.json", "generation_config.json")
 """What says which shapes a model has."""
 
+CODE = ("*.py",)
+"""What defines a model that neither this engine nor transformers has; fetched only to be run."""
+
 LEFT_OUT = ("consolidated*", "original/*", "onnx/*", "*/*")
 """Second copies of the weights in other formats, which would double the download."""
 

@@ -5,17 +5,18 @@ The step puts its own work between the parts: it picks the rows whose logits som
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 import torch
 from torch import Tensor
 
-from fnengine import checkpoint, environment, kernels
+from fnengine import checkpoint, environment, fallback, kernels
 from fnengine.graphs import compile
 from fnengine.host.tokenizer import Tokenizer
 from fnengine.layers import Angles, layer, normed, rope_angles, soft_capped
@@ -90,6 +91,8 @@ def load(
     quantization: str = "none",
     seed: int = 0,
     progress: checkpoint.Progress | None = None,
+    impl: str = "auto",
+    trust: bool = False,
 ) -> Model:
     """The model in a local folder (see `hub.resolve` for names).
 
@@ -102,6 +105,7 @@ def load(
             int4-dynamic the rows they are multiplied by are rounded to 8 bits as well. fp8 (GPUs of compute capability
             8.9 or later): both are rounded to 8-bit floats.
         progress: called with (bytes done, bytes in all) while weights are read.
+        impl, trust: see `checkpoint.read_spec`.
 
     Raises:
         SpecError: the config cannot be built.
@@ -110,7 +114,7 @@ def load(
     """
     before = psutil.Process().memory_info().rss
     device = checkpoint.pick_device(device)
-    spec = checkpoint.read_spec(folder)
+    spec = checkpoint.read_spec(folder, impl, trust)
     torch_dtype, why = checkpoint.pick_dtype(spec, dtype, device)
     if kernels.start(device, torch_dtype, quantization != "none"):  # built while the weights are read
         compile.start_in_background()  # a first start on this machine will compile layers, too
@@ -121,6 +125,8 @@ def load(
         )
     finally:
         environment.allocate(environment.SERVING)
+    if spec.upstream is not None:
+        notes = (*notes, fallback.said(spec), fallback.check(spec, params, torch_dtype, device))
     return Model(
         spec,
         params,
@@ -133,6 +139,39 @@ def load(
         quantization=quantization,
         before=before,
     )
+
+
+class Forward(Protocol):
+    """The parts of a forward, between which a step puts its own work: this module's, or a fallback's."""
+
+    def embed(self, spec: ModelSpec, params: Any, token_T: Tensor, position_T: Tensor) -> Tensor: ...
+
+    def body(
+        self,
+        spec: ModelSpec,
+        params: Any,
+        pool: tuple[Pool, ...],
+        where: Where,
+        ops: Ops,
+        x_TD: Tensor,
+        run_layers: RunLayers,
+        after: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]: ...
+
+    def final_norm(self, spec: ModelSpec, params: Any, hidden_nD: Tensor) -> Tensor: ...
+
+    def head_logits(self, spec: ModelSpec, params: Any, hidden_nD: Tensor) -> Tensor: ...
+
+
+def forward_of(model: Model) -> Forward:
+    """The forward of a model: this module, which interprets its spec, or what runs a class of transformers.
+
+    Raises:
+        SpecError: that class cannot be run.
+    """
+    if model.spec.upstream is None:
+        return sys.modules[__name__]  # type: ignore[return-value]
+    return fallback.parts(model.spec, model.params, model.dtype, model.device)
 
 
 def embed(spec: ModelSpec, params: dict[str, Any], token_T: Tensor, position_T: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ A new kind of layer is one dataclass here, one pure function in `layers`, one te
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Act = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -221,6 +221,19 @@ class Ends:
 
 
 @dataclass(frozen=True)
+class Upstream:
+    """A class of transformers that computes the forward of a model that no family knows (`fallback`)."""
+
+    config: str
+    """config.json, as text"""
+    architecture: str
+    code: str = ""
+    """Folder whose own Python files define the class, if transformers does not."""
+    where: str = field(default="config.json", compare=False, repr=False)
+    """For errors."""
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     family: str
     architecture: str
@@ -242,6 +255,8 @@ class ModelSpec:
     eos: tuple[int, ...]
     bos: int | None
     ends: Ends = Ends()
+    upstream: Upstream | None = None
+    """What runs instead of `model.body`; layers then say what each asks of attention and of memory."""
 
 
 def features(spec: ModelSpec) -> tuple[str, ...]:
@@ -251,6 +266,7 @@ def features(spec: ModelSpec) -> tuple[str, ...]:
     turning = {m.rope for m in mixers} - {None}
     norms = {"one norm": "one norm for both", "two norms": "a norm for each", "": ""}[layer.parallel]
     said = {
+        "transformers' own module": spec.upstream is not None,
         "LayerNorm": layer.norm.centred,
         "weights of norms from 1": layer.norm.plus == 1,
         "norms after each part": layer.after and not layer.before,
@@ -306,11 +322,15 @@ def residual(layer: int) -> str:
 def tap_names(spec: ModelSpec) -> tuple[str, ...]:
     """Where a step can be tapped, in the order in which it passes: `embedding`, the residual stream after each layer,
     `final` (after the last norm, what the head reads)."""
+    if spec.upstream is not None:
+        return ("final",)
     return ("embedding", *(residual(i) for i in range(len(spec.layers))), "final")
 
 
 def steerable(spec: ModelSpec) -> tuple[str, ...]:
     """Layers after which a vector can be added to the residual stream."""
+    if spec.upstream is not None:
+        return ()
     return tuple(f"layers.{i}" for i in range(len(spec.layers)))
 
 

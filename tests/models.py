@@ -326,10 +326,44 @@ MORE: dict[str, dict[str, Any]] = {
 """More of them, which tests/test_dense_families.py looks at."""
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "persimmon": dict(architecture="PersimmonForCausalLM", num_attention_heads=4, rope_parameters=PARTLY),
+    "nemotron": dict(architecture="NemotronForCausalLM", **HEADS, rope_parameters=PARTLY),
+    "exaone4": dict(
+        architecture="Exaone4ForCausalLM",
+        **HEADS,
+        num_hidden_layers=3,
+        sliding_window=9,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters=PLAIN,
+    ),
+    "gptj": dict(
+        architecture="GPTJForCausalLM",
+        n_embd=64,
+        n_head=4,
+        n_layer=2,
+        n_positions=256,
+        rotary_dim=8,
+        drop=("intermediate_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"),
+    ),
+    "ernie-moe": dict(
+        architecture="Ernie4_5_MoeForCausalLM",
+        **HEADS,
+        moe_num_experts=6,
+        moe_k=2,
+        moe_num_shared_experts=1,
+        moe_intermediate_size=40,
+        num_hidden_layers=2,
+        rope_parameters=PLAIN,
+    ),
+}
+"""Of architectures that no family knows, for tests/test_fallback.py."""
+
+
 def _config(name: str) -> tuple[Any, Any]:
     import transformers
 
-    options = {**SHARED, **(TINY.get(name) or MORE[name])}
+    options = {**SHARED, **(TINY.get(name) or MORE.get(name) or OTHERS[name])}
     for key in options.pop("drop", ()):
         del options[key]
     if "rope_parameters" in options and int(transformers.__version__.split(".")[0]) < 5:  # the old spelling of the same

@@ -30,6 +30,7 @@ FLOORS = {
     "fnengine.params": 2,
     "fnengine.leaves": 2,
     "fnengine.experts": 2,
+    "fnengine.fallback": 2,
     "fnengine.state": 2,
     "fnengine.packed": 2,
     "fnengine.products": 2,
