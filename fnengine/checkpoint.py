@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnengine import experts, fallback, packed, products, tree
+from fnengine import experts, fallback, gguf_file, packed, pickled, products, tree
 from fnengine.errors import CheckpointError, ConfigError, SpecError
 from fnengine.experts import Experts
 from fnengine.families import Unknown, family_of, spec_from_config
+from fnengine.gguf_file import is_gguf
 from fnengine.leaves import Dense, Packing, Tiles, packing, place_ends, tiles
 from fnengine.params import ArrayInfo, abstract, arrays, dummy_array, noise, permutation, stored_shape
 from fnengine.spec import ModelSpec
@@ -59,6 +60,8 @@ def read_spec(folder: Path, impl: str = "auto", trust: bool = False) -> ModelSpe
         SpecError: the config cannot be built.
     """
     folder = Path(folder)
+    if is_gguf(folder):
+        return _spec(gguf_file.config(folder), str(folder), impl, "")
     if not folder.is_dir():
         raise CheckpointError("no such directory", where=str(folder), remedy="give a model's folder or a hub name")
     if not (folder / "config.json").exists():
@@ -163,10 +166,14 @@ def fill(
     if load_format == "dummy":
         notes.append(f"weights are random (--load-format dummy, seed {seed})")
         return dummy(spec, dtype, device, how, seed=seed, progress=progress), how, tuple(notes)
-    if load_format not in ("auto", "safetensors"):
+    if load_format not in ("auto", "safetensors", "pt", "gguf"):
         raise ConfigError(
-            f"{load_format!r} is not implemented", where="--load-format", remedy="auto, safetensors or dummy"
+            f"{load_format!r} is not implemented", where="--load-format", remedy="auto, safetensors, pt, gguf or dummy"
         )
+    if load_format == "gguf" and not is_gguf(folder):
+        raise ConfigError("the model is no .gguf file", where="--load-format gguf", remedy="give the file itself")
+    if load_format == "pt":
+        return load(folder, spec, dtype, device, how, progress=progress, unpickle=True), how, tuple(notes)
     kept = packed_key(folder, spec, dtype, device, how)
     if kept is not None and (params := packed.load(kept, outline(spec, dtype, how))) is not None:
         return params, how, (*notes, f"weights read from {packed.path_of(kept)}, where they were kept in this form")
@@ -219,15 +226,15 @@ def load(
     how: Packing,
     *,
     progress: Progress | None = None,
+    unpickle: bool = False,
 ) -> dict[str, Any]:
-    """The params tree from a folder's safetensors.
+    """The params tree from a folder's safetensors, from a GGUF file, or, only if asked to `unpickle`, from .bin files.
 
     Raises:
         CheckpointError: weights are missing, truncated, of another shape, in a dtype that is no float, or unused;
             the message names file and tensor.
     """
-    with open_tensors(Path(folder)) as files:
-        files = named(spec, files)
+    with _opened(Path(folder), spec, unpickle) as files:
         infos = tree.map_with_path(lambda _, info: stored_as(info, files), abstract(spec), stop=ArrayInfo)
         _check(spec, infos, files, Path(folder))
         total = sum(_bytes(files[name]) for _, info in arrays(infos) for name, _ in info.parts)
@@ -363,6 +370,21 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Stored]]:
         yield found
 
 
+@contextmanager
+def _opened(folder: Path, spec: ModelSpec, unpickle: bool) -> Iterator[dict[str, Stored]]:
+    """Every tensor of a checkpoint under the name that the spec's arrays have."""
+    if unpickle:
+        held = pickled.opened(folder)
+        yield named(spec, {name: Stored(path, handle, name) for name, (path, handle) in held.items()})
+    elif is_gguf(folder):
+        a, wanted = spec.layers[0].mixer, [name for _, info in arrays(abstract(spec)) for name, _ in info.parts]
+        tensors = gguf_file.opened(folder, wanted, a.heads, a.kv_heads)
+        yield {name: Stored(folder, handle, name) for name, handle in tensors.items()}
+    else:
+        with open_tensors(folder) as files:
+            yield named(spec, files)
+
+
 def named(spec: ModelSpec, files: dict[str, Stored]) -> dict[str, Stored]:
     """The files under the names that the spec's arrays have, where a checkpoint has others."""
     if spec.upstream is None:
@@ -379,6 +401,8 @@ def with_prefix(files: dict[str, Stored], prefix: str) -> dict[str, Stored]:
 
 def _files(folder: Path) -> dict[Path, list[str] | None]:
     """Weight files -> the names to take from each (None: all)."""
+    if is_gguf(folder):
+        return {folder: None}
     index = folder / "model.safetensors.index.json"
     if index.exists():
         table = read_json(index).get("weight_map")
@@ -403,13 +427,14 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
     some = [p for p in every if not p.name.startswith("consolidated")]
     if some:
         return {p: None for p in some}
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+    if pickled.files(folder):
         raise CheckpointError(
-            "holds weights only as pickled PyTorch files, which are not read because loading them can run code",
+            "holds weights only as pickled PyTorch files, which are not read unless asked for",
             where=str(folder),
-            remedy='convert it once where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"",
+            remedy="--load-format pt reads them, tensors alone and no code",
         )
+    if any(folder.glob("*.gguf")):
+        raise CheckpointError("holds weights only as GGUF", where=str(folder), remedy="give the .gguf file itself")
     raise CheckpointError(
         "holds no *.safetensors", where=str(folder), remedy="fetch the model again, or use --load-format dummy"
     )

@@ -33,7 +33,8 @@ def load(
     Args:
         dtype: auto, bfloat16, float16 or float32.
         device: auto (cuda where there is one), cpu or cuda.
-        load_format: auto, safetensors, or dummy (random weights from a config.json, drawn from `seed`).
+        load_format: auto, safetensors, gguf, pt (pickled .bin files, tensors alone), or dummy (random weights from a
+            config.json, drawn from `seed`).
         quantization: none, int8, int4, int8-dynamic, int4-dynamic or fp8; see `model.load`.
         revision: branch, tag or commit of a Hugging Face repository.
         offline: use only what is in the cache already.
@@ -53,7 +54,7 @@ def load(
         cache_dir=cache_dir,
         offline=offline,
         progress=bool(progress),
-        files=(*hub.FILES, *hub.CODE) if trust_remote_code else hub.FILES,
+        files=(*hub.FILES, *(hub.CODE if trust_remote_code else ()), *(hub.PICKLED if load_format == "pt" else ())),
     )
     with _report(progress) as report:
         model = models.load(

@@ -99,8 +99,8 @@ def load(
     Args:
         dtype: auto (the checkpoint's own, see `checkpoint.pick_dtype`), bfloat16, float16 or float32.
         device: auto (cuda where torch finds one, else cpu), cpu, cuda or cuda:N.
-        load_format: auto or safetensors read the weights; dummy draws random ones from `seed` and needs only a
-            config.json.
+        load_format: auto or safetensors read the weights, pt those of pickled .bin files; dummy draws random ones
+            from `seed` and needs only a config.json.
         quantization: none, int8 or int4: weights are rounded to so many bits as they are read; with int8-dynamic and
             int4-dynamic the rows they are multiplied by are rounded to 8 bits as well. fp8 (GPUs of compute capability
             8.9 or later): both are rounded to 8-bit floats.

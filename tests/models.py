@@ -360,10 +360,24 @@ OTHERS: dict[str, dict[str, Any]] = {
 """Of architectures that no family knows, for tests/test_fallback.py."""
 
 
+WRITTEN: dict[str, dict[str, Any]] = {
+    "mixtral-open": {**TINY["mixtral"], "sliding_window": None},
+    "qwen3-moe-all": {**TINY["qwen3-moe"], "mlp_only_layers": []},
+    "gemma2-tied": {**MORE["gemma2"], "tie_word_embeddings": True, "query_pre_attn_scalar": 24},
+    "gemma3-six": {
+        **MORE["gemma3"],
+        "num_hidden_layers": 6,
+        "query_pre_attn_scalar": 24,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+    },
+}
+"""What llama.cpp's files can say, for tests/test_gguf.py."""
+
+
 def _config(name: str) -> tuple[Any, Any]:
     import transformers
 
-    options = {**SHARED, **(TINY.get(name) or MORE.get(name) or OTHERS[name])}
+    options = {**SHARED, **{**TINY, **MORE, **OTHERS, **WRITTEN}[name]}
     for key in options.pop("drop", ()):
         del options[key]
     if "rope_parameters" in options and int(transformers.__version__.split(".")[0]) < 5:  # the old spelling of the same

@@ -31,6 +31,8 @@ FLOORS = {
     "fnengine.leaves": 2,
     "fnengine.experts": 2,
     "fnengine.fallback": 2,
+    "fnengine.gguf_file": 2,
+    "fnengine.pickled": 2,
     "fnengine.state": 2,
     "fnengine.packed": 2,
     "fnengine.products": 2,

@@ -139,10 +139,10 @@ def _flags() -> tuple[Flag, ...]:
         Flag(
             ("--load-format",),
             "model.load_format",
-            "dummy draws random weights for a config.json",
+            "pt reads pickled .bin files, tensors alone; dummy draws random weights for a config.json",
             model,
             str,
-            ("auto", "safetensors", "dummy"),
+            ("auto", "safetensors", "pt", "gguf", "dummy"),
         ),
         Flag(
             ("--model-impl",),

@@ -112,6 +112,7 @@ def _unknown(name: str, known: list[str], where: str, key: str) -> Unknown:
     return Unknown(
         f"no family knows {key} = {name!r}{hint}",
         where=where,
-        remedy="--model-impl transformers (or auto) tries the fallback; `fnengine models` lists the families",
+        remedy=f"families read {', '.join(sorted(f.architecture for f in FAMILIES.values()))}; the fallback "
+        "(--model-impl auto or transformers) runs most causal models of transformers",
         param=key,
     )
