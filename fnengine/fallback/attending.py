@@ -146,7 +146,7 @@ def _seen(
     **more: Any,
 ) -> tuple[Tensor, None]:
     probe = _PROBE.get()
-    mask = next((known for stand_in, known in probe.masks if stand_in is attention_mask), None)
+    mask = next((known for stand_in, known in probe.masks if _is_all_of(attention_mask, stand_in)), None)
     unknown = [name for name, value in more.items() if value is not None and name not in INERT]
     if unknown:
         mask = Mask(None, f"attention is given {unknown[0]}, which ours does not know")
@@ -156,6 +156,13 @@ def _seen(
     H, K, C, of_values = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
     probe.asked.append(Asked(module, H, K, C, of_values, scale, softcap or 0.0, s_aux is not None, mask))
     return query.new_empty(1, query.shape[2], H, of_values), None
+
+
+def _is_all_of(mask: Any, stand_in: Tensor) -> bool:
+    """Whether a mask is the stand-in, or a view of all of it."""
+    if not isinstance(mask, Tensor) or mask.shape != stand_in.shape:
+        return False
+    return mask.untyped_storage()._cdata == stand_in.untyped_storage()._cdata
 
 
 def _mask(*, q_length: int, kv_length: int, mask_function: Any, **_: Any) -> Tensor:

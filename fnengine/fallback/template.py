@@ -196,18 +196,38 @@ def aliases(module: nn.Module) -> dict[str, str]:
     return found
 
 
+class Held:
+    """A leaf whose tensors stand in a module as buffers, put together again: once for the same ones, because that takes
+    as long as a small product."""
+
+    def __init__(self, outline: Leaf):
+        self.outline = outline
+        self.names = [name for name, _ in tree.items(outline)]
+        self.tensors: list[Tensor] = []
+        self.made = outline
+
+    def of(self, module: nn.Module) -> Leaf:
+        tensors: list[Any] = [module._buffers[name] for name in self.names]
+        if len(tensors) != len(self.tensors) or any(a is not b for a, b in zip(tensors, self.tensors, strict=True)):
+            there = dict(zip(self.names, tensors, strict=True))
+            self.made = tree.map_with_path(lambda name, _: there[name], self.outline)
+            self.tensors = tensors
+        return self.made
+
+
 class Multiplied(nn.Module):
     """y = x W^T + b of a leaf, whose tensors stand here as buffers so that a functional call can put them in."""
 
     def __init__(self, leaf: Leaf, like: nn.Linear, wide: bool):
         super().__init__()
-        self.leaf, self.wide = leaf, wide
+        self.leaf, self.wide = Held(leaf), wide
         self.in_features, self.out_features = like.in_features, like.out_features
         _stand_in(self, leaf)
 
     def forward(self, x: Tensor) -> Tensor:
-        leaf = tree.map_with_path(lambda name, _: getattr(self, name), self.leaf)
-        return matmul(leaf, x.reshape(-1, self.in_features), self.wide).view(*x.shape[:-1], self.out_features)
+        return matmul(self.leaf.of(self), x.reshape(-1, self.in_features), self.wide).view(
+            *x.shape[:-1], self.out_features
+        )
 
 
 class LookedUp(nn.Module):
@@ -215,15 +235,14 @@ class LookedUp(nn.Module):
 
     def __init__(self, leaf: Leaf, own: nn.Embedding):
         super().__init__()
-        self.leaf = leaf
+        self.leaf = Held(leaf)
         self.own = None if type(own).forward is nn.Embedding.forward else own
         if self.own is not None:
             self.own.weight = nn.Parameter(torch.empty(0), requires_grad=False)
         _stand_in(self, leaf)
 
     def forward(self, ids: Tensor) -> Tensor:
-        leaf = tree.map_with_path(lambda name, _: getattr(self, name), self.leaf)
-        rows = lookup(leaf, ids.reshape(-1))
+        rows = lookup(self.leaf.of(self), ids.reshape(-1))
         if self.own is None:
             return rows.view(*ids.shape, -1)
         each = torch.arange(len(rows), device=rows.device).view(ids.shape)
