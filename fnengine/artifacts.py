@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from fnengine import checkpoint, fallback, kernels, keys, leaves, products
+from fnengine import checkpoint, kernels, keys, leaves, products
 from fnengine.build import choose_ops
 from fnengine.errors import ConfigError
 from fnengine.graphs import compile
 from fnengine.graphs.compile import Traces
 from fnengine.kernels import KVLayout, native
 from fnengine.products import Measured
-from fnengine.program import Kind, wanted_layers
+from fnengine.program import Kind, wanted_kinds
 from fnengine.settings import check_kv
 from fnengine.spec import ModelSpec
 
@@ -116,12 +116,11 @@ def needs(
     eager = ops.paged_attention.reason if ops.paged_attention.backend.name == "reference" else None
     if enforce_eager:
         eager = "--enforce-eager"
-    if spec.upstream is not None:
-        eager = fallback.said(spec)
     layers: list[Kind] = []
     if eager is None:
         how = products.packing(spec, on, kind, quantization, tiles)
-        layers = wanted_layers(spec, checkpoint.outline(spec, kind, how), ops, kind, on)
+        layers, unable_to = wanted_kinds(spec, checkpoint.outline(spec, kind, how), ops, kind, on)
+        eager = unable_to or None
     unable = compile.missing_compiler() if on.type == "cpu" else None
     return Needs(
         spec,
@@ -203,7 +202,7 @@ def fill(needs: Needs) -> Iterator[Made | Measured]:
         return
     outline = checkpoint.outline(spec, dtype, products.packing(spec, device, dtype, needs.quantization))
     ops = choose_ops(spec, device, dtype, needs.kv_cache_dtype, needs.attention_backend)
-    for kind in wanted_layers(spec, outline, ops, dtype, device):
+    for kind in wanted_kinds(spec, outline, ops, dtype, device)[0]:
         w = kind.wanted
         artifact = compile.make(w, compile.folder(), Traces())
         if w.kept(compile.folder()) is None:

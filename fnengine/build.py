@@ -28,7 +28,7 @@ from fnengine.memory import Account, Shapes
 from fnengine.model import Model, forward_of, one_by_one
 from fnengine.params import memory_plan
 from fnengine.processors import Own, check_own
-from fnengine.program import Recorded, compiled_layers, wanted_layers
+from fnengine.program import Recorded, compiled_layers, wanted_kinds
 from fnengine.settings import Mode, PoolSize, Settings, check_kv, size_pool, wanted_len
 from fnengine.spec import ModelSpec, for_length, steerable
 from fnengine.step import make_step
@@ -80,13 +80,9 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
     ops = choose_ops(spec, device, model.dtype, settings.kv_cache_dtype, settings.attention_backend)
     per_block = sum(block_bytes(ops.kv, BLOCK, x.mixer.kv_heads, x.mixer.width, model.dtype) for x in spec.layers)
     slots = int(settings.swap_space * 2**30) // per_block
-    kinds = []
-    if (
-        compiling
-        and spec.upstream is None
-        and (ops.paged_attention.backend.name != "reference" or device.type != "cpu")
-    ):
-        kinds = wanted_layers(spec, model.params, ops, model.dtype, device)
+    kinds, uncompiled = [], ""
+    if compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu"):
+        kinds, uncompiled = wanted_kinds(spec, model.params, ops, model.dtype, device)
     captured = captures.plan(settings, mode, ops, device, lazy)
     account = None
     if device.type == "cpu":
@@ -143,23 +139,28 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
     threads = team.members(torch.get_num_threads()) if device.type == "cpu" else []
     pinned = team.pin(threads, environment.processors()) if settings.pin_threads else {}
     traces = Traces()
-    run_layers, execution = one_by_one(), "eager: --enforce-eager"
+    run_layers, forward, execution = one_by_one(), forward_of(model), "eager: --enforce-eager"
     if compiling and not kinds:
-        uncompiled = None if spec.upstream is None else fallback.said(spec)
         execution = f"eager: {why_not or uncompiled or ops.paged_attention.reason}"
     elif compiling:
         try:
-            run_layers = compiled_layers(kinds, model.params, folder(), traces)
+            if spec.upstream is not None:
+                fallback.compiled(forward, spec, model.params, kinds, folder(), traces)  # type: ignore[arg-type]
+            else:
+                run_layers = compiled_layers(kinds, model.params, folder(), traces)
             sources = ", ".join(f"{name} {source} in {s:.1f} s" for name, source, s in traces.log)
             recorded = f", up to {RECORDED_TOKENS} tokens recorded" if isinstance(run_layers, Recorded) else ""
             execution = f"compiled: {sources}{recorded}"
         except CannotCompile as e:
             execution = f"eager: {e}"
         except Exception as e:
-            if device.type == "cpu":
+            if device.type == "cpu" and spec.upstream is None:
                 raise
+            forward = forward_of(model)  # without the blocks that are compiled already
             log.warning("layers could not be compiled for %s", device, exc_info=True)
             execution = f"eager: {type(e).__name__} while layers were compiled for {device}"
+    if spec.upstream is not None:
+        execution = f"{execution}; {fallback.said(spec)}"
     if execution.startswith("eager"):
         log.warning("steps run %s", execution)
     if captured.capturing is not None and isinstance(run_layers, Recorded):
@@ -167,7 +168,7 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
     runner = TorchDevice(
         spec,
         model.params,
-        make_step(for_length(spec, pool.max_len), ops, run_layers, tuple(own.values()), steer, forward_of(model)),
+        make_step(for_length(spec, pool.max_len), ops, run_layers, tuple(own.values()), steer, forward),
         ops,
         blocks=pool.blocks,
         rows=mode.rows,

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 import fnengine as fn
-from fnengine import checkpoint, cli, fallback
+from fnengine import checkpoint, cli, fallback, kernels
 from fnengine import model as models
 from fnengine.errors import ConfigError, SpecError
-from fnengine.fallback import attending, compare, probe
+from fnengine.fallback import attending, compare, probe, template
+from fnengine.graphs import compile
 from fnengine.model import Model
 from fnengine.spec import features, tap_names
 from tests.models import OTHERS, threads, tiny_folder, tiny_model, upstream
@@ -41,14 +42,14 @@ def tokens(n: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(3, 131, n).tolist()
 
 
-def runtime(model: Model) -> fn.Runtime:
+def runtime(model: Model, eager: bool = True) -> fn.Runtime:
     return fn.Runtime(
         model,
         max_num_seqs=4,
         max_model_len=128,
         max_num_batched_tokens=64,
         kv_cache_memory_bytes=1 << 20,
-        enforce_eager=True,
+        enforce_eager=eager,
     )
 
 
@@ -124,6 +125,7 @@ def test_a_class_that_a_family_has_is_equal_to_it(name: str):
 def test_an_engine_serves_it():
     """Requests side by side, greedy and sampled, with drafts. Oracle: transformers' logits, and `Runtime`."""
     model, small = forced("persimmon"), dict(max_num_seqs=4, max_model_len=96, kv_cache_memory_bytes=1 << 20)
+    small["enforce_eager"] = True
     drafts = fn.Speculate("ngram", 3)
     engine = fn.Engine.build(model, tokenizer=byte_tokenizer(131), speculate=drafts, **small)
     assert "runs as transformers' own module" in engine.built.execution
@@ -145,6 +147,54 @@ def test_an_engine_serves_it():
     assert got["sampled"] == want
 
 
+@pytest.mark.parametrize("name", ["exaone4"])
+def test_compiled_blocks(name: str):
+    """Oracle: transformers. Blocks that are alike share an artifact; a second engine loads what the first compiled."""
+    model, ids = tiny_model(name), tokens(40, 6)
+    for _ in range(2):
+        rt = runtime(model, eager=False)
+        assert rt.built.execution.startswith("compiled: block0")
+        assert len(rt.built.traces.log) == len({k.mixer.window for k in model.spec.layers})
+        seq, first = rt.extend(rt.empty, ids[:33], logits="all")
+        rest = []
+        for t in ids[33:]:
+            seq, logits = rt.extend(seq, [t])
+            rest.append(logits)
+        assert worst(torch.cat([first, torch.stack(rest)]), oracle(name, ids)) < TOLERANCE
+    assert rt.built.traces.compiled == 0
+
+
+def test_blocks_that_cannot_be_compiled_run_as_they_are():
+    """Gemma 4 hands its blocks a dictionary that they write to."""
+    rt = fn.Runtime(tiny_model("gemma4"), max_num_seqs=2, max_model_len=64, kv_cache_memory_bytes=1 << 20)
+    assert rt.built.execution.startswith("eager: block 0 is called with a KVSharingDict")
+
+
+def test_blocks_are_alike_only_if_nothing_in_them_differs():
+    """Mutant: one block of three with another scale of its own."""
+    spec, model = tiny_model("exaone4").spec, tiny_model("exaone4")
+    ops = kernels.ops("cpu", torch.float32)
+    kinds, why = fallback.wanted_blocks(spec, model.params, ops, torch.float32, torch.device("cpu"))
+    assert [k.layers for k in kinds] == [(0, 2), (1,)] and not why
+    block = template.bare(spec.upstream, torch.float32).module.model.layers[2]
+    block.self_attn.scaling *= 2
+    try:
+        kinds, _ = fallback.wanted_blocks(spec, model.params, ops, torch.float32, torch.device("cpu"))
+    finally:
+        block.self_attn.scaling /= 2
+    assert [k.layers for k in kinds] == [(0,), (1,), (2,)]
+
+
+def test_a_size_taken_for_a_constant_is_no_artifact():
+    """An artifact has no guards, so one for a single number of tokens would read and write beyond any other."""
+
+    def fn_of(x: torch.Tensor) -> torch.Tensor:
+        return x * len(x)
+
+    with pytest.raises(compile.CannotCompile, match="taken for a constant"):
+        compile.trace(fn_of, [torch.zeros(7, 3)], [(0,)])
+
+
 def test_quantized_products():
     """Linear layers are leaves like any, so they may be rounded; the check compares over the same leaves."""
     model = forced("persimmon", quantization="int8")
@@ -164,7 +214,7 @@ def test_bfloat16():
 def test_what_a_start_says():
     model = tiny_model("persimmon")
     said = [note for note in model.notes if "fallback" in note or "apart" in note]
-    assert len(said) == 2 and "not compiled" in said[0]
+    assert len(said) == 2 and "operator by operator" in said[0]
     assert "20 + 7 tokens in two steps of the pool" in said[1]
     assert tap_names(model.spec) == ("final",) and features(model.spec)[0] == "transformers' own module"
     with pytest.raises(ConfigError, match="to steer"):

@@ -11,14 +11,16 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from fnengine.fallback.forward import Fallback
     from fnengine.spec import ModelSpec
 
 COSTS = (
-    "operator by operator and not compiled; its norms and activations are torch's, so equal requests may differ by "
-    "rounding with what runs beside them; no taps but the final one, no steering"
+    "what stands between its blocks runs operator by operator; norms and activations are not this engine's, so equal "
+    "requests may differ by rounding with what runs beside them; no taps but the final one, no steering"
 )
 """What users should know of a model that runs so."""
 
@@ -62,6 +64,25 @@ def parts(spec: ModelSpec, params: Any, dtype: torch.dtype, device: torch.device
     from fnengine.fallback import forward
 
     return forward.parts(spec, params, dtype, device)
+
+
+def wanted_blocks(
+    spec: ModelSpec, params: Any, ops: Any, dtype: torch.dtype, device: torch.device
+) -> tuple[list[Any], str]:
+    """(see `blocks.wanted_blocks`, why there is nothing)."""
+    from fnengine.fallback import blocks
+
+    try:
+        return list(blocks.wanted_blocks(spec, params, ops, dtype, device)), ""
+    except blocks.CannotBeCompiled as e:
+        return [], f"{e}, so blocks of the fallback are not compiled"
+
+
+def compiled(made: Fallback, spec: ModelSpec, params: Any, kinds: Any, folder: Path | None, traces: Any) -> None:
+    """See `blocks.compiled`."""
+    from fnengine.fallback import blocks
+
+    blocks.compiled(made, spec, params, kinds, folder, traces)
 
 
 def check(spec: ModelSpec, params: Any, dtype: torch.dtype, device: torch.device) -> str:

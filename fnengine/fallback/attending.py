@@ -43,7 +43,7 @@ class Call:
         a, pool, w = self.mixers[self.at], self.pool[self.at], self.where
         self.at += 1
         heads = [F.pad(x, (0, a.width - x.shape[-1])) if x.shape[-1] < a.width else x for x in (q_THC, k_TKC, v_TKC)]
-        still = torch.zeros(len(q_THC), 1, device=q_THC.device)  # rotated by upstream already
+        still = torch.zeros(q_THC.shape[0], 1, device=q_THC.device)  # rotated by upstream already
         qkv_TE = torch.cat(heads, 1).flatten(1)
         q_THC = self.ops.rope_write(qkv_TE, None, None, still + 1, still, pool.k, pool.v, w.slot, 1e-6)
         at = (w.table, w.row, w.start, w.length)
@@ -86,6 +86,21 @@ class Probe:
 
 _CALL: ContextVar[Call] = ContextVar("fnengine.call")
 _PROBE: ContextVar[Probe] = ContextVar("fnengine.probe")
+
+
+def calling() -> Call:
+    """The forward that is going on."""
+    return _CALL.get()
+
+
+def probing() -> Probe:
+    """The look that is going on."""
+    return _PROBE.get()
+
+
+def is_mask(x: Tensor) -> bool:
+    """Whether a tensor of a look stands for a mask."""
+    return any(_is_all_of(x, stand_in) for stand_in, _ in _PROBE.get().masks)
 
 
 @contextlib.contextmanager

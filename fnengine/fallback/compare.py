@@ -16,7 +16,7 @@ from torch.func import functional_call
 from fnengine import kernels
 from fnengine.errors import SpecError
 from fnengine.fallback import template
-from fnengine.fallback.forward import parts
+from fnengine.fallback.forward import Fallback, parts
 from fnengine.host.step import BLOCK
 from fnengine.kernels import Heads
 from fnengine.spec import ModelSpec
@@ -29,8 +29,8 @@ MOST = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 kind are larger: a lost state or a wrong position gives other logits, not nearly the same."""
 
 
-def check(spec: ModelSpec, params: Any, dtype: torch.dtype, device: torch.device) -> str:
-    """What was compared and how far apart it is.
+def check(spec: ModelSpec, params: Any, dtype: torch.dtype, device: torch.device, made: Fallback | None = None) -> str:
+    """What was compared and how far apart it is; `made` is the forward to look at, if not a new one.
 
     Raises:
         SpecError: the two differ.
@@ -40,7 +40,7 @@ def check(spec: ModelSpec, params: Any, dtype: torch.dtype, device: torch.device
     long, short = (torch.randint(min(spec.vocab, 1000), (n,), generator=draw).to(device) for n in (LONG, SHORT))
     with torch.no_grad():
         want = torch.cat([plain(spec, params, dtype, device, ids) for ids in (long, short)])
-        got = paged(spec, params, dtype, device, long, short)
+        got = paged(made or parts(spec, params, dtype, device), spec, params, dtype, device, long, short)
     apart = float((got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp(min=1e-30))
     said = (
         f"logits of {LONG} + {SHORT} tokens in two steps of the pool against transformers' own attention at once, in "
@@ -70,10 +70,15 @@ def plain(spec: ModelSpec, params: Any, dtype: torch.dtype, device: torch.device
 
 
 def paged(
-    spec: ModelSpec, params: Any, dtype: torch.dtype, device: torch.device, long: Tensor, short: Tensor
+    made: Fallback,
+    spec: ModelSpec,
+    params: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    long: Tensor,
+    short: Tensor,
 ) -> Tensor:
     """[LONG + SHORT, V] logits of both texts by our attention, the long one in two steps."""
-    made = parts(spec, params, dtype, device)
     mixers = {layer.mixer for layer in spec.layers}
     ops = kernels.ops(device, dtype, heads=[Heads(m.width, m.window or 0, m.soft_cap, m.sinks) for m in mixers])
     shapes = [ops.kv.shapes(4, BLOCK, x.mixer.kv_heads, x.mixer.width) for x in spec.layers]

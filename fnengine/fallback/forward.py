@@ -26,12 +26,15 @@ class Fallback:
         self.ready, self.found = ready, found
         self.longest = longest
         """Most positions: padding goes beyond."""
+        self._compiled: tuple[Any, str] = (None, "")
         self._of: tuple[Any, dict[str, Tensor], dict[str, Tensor]] = (None, {}, {})
 
     def tensors(self, params: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(those of the body, those of the head), by their names in the module."""
         if self._of[0] is params:
             return self._of[1:]
+        alone, blocks = self._compiled
+        assert alone is None or alone is params, "compiled blocks hold other weights"
         found, parts = self.found, self.found.parts
         shapes = {name: t.shape for name, t in found.module.state_dict().items()}
         flat = {name: found.at(params, name).view(shapes[name]) for name in found.plain}
@@ -39,10 +42,15 @@ class Fallback:
             flat.update((f"{name}.{field}", t) for field, t in tree.items(leaf))
         begin = f"{parts.base}."
         body = {name.removeprefix(begin): t for name, t in flat.items() if name.startswith(begin)}
+        body = {name: t for name, t in body.items() if not blocks or not f"{begin}{name}".startswith(blocks)}
         leaf = params["embed"] if params["head"] is None else params["head"]
         head = {f"{parts.head}.{field}": t for field, t in tree.items(leaf)}
         self._of = params, body, {**{name: t for name, t in flat.items() if not name.startswith(begin)}, **head}
         return self._of[1:]
+
+    def only_for(self, params: Any, blocks: str) -> None:
+        """From now on the modules that begin so hold their weights themselves: those of these params."""
+        self._compiled, self._of = (params, blocks), (None, {}, {})
 
     def embed(self, spec: ModelSpec, params: Any, token_T: Tensor, position_T: Tensor) -> Tensor:
         """token_T"""

@@ -22,8 +22,8 @@ from fnengine.leaves import Dense
 from fnengine.params import ArrayInfo, Fused
 from fnengine.spec import Attention, Layer, Mlp, ModelSpec, Upstream
 
-T = 5
-"""Tokens of the probe."""
+T = 13
+"""Tokens of the probe: a number that no other size of a module is likely to be."""
 MIXING = (nn.Conv1d, nn.Conv2d, nn.RNNBase)
 """Modules that mix tokens outside of attention."""
 RESCALED = ("dynamic", "longrope", "su")

@@ -292,6 +292,7 @@ class Ready:
     body: Any
     head: Any
     config: Any
+    dtype: torch.dtype
 
     def attention(self, name: str) -> None:
         """Chooses an attention of transformers' interface, for both."""
@@ -315,7 +316,7 @@ def ready(upstream: Upstream, params: dict[str, Any], dtype: torch.dtype, device
     _replace(module, parts.base, Given(parts.embed.split(".")[1:-1]))
     leaf = params["embed"] if params["head"] is None else params["head"]
     _replace(module, parts.head, Multiplied(leaf, like, True))  # type: ignore[arg-type]
-    made = Ready(body, module, module.config)
+    made = Ready(body, module, module.config, dtype)
     made.attention(PAGED)
     return made
 
