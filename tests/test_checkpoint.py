@@ -1,7 +1,8 @@
 """Configs, checkpoints and names in; specs, weights and clear errors out.
 
 Oracles: parameter counts that the models' makers publish (or that follow from them by hand), tensors written here and
-read back, transformers' own config classes, a Hugging Face hub in miniature on localhost.
+read back, transformers' own config classes, a Hugging Face hub in miniature on localhost. Which of the published
+configs could be compared with a public copy is said in tests/configs/README.md.
 """
 
 from __future__ import annotations
