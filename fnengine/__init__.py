@@ -33,6 +33,7 @@ _HOME = {
     "Stop": "host.request",
     "Verdict": "vectors",
     "load": "load",
+    "register": "families",
     "sample": "sampling",
     "strategy": "decoding.strategy",
     "verify": "sampling",
@@ -57,6 +58,7 @@ __all__ = [
     "__version__",
     "errors",
     "load",
+    "register",
     "sample",
     "strategy",
     "verify",
@@ -65,6 +67,7 @@ __all__ = [
 if TYPE_CHECKING:
     from fnengine.decoding.strategy import strategy
     from fnengine.engine import Engine
+    from fnengine.families import register
     from fnengine.host.request import Request, Sampling, Speculate, Stop
     from fnengine.llm import LLM, Choice, Completion
     from fnengine.load import load

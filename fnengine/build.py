@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from fnengine import __version__, captures, environment, kernels
+from fnengine import __version__, captures, environment, fallback, kernels
 from fnengine import memory as accounting
 from fnengine.companions import Beside, Ground
 from fnengine.device import TorchDevice
@@ -26,10 +26,10 @@ from fnengine.kernels import Ops, team
 from fnengine.kernels.recording import RECORDED_TOKENS
 from fnengine.layers import asked_of_attention
 from fnengine.memory import Account, Shapes
-from fnengine.model import Model, one_by_one
+from fnengine.model import Model, forward_of, one_by_one
 from fnengine.params import memory_plan
 from fnengine.processors import Own, check_own
-from fnengine.program import Recorded, compiled_layers, wanted_layers
+from fnengine.program import Recorded, compiled_layers, wanted_kinds
 from fnengine.settings import Mode, PoolSize, Settings, check_kv, size_pool, wanted_len
 from fnengine.spec import ModelSpec, attentions, for_length, steerable
 from fnengine.state import pool_bytes
@@ -111,9 +111,9 @@ def build(
     extra = None if ready is None else ready.extra
     per_block = pool_bytes(ops.kv, spec, model.dtype) + (0 if extra is None else extra.per_block)
     slots = int(settings.swap_space * 2**30) // per_block
-    kinds = []
+    kinds, uncompiled = [], ""
     if compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu"):
-        kinds = wanted_layers(spec, model.params, ops, model.dtype, device)
+        kinds, uncompiled = wanted_kinds(spec, model.params, ops, model.dtype, device)
     account = None
     if device.type == "cpu":
         weights = memory_plan(spec, model.dtype, model.how).weights
@@ -172,27 +172,34 @@ def build(
     threads = team.members(torch.get_num_threads()) if device.type == "cpu" else []
     pinned = team.pin(threads, environment.processors()) if settings.pin_threads else {}
     traces = Traces()
-    run_layers, execution = one_by_one(), "eager: --enforce-eager"
+    run_layers, forward, execution = one_by_one(), forward_of(model), "eager: --enforce-eager"
     if compiling and not kinds:
-        execution = f"eager: {why_not or ops.paged_attention.reason}"
+        execution = f"eager: {why_not or uncompiled or ops.paged_attention.reason}"
     elif compiling:
         try:
-            run_layers = compiled_layers(kinds, model.params, folder(), traces)
+            if spec.upstream is not None:
+                fallback.compiled(forward, spec, model.params, kinds, folder(), traces)  # type: ignore[arg-type]
+            else:
+                run_layers = compiled_layers(kinds, model.params, folder(), traces)
             sources = ", ".join(f"{name} {source} in {s:.1f} s" for name, source, s in traces.log)
             recorded = f", up to {RECORDED_TOKENS} tokens recorded" if isinstance(run_layers, Recorded) else ""
             execution = f"compiled: {sources}{recorded}"
         except CannotCompile as e:
             execution = f"eager: {e}"
         except Exception as e:
-            if device.type == "cpu":
+            if device.type == "cpu" and spec.upstream is None:
                 raise
+            forward = forward_of(model)  # without the blocks that are compiled already
             log.warning("layers could not be compiled for %s", device, exc_info=True)
             execution = f"eager: {type(e).__name__} while layers were compiled for {device}"
+    if spec.upstream is not None:
+        execution = f"{execution}; {fallback.said(spec)}"
     if execution.startswith("eager"):
         log.warning("steps run %s", execution)
     if captured.capturing is not None and isinstance(run_layers, Recorded):
         run_layers = run_layers.run  # a step is recorded once
-    step, params = make_step(for_length(spec, pool.max_len), ops, run_layers, tuple(own.values()), steer), model.params
+    longest = for_length(spec, pool.max_len)
+    step, params = make_step(longest, ops, run_layers, tuple(own.values()), steer, forward), model.params
     second, drafts = None, ""
     if ready is not None and companion is not None:
         second, how = ready.made(pool.max_len, traces)
@@ -261,9 +268,8 @@ def check_steer(names: Sequence[str], spec: ModelSpec) -> tuple[str, ...]:
     known = steerable(spec)
     for name in names:
         if name not in known:
-            raise ConfigError(
-                f"there is no layer {name!r}", where="--steer", remedy=f"{known[0]} to {known[-1]}, with commas between"
-            )
+            remedy = f"{known[0]} to {known[-1]}, with commas between" if known else "leave it out: a fallback has none"
+            raise ConfigError(f"there is no layer {name!r} to steer", where="--steer", remedy=remedy)
     return tuple(name for name in known if name in names)
 
 

@@ -26,6 +26,10 @@ class ModelOptions:
     dtype: str = "auto"
     device: str = "auto"
     load_format: str = "auto"
+    model_impl: str = "auto"
+    trust_remote_code: bool = False
+    family: tuple[str, ...] = ()
+    """Modules or files with families of the user's own."""
     quantization: str = "none"
     revision: str | None = None
     download_dir: str | None = None

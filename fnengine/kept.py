@@ -96,6 +96,8 @@ def identity(model: Model, built: Built) -> keys.Key:
 def _maths(spec: ModelSpec) -> str:
     """Digest of what a spec computes."""
     parts = {"layers": repr(spec.layers), "eps": repr(spec.eps), "tied": str(spec.tied), "ends": repr(spec.ends)}
+    if spec.upstream is not None:
+        parts["upstream"] = repr(spec.upstream)
     return keys.digest(parts)
 
 

@@ -363,7 +363,8 @@ def inverse_frequencies(rope: Rope, device: torch.device) -> Tensor:
             stretched = ramp.clamp(0, 1)
             return freq / factor * stretched + freq * (1 - stretched)
         case LongScaling(short, long, original, _, longest):
-            return freq / torch.tensor(long if longest > original else short, device=device, dtype=torch.float32)
+            factors = torch.tensor(long if longest > original else short, device=device, dtype=torch.float32)
+            return 1.0 / (factors * rope.theta**exponent)  # rounded as upstream: an ulp is 0.006 rad at 100,000 tokens
     raise AssertionError(f"not a scaling: {rope.scaling}")
 
 

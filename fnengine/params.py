@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnengine import experts, tree
+from fnengine import experts, fallback, tree
 from fnengine.experts import Experts
 from fnengine.families import FAMILIES
 from fnengine.families.names import Family, Further, Grouped, Interleaved, Names, Order, Sorted
@@ -94,6 +94,8 @@ class ArrayInfo:
 
 def abstract(spec: ModelSpec) -> dict[str, Any]:
     """The params tree of a spec with an `ArrayInfo` in place of every tensor."""
+    if spec.upstream is not None:
+        return fallback.abstract(spec)
     family, ends, D = FAMILIES[spec.family], spec.ends, spec.width
     names = family.names
     embed = _linear(names["embed"], (spec.vocab,), D, False)

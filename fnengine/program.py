@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import fnengine
-from fnengine import activations, experts, kernels, keys, layers, leaves, recurrent, tree
+from fnengine import activations, experts, fallback, kernels, keys, layers, leaves, recurrent, tree
 from fnengine.experts import Experts
 from fnengine.graphs import compile, replay
 from fnengine.graphs.compile import Artifact, Traces, Wanted, make, wanted
@@ -155,6 +155,15 @@ def _restorable(states: Sequence[LayerState], where: Where) -> Callable[[], None
             t[at] = was
 
     return restore
+
+
+def wanted_kinds(
+    spec: ModelSpec, params: Any, ops: Ops, dtype: torch.dtype, device: torch.device
+) -> tuple[list[Any], str]:
+    """(what a model's layers want compiled, why nothing): the layers of a spec, or the blocks of a fallback."""
+    if spec.upstream is None:
+        return wanted_layers(spec, params, ops, dtype, device), ""
+    return fallback.wanted_blocks(spec, params, ops, dtype, device)
 
 
 def wanted_layers(spec: ModelSpec, params: Any, ops: Ops, dtype: torch.dtype, device: torch.device) -> list[Kind]:

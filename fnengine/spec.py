@@ -5,7 +5,7 @@ A new kind of layer is one dataclass here, one pure function in `layers`, one te
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
@@ -434,6 +434,19 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Upstream:
+    """A class of transformers that computes the forward of a model that no family knows (`fallback`)."""
+
+    config: str
+    """config.json, as text"""
+    architecture: str
+    code: str = ""
+    """Folder whose own Python files define the class, if transformers does not."""
+    where: str = field(default="config.json", compare=False, repr=False)
+    """For errors."""
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     family: str
     architecture: str
@@ -457,6 +470,8 @@ class ModelSpec:
     ends: Ends = Ends()
     whole: Whole | None = None
     """None: a language model, which has a head over its vocabulary."""
+    upstream: Upstream | None = None
+    """What runs instead of `model.body`; layers then say what each asks of attention and of memory."""
 
     @property
     def vector(self) -> int:
@@ -473,6 +488,7 @@ def features(spec: ModelSpec) -> tuple[str, ...]:
     turning = {m.rope for m in every if isinstance(m.rope, Rope)}
     norms = {"one norm": "one norm for both", "two norms": "a norm for each", "": ""}[layer.parallel]
     said = {
+        "transformers' own module": spec.upstream is not None,
         "LayerNorm": layer.norm.centred,
         "weights of norms from 1": layer.norm.plus == 1,
         "reads texts whole": any(not m.causal for m in mixers),
@@ -551,11 +567,15 @@ def residual(layer: int) -> str:
 def tap_names(spec: ModelSpec) -> tuple[str, ...]:
     """Where a step can be tapped, in the order in which it passes: `embedding`, the residual stream after each layer,
     `final` (after the last norm, what the head reads)."""
+    if spec.upstream is not None:
+        return ("final",)
     return ("embedding", *(residual(i) for i in range(len(spec.layers))), "final")
 
 
 def steerable(spec: ModelSpec) -> tuple[str, ...]:
     """Layers after which a vector can be added to the residual stream."""
+    if spec.upstream is not None:
+        return ()
     return tuple(f"layers.{i}" for i in range(len(spec.layers)))
 
 

@@ -341,4 +341,8 @@ def trace(
         fakes.append(mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
     with torch.no_grad(), mode:
         graph = make_fx(fn, tracing_mode="real", _allow_non_fake_inputs=False)(*fakes)
+    for i, (x, dyn) in enumerate(zip(fakes, dynamic, strict=True)):
+        for d in dyn:  # there are no guards, so an artifact for the example's size would be called with any other
+            if isinstance(x.shape[d], int) or x.shape[d].node.maybe_as_int() is not None:
+                raise CannotCompile(f"size {d} of input {i} of a layer is taken for a constant")
     return graph, fakes

@@ -518,10 +518,100 @@ HYBRID: dict[str, dict[str, Any]] = {
 """Models with recurrent layers, which tests/test_hybrid_families.py looks at."""
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "persimmon": dict(architecture="PersimmonForCausalLM", num_attention_heads=4, rope_parameters=PARTLY),
+    "nemotron": dict(architecture="NemotronForCausalLM", **HEADS, rope_parameters=PARTLY),
+    "exaone4": dict(
+        architecture="Exaone4ForCausalLM",
+        **HEADS,
+        num_hidden_layers=3,
+        sliding_window=9,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters=PLAIN,
+    ),
+    "gptj": dict(
+        architecture="GPTJForCausalLM",
+        n_embd=64,
+        n_head=4,
+        n_layer=2,
+        n_positions=256,
+        rotary_dim=8,
+        drop=("intermediate_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"),
+    ),
+    "gemma4": dict(
+        architecture="Gemma4ForCausalLM",
+        **HEADS,
+        head_dim=16,
+        global_head_dim=32,
+        num_hidden_layers=6,
+        sliding_window=9,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=24,
+        vocab_size_per_layer_input=131,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma4-moe": dict(
+        architecture="Gemma4ForCausalLM",
+        **HEADS,
+        head_dim=16,
+        global_head_dim=32,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        sliding_window=9,
+        layer_types=["sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=6,
+        top_k_experts=2,
+        moe_intermediate_size=40,
+    ),
+    "ministral3": dict(
+        architecture="Ministral3ForCausalLM",
+        **HEADS,
+        head_dim=16,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    ),
+    "ernie-moe": dict(
+        architecture="Ernie4_5_MoeForCausalLM",
+        **HEADS,
+        moe_num_experts=6,
+        moe_k=2,
+        moe_num_shared_experts=1,
+        moe_intermediate_size=40,
+        num_hidden_layers=2,
+        rope_parameters=PLAIN,
+    ),
+}
+"""Of architectures that no family knows, for tests/test_fallback.py."""
+
+
+WRITTEN: dict[str, dict[str, Any]] = {
+    "mixtral-open": {**TINY["mixtral"], "sliding_window": None},
+    "qwen3-moe-all": {**TINY["qwen3-moe"], "mlp_only_layers": []},
+    "gemma2-tied": {**MORE["gemma2"], "tie_word_embeddings": True, "query_pre_attn_scalar": 24},
+    "gemma3-six": {
+        **MORE["gemma3"],
+        "num_hidden_layers": 6,
+        "query_pre_attn_scalar": 24,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+    },
+}
+"""What llama.cpp's files can say, for tests/test_gguf.py."""
+
+
 def _config(name: str) -> tuple[Any, Any]:
     import transformers
 
-    options = {**SHARED, **(TINY.get(name) or MORE.get(name) or HYBRID[name])}
+    options = {**SHARED, **{**TINY, **MORE, **HYBRID, **OTHERS, **WRITTEN}[name]}
     for key in options.pop("drop", ()):
         del options[key]
     if "rope_parameters" in options and int(transformers.__version__.split(".")[0]) < 5:  # the old spelling of the same

@@ -117,7 +117,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print JSON, in bytes")
     add_flags(p, "model", "engine")
 
-    _command(commands, "models", "the families of models that can be loaded, and what sets each apart")
+    p = _command(commands, "models", "the families of models that can be loaded, and what sets each apart")
+    p.add_argument("--family", action="append", metavar="MODULE", help="families of your own, as for serve")
+    p.add_argument(
+        "--fallback", action="store_true", help="also the classes of transformers that the fallback would try"
+    )
 
     p = _command(commands, "doctor", "versions, device, kernels and why, memory plan, and what is missing")
     _model_argument(p)

@@ -148,10 +148,35 @@ def _flags() -> tuple[Flag, ...]:
         Flag(
             ("--load-format",),
             "model.load_format",
-            "dummy draws random weights for a config.json",
+            "pt reads pickled .bin files, tensors alone; dummy draws random weights for a config.json",
             model,
             str,
-            ("auto", "safetensors", "dummy"),
+            ("auto", "safetensors", "pt", "gguf", "dummy"),
+        ),
+        Flag(
+            ("--model-impl",),
+            "model.model_impl",
+            "who computes the forward: native is a family of this engine, transformers the fallback, which runs "
+            "transformers' own module; auto takes a family where one knows the architecture",
+            model,
+            str,
+            ("auto", "native", "transformers"),
+        ),
+        Flag(
+            ("--trust-remote-code",),
+            "model.trust_remote_code",
+            "run the Python files of a repository that define its model, by the fallback",
+            model,
+        ),
+        Flag(
+            ("--family",),
+            "model.family",
+            "module or .py file with families of your own, in FAMILY or FAMILIES",
+            model,
+            str,
+            (),
+            "MODULE",
+            many=True,
         ),
         Flag(
             ("--quantization", "-q"),

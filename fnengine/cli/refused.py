@@ -22,7 +22,6 @@ REFUSED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "--tensor-parallel-size": ("one device computes each step", _LATER, ("1",)),
     "--pipeline-parallel-size": ("one device computes each step", _LATER, ("1",)),
     "--data-parallel-size": ("one engine runs in a process", "start several and balance in front", ("1",)),
-    "--trust-remote-code": ("code from a model's repository is never run", "use a model of a supported family", ()),
     "--compilation-config": (
         "compilation has one policy",
         "--enforce-eager turns it off, --graph-mode says what is captured",

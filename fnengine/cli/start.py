@@ -29,6 +29,7 @@ def say(text: str) -> None:
 
 def load_model(options: ModelOptions) -> Model:
     """The model that the options name. Raises what `fnengine.load` raises."""
+    own.families(options.family)
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     return load(
         options.model,
@@ -36,6 +37,8 @@ def load_model(options: ModelOptions) -> Model:
         device=options.device,
         load_format=options.load_format,
         quantization=options.quantization,
+        impl=options.model_impl,
+        trust_remote_code=options.trust_remote_code,
         revision=options.revision,
         cache_dir=options.download_dir,
         progress=sys.stderr.isatty(),

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 
-from fnengine.errors import SpecError
+from fnengine import fallback
+from fnengine.errors import ConfigError, SpecError
 from fnengine.families import (
     bamba,
     bert,
@@ -46,7 +47,7 @@ from fnengine.families import (
     starcoder2,
     whole,
 )
-from fnengine.families.names import Family
+from fnengine.families.names import IGNORED, Family
 from fnengine.spec import ModelSpec
 
 _EVERY = (
@@ -60,6 +61,27 @@ _EVERY = (
     *(phimoe.FAMILY, deepseek.V2, deepseek.V3, glm4_moe_lite.FAMILY, mimo.FAMILY, llama4.FAMILY),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _EVERY}
+FALLBACK = Family("transformers", "any causal language model of transformers", fallback.read, {}, IGNORED)
+
+
+def register(family: Family) -> Family:
+    """Adds a family of one's own, from then on known to everything that reads a config; gives it back.
+
+    Raises:
+        ConfigError: another one has its name or reads its architecture.
+    """
+    for other in FAMILIES.values():
+        if other != family and family.name == other.name:
+            raise ConfigError(f"a family is called {family.name!r} already", where="register", remedy="rename it")
+        if other != family and family.architecture == other.architecture:
+            raise ConfigError(f"{other.name} reads {family.architecture} already", where="register")
+    FAMILIES[family.name] = family
+    return family
+
+
+def family_of(spec: ModelSpec) -> Family:
+    """The family of a spec; that of the fallback names nothing, its module does."""
+    return FALLBACK if spec.upstream is not None else FAMILIES[spec.family]
 
 
 def spec_from_config(config: dict, where: str = "config.json") -> ModelSpec:
@@ -94,12 +116,17 @@ def smallest(family: Family) -> ModelSpec:
     return spec_from_config({"model_type": family.name, **sizes, **dict.fromkeys(family.asks, 8)})
 
 
-def _unknown(name: str, known: list[str], where: str, key: str) -> SpecError:
+class Unknown(SpecError):
+    """No family knows the architecture; the fallback may run it."""
+
+
+def _unknown(name: str, known: list[str], where: str, key: str) -> Unknown:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"; nearest is {nearest[0]}" if nearest else ""
-    return SpecError(
+    return Unknown(
         f"no family knows {key} = {name!r}{hint}",
         where=where,
-        remedy=f"supported are {', '.join(sorted(f.architecture for f in FAMILIES.values()))}",
+        remedy=f"families read {', '.join(sorted(f.architecture for f in FAMILIES.values()))}; the fallback "
+        "(--model-impl auto or transformers) runs most causal models of transformers",
         param=key,
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -265,6 +266,8 @@ def read_decoding(decoder: Mapping[str, Any] | None) -> Decoding:
 
 def load(folder: Path) -> Tokenizer:
     """What `Tokenizer.load` returns."""
+    if folder.suffix == ".gguf":
+        return _of_gguf(folder)
     config = _read_json(folder / "tokenizer_config.json")
     declared = {**_read_json(folder / "special_tokens_map.json"), **{k: v for k, v in config.items() if v is not None}}
     backend = _read_backend(folder)
@@ -304,6 +307,22 @@ def load(folder: Path) -> Tokenizer:
         templates=_read_templates(folder, config),
         notes=tuple(notes),
     )
+
+
+def _of_gguf(file: Path) -> Tokenizer:
+    """The tokenizer that a GGUF file describes: transformers writes it as the files that are read here."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            from transformers import AutoTokenizer
+
+            AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
+        except Exception as error:  # transformers raises anything from OSError to KeyError here
+            raise CheckpointError(
+                f"the tokenizer in it cannot be read: {type(error).__name__}: {error}",
+                where=str(file),
+                remedy="name a folder that has the tokenizer's own files with --tokenizer",
+            ) from error
+        return load(Path(folder))
 
 
 def _read_backend(folder: Path) -> tokenizers.Tokenizer:
