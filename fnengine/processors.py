@@ -44,6 +44,9 @@ COIN = 0x787463
 RANKED_ROWS = 16
 """Rows that are weighed or sorted together away from the CPU: 136 MB of what is alive at V = 151,936."""
 
+GROUPED = 4096
+"""Vocabulary up to which `topk` by itself is faster: 23 us against 37 for [4, 2048]."""
+
 LARGEST_PENALTY = 1e30
 """Of DRY: larger ones would be infinite, and forbid what they should only make unlikely."""
 
@@ -390,7 +393,11 @@ def leading(x_RV: Tensor, n: int) -> tuple[Tensor, Tensor]:
         return value[:, :n], id[:, :n]
     if n == 0:
         return x_RV[:, :0], torch.zeros_like(x_RV[:, :0], dtype=torch.int64)
-    # topk breaks ties as it likes. Some more than n are taken, so that a tie across the cut is usually whole.
+    # topk breaks ties as it likes, but mostly there are none: 30 us instead of 72 for 8 of [4, 2048].
+    value, id = _topk(x_RV, n + 1, sorted=True)
+    if not (value[:, 1:] == value[:, :-1]).any():
+        return value[:, :n], id[:, :n]
+    # Some more than n are taken, so that a tie across the cut is usually whole.
     value, id = _topk(x_RV, n + 16 + n // 4)
     id, order = id.sort(dim=1)
     value, order = value.gather(1, order).sort(dim=1, descending=True, stable=True)
@@ -406,21 +413,22 @@ def leading(x_RV: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return value, id
 
 
-def _topk(x_RV: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n largest of each row, unordered, by way of the n groups with the largest maxima: they hold them all.
+def _topk(x_RV: Tensor, n: int, sorted: bool = False) -> tuple[Tensor, Tensor]:
+    """The n largest of each row, unordered unless `sorted`, by way of the n groups with the largest maxima: they hold
+    them all.
 
     Group g is the ids g, g + G, g + 2G, ..., so that the maxima are a vertical reduction. Three times faster than
     `topk` on 151,936 logits at n = 78.
     """
     V = x_RV.shape[1]
     G = V // GROUP
-    if n > G // 4:
-        return x_RV.topk(min(n, V), dim=1, sorted=False)
+    if n > G // 4 or V <= GROUPED:
+        return x_RV.topk(min(n, V), dim=1, sorted=sorted)
     whole = G * GROUP
     best = x_RV[:, :whole].unflatten(1, (GROUP, G)).amax(1).topk(n, dim=1, sorted=False).indices
     id = (best[:, None, :] + torch.arange(0, whole, G)[:, None]).flatten(1)
     id = torch.cat([id, torch.arange(whole, V).expand(len(id), -1)], dim=1)
-    value, at = x_RV.gather(1, id).topk(n, dim=1, sorted=False)
+    value, at = x_RV.gather(1, id).topk(n, dim=1, sorted=sorted)
     return value, id.gather(1, at)
 
 

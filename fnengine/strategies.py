@@ -46,7 +46,7 @@ from fnengine.host.plan import Host, Policy, Run
 from fnengine.host.request import Request, Stop, check_sampling, fold_in
 from fnengine.host.text import Piece, TextStream
 from fnengine.runtime import Runtime
-from fnengine.sequence import Sequence, Tokens
+from fnengine.sequence import Likeliest, Sequence, Tokens
 
 PAUSE, LONGEST_PAUSE = 0.1, 0.005
 """Share of the last step's time, and seconds, that a step waits at most for strategies that were just answered."""
@@ -398,6 +398,7 @@ class Strategies:
                 seed=seed,
                 wish=ask.want,  # pyright: ignore[reportArgumentType]
                 taps=ask.taps,
+                likeliest=ask.likeliest,
                 priority=guest.priority,
                 arrival=guest.arrival,
             )
@@ -430,6 +431,8 @@ class Strategies:
         told: list[Any] = list(event.tokens)
         if run.wish is not None:
             told.append(torch.cat(run.logits) if run.wish == "all" else run.logits[-1][0])
+        if run.found is not None:
+            told.append(Likeliest(*run.found))
         if run.taps:
             joined = map(torch.cat, zip(*run.inside, strict=True))
             told.append(dict(zip(run.taps, joined, strict=True)))

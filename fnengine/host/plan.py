@@ -131,6 +131,7 @@ def extend(
     seed: int,
     wish: Literal["last", "all"] | None,
     taps: tuple[str, ...] = (),
+    likeliest: int = 0,
     priority: int,
     arrival: float,
 ) -> Run:
@@ -165,6 +166,7 @@ def extend(
         base=base,
         wish=wish,
         taps=taps,
+        likeliest=likeliest,
     )
     host.numbered += 1
     host.requests[id] = (run,)
