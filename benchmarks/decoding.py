@@ -227,7 +227,9 @@ def beam(llm: Any, sizes: Sizes, repeats: int, clock: Callable[[], float]) -> tu
 
         def in_turn(repeat: int, name: str = name, long: int = long, stop: Stop = stop) -> int:
             given = prompts.many(1, long, "beam", name, repeat)
-            return [len(llm.generate(given, greedy, stop)[0].choices[0].tokens) for _ in range(4)][0]
+            lengths = {len(llm.generate(given, greedy, stop)[0].choices[0].tokens) for _ in range(4)}
+            assert len(lengths) == 1
+            return lengths.pop()
 
         def beams(repeat: int, name: str = name, long: int = long, stop: Stop = stop) -> int:
             given = prompts.many(1, long, "beam", name, repeat)
@@ -409,7 +411,9 @@ def lines(results: Sequence[dict[str, Any]]) -> list[list[str]]:
                 ]
             )
         if "to in turn" in r:
-            out.append([r["part"], r["case"], r["model"], "beam 4 to one after another", "", f"{r['to in turn']:.3f}", ""])
+            out.append(
+                [r["part"], r["case"], r["model"], "beam 4 to one after another", "", f"{r['to in turn']:.3f}", ""]
+            )
         for side, us in r.get("microseconds", {}).items():
             out.append([r["part"], f"{r['tokens']} tokens", r["model"], side, f"{us * 1e-6:.6f}", "", ""])
     return out
