@@ -6,13 +6,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 import torch
 
 from fnengine import __version__, captures, environment, kernels
 from fnengine import memory as accounting
+from fnengine import own as owning
 from fnengine.device import TorchDevice
 from fnengine.errors import ConfigError
 from fnengine.graphs.compile import CannotCompile, Traces, folder, kept, missing_compiler
@@ -53,6 +54,8 @@ class Built:
     """The system's ids of the threads of a step on CPU, as OpenMP says; empty where it cannot be asked."""
     pinned: tuple[tuple[int, int], ...] = ()
     """(thread, processor) of those that are pinned"""
+    own: Mapping[str, str] = field(default_factory=dict)
+    """Logits processors of the engine's own, and how each runs: compiled or eager, and why."""
 
 
 def build(model: Model, settings: Settings, lazy: bool = True, processors: Mapping[str, Own] | None = None) -> Built:
@@ -83,6 +86,8 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
     kinds = []
     if compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu"):
         kinds = wanted_layers(spec, model.params, ops, model.dtype, device)
+    asked = owning.traced(own, spec.vocab, device) if compiling else {}
+    artifacts = [kind.wanted for kind in kinds] + [one.wanted for one in asked.values() if one.wanted is not None]
     captured = captures.plan(settings, mode, ops, device, lazy)
     account = None
     if device.type == "cpu":
@@ -99,7 +104,7 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
             answer_bytes=settings.answer_bytes,
             threads=torch.get_num_threads(),
             compiled=bool(kinds),
-            compiling=any(kind.wanted.kept(folder()) is None for kind in kinds),
+            compiling=any(artifact.kept(folder()) is None for artifact in artifacts),
             base=model.before or max(accounting.base_now() - weights, 0),
             kv=ops.kv,
             own=len(own),
@@ -157,6 +162,9 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
             execution = f"eager: {type(e).__name__} while layers were compiled for {device}"
     if execution.startswith("eager"):
         log.warning("steps run %s", execution)
+    how = dict.fromkeys(own, "eager: --enforce-eager")
+    if compiling:
+        own, how = owning.compiled(asked, spec.vocab, device, folder(), traces)
     if captured.capturing is not None and isinstance(run_layers, Recorded):
         run_layers = run_layers.run  # a step is recorded once
     runner = TorchDevice(
@@ -186,6 +194,7 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
         account=account,
         threads=tuple(threads),
         pinned=tuple(pinned.items()),
+        own=how,
     )
 
 

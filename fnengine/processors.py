@@ -273,15 +273,21 @@ def in_turn(own: Sequence[Own]) -> Processor:
     return apply
 
 
+def example(rows: int, tokens: int, vocab: int, device: torch.device) -> list[Tensor]:
+    """What an `Own` may be given: drawn logits and arguments, rows of up to so many tokens, the first the longest."""
+    g = torch.Generator().manual_seed(0)
+    logits = (torch.randn(rows, vocab, generator=g) * 3).to(device)
+    length = torch.cat([torch.tensor([tokens]), torch.randint(1, tokens + 1, (rows - 1,), generator=g)]).int()
+    history = torch.randint(0, vocab, (rows, tokens), generator=g, dtype=torch.int32)
+    history = torch.where(torch.arange(tokens) < length[:, None], history, -1)
+    arguments = torch.rand(rows, MAX_ARGUMENTS, generator=g)
+    return [logits, history.to(device), length.to(device), arguments.to(device)]
+
+
 def check_own(name: str, own: Own, vocab: int, device: torch.device) -> None:
     """Raises ConfigError if a processor breaks what a step relies on: shapes and dtype, inputs that are left alone, and
     rows that give among others, bit for bit, what they give alone."""
-    g = torch.Generator().manual_seed(0)
-    logits = (torch.randn(3, vocab, generator=g) * 3).to(device)
-    length = torch.tensor([5, 1, 3], dtype=torch.int32)
-    history = torch.randint(0, vocab, (3, 5), generator=g, dtype=torch.int32)
-    history = torch.where(torch.arange(5) < length[:, None], history, -1)
-    given = [logits, history.to(device), length.to(device), torch.rand(3, MAX_ARGUMENTS, generator=g).to(device)]
+    given = example(3, 5, vocab, device)
     before = [x.clone() for x in given]
 
     def need(ok: bool, what: str) -> None:
@@ -293,8 +299,8 @@ def check_own(name: str, own: Own, vocab: int, device: torch.device) -> None:
         alone = [own(*(x[r : r + 1] for x in given)) for r in range(3)]
     except Exception as e:
         raise ConfigError(f"{type(e).__name__}: {e}", where=f"processor {name!r}") from e
-    fine = isinstance(together, Tensor) and together.shape == logits.shape and together.dtype == torch.float32
-    need(fine, f"must give float32 logits of the shape that it was given, {list(logits.shape)}")
+    fine = isinstance(together, Tensor) and together.shape == given[0].shape and together.dtype == torch.float32
+    need(fine, f"must give float32 logits of the shape that it was given, {list(given[0].shape)}")
     need(all(map(torch.equal, given, before)), "writes to what it was given")
     need(torch.equal(together, torch.cat(alone)), "gives a row other logits among others than alone")
 

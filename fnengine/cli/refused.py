@@ -43,7 +43,6 @@ REFUSED: dict[str, tuple[str, str, tuple[str, ...]]] = {
         (),
     ),
     "--logprobs-mode": ("log-probabilities are those of the raw logits", "leave it out", ("raw_logprobs",)),
-    "--logits-processors": ("foreign logits processors are not loaded", "write a loop over `Runtime.extend`", ()),
     "--return-tokens-as-token-ids": ("that is chosen by each request", "send return_tokens_as_token_ids", ()),
     "--enable-prompt-tokens-details": ("cached tokens are always reported", "leave it out", ()),
     "--enable-force-include-usage": ("usage in a stream is chosen by each request", "send stream_options", ()),

@@ -44,6 +44,7 @@ def load_model(options: ModelOptions) -> Model:
 def build_engine(options: Options, model: Model | None = None) -> Engine:
     """An engine for the model that the options name, or for the given one."""
     named = own.strategies(options.serve.strategy)
+    processors = own.processors(options.serve.logits_processors)
     if (config := options.serve.speculative_config) is not None:
         drafts.read(config)  # what is wrong with it should not take a model to be known
     model = model or load_model(options.model)
@@ -57,6 +58,7 @@ def build_engine(options: Options, model: Model | None = None) -> Engine:
         speculate=drafting.speculate,
         proposers=drafting.proposers,
         strategies=named,
+        processors=processors,
     )
 
 
@@ -114,6 +116,7 @@ def facts(engine: Engine) -> list[str]:
         *([] if built.account is None else [f"memory: {memory.sentence(built.account)}"]),
         f"kernels: {kernels}",
         f"steps: {built.execution}",
+        *([f"processors: {', '.join(f'{n} ({how})' for n, how in built.own.items())}"] if built.own else []),
         *([f"strategies: {', '.join(engine.strategies)}"] if engine.strategies else []),
         *([] if how is None or not how.k else [f"drafts: {how.method}, up to {how.k} tokens a step"]),
     ]
