@@ -14,11 +14,11 @@
               adaptation on text that does not, against plain decoding; with the confidence that the ratio is over 0.97
     steps     the same by requests of an engine, which verifies drafts inside of its steps
 
-Sides take turns within every repeat (A B A B), the order reversed from one to the next; figures are medians, ratios
-are by repeat: the other side's seconds over this side's, so more than 1 is faster. Tokens of both sides are compared
-where they must be equal, and a difference is exit status 1. `--clock cpu` counts the process's processor time, that
-of the strategies' thread included, instead of the wall's: for a machine that others use, and for `--threads 1` only. `--divide 16` makes every size smaller, to try
-the script; those figures mean nothing.
+Sides take turns within every repeat (A B A B), the order reversed from one to the next; figures are medians, ratios are
+by repeat: the other side's seconds over this side's, so more than 1 is faster. Tokens of both sides are compared where
+they must be equal, and a difference is exit status 1. `--clock cpu` counts the process's processor time, that of the
+strategies' thread included, instead of the wall's: for a machine that others use, and for `--threads 1` only. `--divide
+16` makes every size smaller, to try the script; those figures mean nothing.
 """
 
 from __future__ import annotations
