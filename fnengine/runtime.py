@@ -31,7 +31,7 @@ from fnengine.build import Built, build
 from fnengine.errors import ContextLengthError, OutOfBlocks, RequestError
 from fnengine.host.ask import pipeline_of
 from fnengine.host.blocks import Extension, Ledger, Path, Salt
-from fnengine.host.request import Sampling, check_sampling, fold_in
+from fnengine.host.request import PLAIN, Sampling, check_sampling, fold_in
 from fnengine.host.steer import Steering, salted, steerings
 from fnengine.host.step import BLOCK, Admission, Ask, StepInput
 from fnengine.model import Model
@@ -439,7 +439,7 @@ class Runtime:
                         blocks=self._ledger.blocks_of(p.extension.path),
                         tokens=p.buffer.data[: p.base.length],
                         prompt_len=p.prompt_len,
-                        sampling=p.sampling or Sampling(),
+                        sampling=p.sampling or PLAIN,
                         seed=p.seed,
                         steer=() if p.steer is None else p.steer.vectors,
                     )

@@ -27,7 +27,7 @@ from fnengine.host.blocks import Extension, Ledger, Path
 from fnengine.host.output import Gauges
 from fnengine.host.pack import Draft, add, ask, needs_of, pack
 from fnengine.host.pooling import TAP, check_pooling
-from fnengine.host.request import MAX_BIAS, Request, Sampling, check_sampling, fold_in
+from fnengine.host.request import MAX_BIAS, PLAIN, Request, Sampling, check_sampling, fold_in
 from fnengine.host.runs import Host, Policy, Run, end, enqueue, first_waiting, key_of, preempt
 from fnengine.host.steer import salted, steering
 from fnengine.host.step import NEWEST, Admission, StepInput
@@ -145,7 +145,7 @@ def extend(
     """
     n = len(tokens)
     assert n > base.length and id not in host.requests, "nothing to compute, or an id in use"
-    request = Request(id, tokens, sampling or Sampling(), priority=priority, arrival=arrival)
+    request = Request(id, tokens, sampling or PLAIN, priority=priority, arrival=arrival)
     chosen = int(sampling is not None)
     run = Run(
         request=request,
