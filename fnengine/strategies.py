@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -43,10 +43,13 @@ from fnengine.host import plan as planning
 from fnengine.host.commit import Event
 from fnengine.host.output import Delta, TokenLogprob, Usage
 from fnengine.host.plan import Host, Policy, Run
-from fnengine.host.request import Request, Stop, check_sampling, fold_in
+from fnengine.host.request import Request, Speculate, Stop, check_sampling, fold_in
 from fnengine.host.text import Piece, TextStream
 from fnengine.runtime import Runtime
 from fnengine.sequence import Likeliest, Sequence, Tokens
+
+if TYPE_CHECKING:
+    from fnengine.host.grammar import Grammar
 
 PAUSE, LONGEST_PAUSE = 0.1, 0.005
 """Share of the last step's time, and seconds, that a step waits at most for strategies that were just answered."""
@@ -62,21 +65,30 @@ class Audience(Protocol):
     def ended(self, outcome: Outcome) -> None: ...
 
 
-def refuse_beside(request: Request) -> None:
-    """Raises `RequestError` for what a request may not ask of a strategy, which decides about it itself."""
+def refuse_beside(
+    *,
+    n: int,
+    stop: Stop | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    steer: Mapping[str, Any] | None,
+    grammar: Grammar | None,
+    speculate: Speculate | None,
+) -> None:
+    """Raises `RequestError` for what nobody may ask of a strategy, which decides about it itself. The only list."""
     asked = {
-        "logprobs": request.logprobs is not None,
-        "prompt_logprobs": request.prompt_logprobs is not None,
-        "min_tokens": request.stop.min_tokens > 0,
-        "prediction": request.speculate is not None and bool(request.speculate.prediction),
-        "speculative": request.speculate is not None and request.speculate.k > 0,
-        "steer": bool(request.steer),
-        "grammar" if request.grammar is None else request.grammar.field: request.grammar is not None,
+        "logprobs": logprobs is not None,
+        "prompt_logprobs": prompt_logprobs is not None,
+        "min_tokens": stop is not None and stop.min_tokens > 0,
+        "prediction": speculate is not None and bool(speculate.prediction),
+        "speculative": speculate is not None and speculate.k > 0,
+        "steer": bool(steer),
+        "grammar" if grammar is None else grammar.field: grammar is not None,
     }
     for name in (name for name, is_asked in asked.items() if is_asked):
         raise RequestError(f"{name} cannot be asked of a strategy", param=name, remedy="leave it out")
-    if request.n < 1:
-        raise RequestError(f"n must be at least 1, got {request.n}", param="n")
+    if n < 1:
+        raise RequestError(f"n must be at least 1, got {n}", param="n")
 
 
 def named(request: Request, known: Mapping[str, Strategy], policy: Policy) -> Strategy:
@@ -93,7 +105,15 @@ def named(request: Request, known: Mapping[str, Strategy], policy: Policy) -> St
             param="strategy",
             remedy=f"one of {', '.join(known)}" if known else "--strategy enables some",
         )
-    refuse_beside(request)
+    refuse_beside(
+        n=request.n,
+        stop=request.stop,
+        logprobs=request.logprobs,
+        prompt_logprobs=request.prompt_logprobs,
+        steer=request.steer,
+        grammar=request.grammar,
+        speculate=request.speculate,
+    )
     check_sampling(request.sampling, policy.vocab, policy.processors)
     known[name].check(args)
     return known[name]

@@ -917,9 +917,19 @@ def test_strategies_and_plain_requests_take_turns_on_one_pool(llm):
 
 
 def test_what_generate_refuses(llm):
-    for kw in ({"logprobs": 0}, {"prompt_logprobs": 1}, {"stop": Stop(max_tokens=4, min_tokens=2)}):
-        with pytest.raises(RequestError, match="strategy"):
+    refused = {
+        "logprobs": {"logprobs": 0},
+        "prompt_logprobs": {"prompt_logprobs": 1},
+        "min_tokens": {"stop": Stop(max_tokens=4, min_tokens=2)},
+        "steer": {"steer": {"layers.0": np.zeros(4)}},
+        "speculative": {"speculate": fn.Speculate("ngram", k=2)},
+    }
+    for name, kw in refused.items():
+        with pytest.raises(RequestError, match="cannot be asked of a strategy") as e:
             llm.generate([PROMPT], strategy=sample, **kw)
+        assert e.value.param == name
+    with pytest.raises(RequestError, match="n must be at least 1"):
+        llm.generate([PROMPT], strategy=sample, n=0)
     with pytest.raises(RequestError, match="without a strategy"):
         llm.generate([PROMPT], strategy_args={"n": 1})
     with pytest.raises(RequestError, match="takes no arguments"):
