@@ -483,7 +483,7 @@ class Runtime:
                 logits[i].append(out.logits[r])
             if likeliest and last[r]:
                 assert out.logprobs is not None
-                found[i] = Likeliest(out.logprobs.top_ids[r], out.logprobs.top[r])
+                found[i] = Likeliest(out.logprobs.top_ids[r, :likeliest], out.logprobs.top[r, :likeliest])
             if taps:
                 inside[i].append(tuple(x[offset : offset + n] for x in out.taps))
             offset += n

@@ -14,7 +14,7 @@ from fnengine import decoding
 from fnengine.decoding import Job, beam
 from fnengine.engine import Engine
 from fnengine.errors import RequestError
-from fnengine.host.request import Request, Sampling, Stop
+from fnengine.host.request import Request, Sampling, Speculate, Stop
 from fnengine.processors import GROUPED, leading
 from tests.models import tiny_model
 from tests.text_models import byte_tokenizer
@@ -83,6 +83,22 @@ def test_a_prompt_longer_than_a_step_has_them_after_its_last_token(model):
     assert len(seq) == len(PROMPT) and same(found, logits, 6)
 
 
+def test_a_graph_gives_them_too(model):
+    """Oracle: the same without graphs. The twin of a graph fixes its work and reads nothing back before the end."""
+    made = []
+    for options in ({}, {"graph_twin": True, "graph_capture": "lazy"}):
+        rt = fn.Runtime(model, **OPTIONS, **options)
+        seq, first = rt.extend(rt.empty, PROMPT, likeliest=8)
+        seqs, found = [seq] * 4, [first]
+        for token in range(7, 12):
+            results = rt.extend([(s, [token + i]) for i, s in enumerate(seqs)], likeliest=8)
+            seqs, found = [s for s, _ in results], [*found, *(x for _, x in results)]
+        made.append(found)
+    assert rt.built.device.graphs is not None and rt.built.device.graphs.captured
+    for a, b in zip(*made, strict=True):
+        assert a.ids.tolist() == b.ids.tolist() and np.array_equal(a.logprobs, b.logprobs)
+
+
 @pytest.mark.parametrize("k", [-1, 1025, 2.0, True, "3"])
 def test_what_is_no_number_of_tokens_is_refused(rt, k):
     with pytest.raises(RequestError, match="likeliest must be 0 to 1024"):
@@ -132,8 +148,18 @@ def test_strategies_that_ask_for_different_things_get_what_they_would_get_alone(
 
 
 def test_so_they_do_among_an_engines_requests(model, rt):
-    """Beside a request that wants other log-probabilities, and one that wants none."""
-    engine, into, deltas = Engine.build(model, strategies=[asks], **OPTIONS), {}, []
+    """Beside requests that want other log-probabilities, or none, and in steps in which other rows choose several
+    tokens, because drafts are verified."""
+    engine, into, deltas, both = Engine.build(model, strategies=[asks], **{**OPTIONS, "max_num_seqs": 8}), {}, [], []
+    assert engine.built is not None
+    launch = engine.built.device.launch
+
+    def seen(step):
+        extends = [r for r in step.row[step.emit == 0] if step.ask.logprobs is not None]
+        both.append(bool(extends) and step.emit.max() > 1)
+        return launch(step)
+
+    engine.built.device.launch = seen
     for name in KINDS:
         engine.submit_to(
             Request(name, np.array(PROMPT, np.int32), strategy=("asks", {"into": into, "name": name})), deltas.append
@@ -141,8 +167,13 @@ def test_so_they_do_among_an_engines_requests(model, rt):
     stop = Stop(max_tokens=12, ignore_eos=True)
     for i, k in enumerate((None, 2)):
         engine.submit_to(Request(f"plain {i}", np.array(OTHER, np.int32), DRAWN, stop, logprobs=k), deltas.append)
+    drafts = Speculate("prediction", 4, False, tuple(OTHER * 3))
+    for i in range(2):
+        asked = Request(f"d{i}", np.array(OTHER * 2, np.int32), Sampling(temperature=0), stop, speculate=drafts)
+        engine.submit_to(asked, deltas.append)
     while engine.turn():
         pass
+    assert any(both)
     assert not [d.error for d in deltas if d.error]
     assert {len(p.top) for d in deltas for p in d.logprobs or ()} == {2}
     check(into, rt)
