@@ -45,6 +45,7 @@ from fnengine.host.output import Delta, TokenLogprob, Usage
 from fnengine.host.plan import Host, Policy, Run
 from fnengine.host.request import Request, Speculate, Stop, check_sampling, fold_in
 from fnengine.host.text import Piece, TextStream
+from fnengine.kernels import team
 from fnengine.runtime import Runtime
 from fnengine.sequence import Likeliest, Sequence, Tokens
 
@@ -553,6 +554,7 @@ class Strategies:
         loop, watch = self._loop, self.watch
         assert loop is not None
         watch.thread = threading.get_ident()
+        team.alone()
         asyncio.set_event_loop(loop)
         loop.set_task_factory(watch.task)
         self._gate = asyncio.Semaphore(self.runtime.rows)

@@ -384,6 +384,28 @@ def test_what_all_wait_for_is_one_call(rt, calls):
     assert [d.tokens for d in got] == [greedy_tokens(p) for p in PROMPTS]
 
 
+def test_strategies_compute_without_helpers_of_their_own(rt):
+    """Oracle: OpenMP's number of threads, of the strategies' thread, of the caller's, and of one that begins later."""
+    seen = []
+
+    @fn.strategy
+    async def counts(ctx, prompt):
+        await ctx.extend(ctx.empty, prompt)
+        seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        one(rt, counts)
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        seen.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2, 2]
+
+
 def test_calls_that_want_different_logits_are_shared_where_that_is_cheap(rt, calls):
     """Oracle: the same extends one by one, bit by bit."""
     results = {}

@@ -5,7 +5,8 @@
 
 Exactly one of the two threads is at work at any time, so the ledger needs no lock: `seq[:n]` in a strategy never meets
 an `extend`. The loop itself says when everybody waits, by asking its selector to sleep (`Selector`), so a strategy may
-use all of asyncio: child tasks, sleeps, sockets. The device is driven by the caller's thread, whose helpers are warm.
+use all of asyncio: child tasks, sleeps, sockets. The device is driven by the caller's thread, whose helpers are warm;
+the strategies' thread has none (`team.alone`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from fnengine.decoding.live import (
     holds_thread,
 )
 from fnengine.decoding.watch import Watch
+from fnengine.kernels import team
 from fnengine.runtime import ALL_LOGITS_BYTES, Runtime
 from fnengine.sequence import Likeliest
 
@@ -122,6 +124,7 @@ class _Rounds:
         end = None
         try:
             self.watch.thread = threading.get_ident()
+            team.alone()
             self._loop = asyncio.SelectorEventLoop(Selector(self._rest))  # pyright: ignore[reportArgumentType]
             try:
                 self._loop.run_until_complete(self._all())
