@@ -196,6 +196,17 @@ def _ended(run: Run, on_end: Callable[[Run], None], delta: Delta) -> None:
     on_end(run)
 
 
+def _told(replies: list[tuple[Ask, Any]]) -> None:
+    """Answers asks, on the strategies' thread."""
+    for ask, given in replies:
+        if ask.future.done():
+            continue
+        if isinstance(given, BaseException):
+            ask.future.set_exception(given)
+        else:
+            ask.future.set_result(given)
+
+
 @dataclass(eq=False, slots=True)
 class _Guest:
     """A strategy that runs, as the engine's thread knows it."""
@@ -250,7 +261,6 @@ class Strategies:
         """Begins the ids of extensions, which no client's id may be taken for."""
         self._numbers = itertools.count()
         self._looked = 0.0
-        self._answers = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -258,6 +268,8 @@ class Strategies:
         self.watch = Watch(self.bounds.turn, time.monotonic)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._replies: list[tuple[Ask, Any]] = []
+        """Of asks that have been answered and not told yet: they are told when the engine turns to strategies again."""
         self._sent = self._seen = self._rested = 0
         self._quiet = threading.Condition()
 
@@ -347,17 +359,18 @@ class Strategies:
         Args:
             step_seconds: of the last step; if strategies were answered after it, they get a share of that to think.
         """
-        if self._answers:
-            self._answers = 0
+        if self._replies:
+            self._hand_over()
             self._wait(min(step_seconds * PAUSE, LONGEST_PAUSE))
         self._look()
         while True:
             try:
                 what, who, value = self._inbox.get_nowait()
             except queue.Empty:
-                return
+                break
             with self.books:
                 getattr(self, f"_on_{what}")(who, value)
+        self._hand_over()
 
     def waits(self) -> bool:
         """Whether there is something to hear."""
@@ -372,6 +385,7 @@ class Strategies:
             return
         with self.books:
             getattr(self, f"_on_{message[0]}")(*message[1:])
+        self._hand_over()
 
     def _wait(self, timeout: float) -> None:
         with self._quiet:
@@ -490,17 +504,14 @@ class Strategies:
 
     def _reply(self, guest: _Guest, ask: Ask, given: Any) -> None:
         guest.asking -= 1
-        self._answers += 1
+        self._replies.append((ask, given))
 
-        def tell() -> None:
-            if ask.future.done():
-                return
-            if isinstance(given, BaseException):
-                ask.future.set_exception(given)
-            else:
-                ask.future.set_result(given)
-
-        self._send(tell)
+    def _hand_over(self) -> None:
+        """Gives the strategies what they were waiting for, all of it at once: each call wakes their thread, which then
+        wants the interpreter while this one has more to say."""
+        if self._replies:
+            replies, self._replies = self._replies, []
+            self._send(_told, replies)
 
     # --- the engine's thread: answers, ends, stalls ------------------------------------------------------------------
 
@@ -585,7 +596,10 @@ class Strategies:
 
     def _tell(self, what: str, who: Any, value: Any) -> None:
         self._inbox.put((what, who, value))
-        self.wake()
+        if (
+            self._inbox.qsize() <= 1
+        ):  # who has woken for one message hears them all, and sleeps only where there is none
+            self.wake()
 
     # --- the port of each strategy -----------------------------------------------------------------------------------
 
