@@ -75,14 +75,19 @@ def refuse_beside(
     steer: Mapping[str, Any] | None,
     grammar: Grammar | None,
     speculate: Speculate | None,
+    drafts: str = "speculate",
 ) -> None:
-    """Raises `RequestError` for what nobody may ask of a strategy, which decides about it itself. The only list."""
+    """Raises `RequestError` for what nobody may ask of a strategy, which decides about it itself. The only list.
+
+    Args:
+        drafts: what whoever asks knows `speculate` as.
+    """
     asked = {
         "logprobs": logprobs is not None,
         "prompt_logprobs": prompt_logprobs is not None,
         "min_tokens": stop is not None and stop.min_tokens > 0,
         "prediction": speculate is not None and bool(speculate.prediction),
-        "speculative": speculate is not None and speculate.k > 0,
+        drafts: speculate is not None and speculate.k > 0,
         "steer": bool(steer),
         "grammar" if grammar is None else grammar.field: grammar is not None,
     }
@@ -114,6 +119,7 @@ def named(request: Request, known: Mapping[str, Strategy], policy: Policy) -> St
         steer=request.steer,
         grammar=request.grammar,
         speculate=request.speculate,
+        drafts="speculative",
     )
     check_sampling(request.sampling, policy.vocab, policy.processors)
     known[name].check(args)
@@ -596,9 +602,8 @@ class Strategies:
 
     def _tell(self, what: str, who: Any, value: Any) -> None:
         self._inbox.put((what, who, value))
-        if (
-            self._inbox.qsize() <= 1
-        ):  # who has woken for one message hears them all, and sleeps only where there is none
+        # Whoever wakes for one message hears all that have come, and sleeps only where there is none.
+        if self._inbox.qsize() <= 1:
             self.wake()
 
     # --- the port of each strategy -----------------------------------------------------------------------------------

@@ -944,7 +944,7 @@ def test_what_generate_refuses(llm):
         "prompt_logprobs": {"prompt_logprobs": 1},
         "min_tokens": {"stop": Stop(max_tokens=4, min_tokens=2)},
         "steer": {"steer": {"layers.0": np.zeros(4)}},
-        "speculative": {"speculate": fn.Speculate("ngram", k=2)},
+        "speculate": {"speculate": fn.Speculate("ngram", k=2)},
     }
     for name, kw in refused.items():
         with pytest.raises(RequestError, match="cannot be asked of a strategy") as e:
