@@ -6,13 +6,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 import torch
 
 from fnengine import __version__, captures, environment, fallback, kernels
 from fnengine import memory as accounting
+from fnengine import own as owning
 from fnengine.companions import Beside, Ground
 from fnengine.device import TorchDevice
 from fnengine.errors import ConfigError
@@ -59,6 +60,8 @@ class Built:
     """What drafts on the same rows and blocks, for people; empty where nothing does."""
     drafts_to: int = 0
     """Longest sequence that it knows."""
+    own: Mapping[str, str] = field(default_factory=dict)
+    """Logits processors of the engine's own, and how each runs: compiled or eager, and why."""
 
 
 def build(
@@ -114,6 +117,8 @@ def build(
     kinds, uncompiled = [], ""
     if compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu"):
         kinds, uncompiled = wanted_kinds(spec, model.params, ops, model.dtype, device)
+    asked = owning.traced(own, spec.vocab, device) if compiling else {}
+    artifacts = [kind.wanted for kind in kinds] + [one.wanted for one in asked.values() if one.wanted is not None]
     account = None
     if device.type == "cpu":
         weights = memory_plan(spec, model.dtype, model.how).weights
@@ -129,7 +134,7 @@ def build(
             answer_bytes=settings.answer_bytes,
             threads=torch.get_num_threads(),
             compiled=bool(kinds),
-            compiling=any(kind.wanted.kept(folder()) is None for kind in kinds)
+            compiling=any(artifact.kept(folder()) is None for artifact in artifacts)
             or (ready is not None and ready.compiles),
             base=model.before or max(accounting.base_now() - weights, 0),
             kv=ops.kv,
@@ -196,6 +201,9 @@ def build(
         execution = f"{execution}; {fallback.said(spec)}"
     if execution.startswith("eager"):
         log.warning("steps run %s", execution)
+    how_own = dict.fromkeys(own, "eager: --enforce-eager")
+    if compiling:
+        own, how_own = owning.compiled(asked, spec.vocab, device, folder(), traces)
     if captured.capturing is not None and isinstance(run_layers, Recorded):
         run_layers = run_layers.run  # a step is recorded once
     longest = for_length(spec, pool.max_len)
@@ -234,6 +242,7 @@ def build(
         pinned=tuple(pinned.items()),
         drafts=drafts,
         drafts_to=0 if ready is None else ready.positions,
+        own=how_own,
     )
 
 

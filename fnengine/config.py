@@ -54,6 +54,8 @@ class ServeOptions:
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     enable_auto_tool_choice: bool = True
+    logits_processors: tuple[str, ...] = ()
+    """module:function of each; requests know it by the function's name."""
     strategy: tuple[str, ...] = ()
     """Names of strategies that requests may ask for, or module:function."""
     speculative_config: Mapping[str, Any] | None = None

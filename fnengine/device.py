@@ -134,9 +134,10 @@ class Launched:
 
 
 def _places(step: StepInput) -> np.ndarray:
-    """[R, W] which picked token decides the w-th choice of each row; beyond what a row may choose, any."""
+    """[R, W] which picked token decides the w-th choice of each row, and the last of a row that chooses nothing; beyond
+    what a row may choose, any."""
     W = max(int(step.emit.max(initial=0)), 1)
-    place = (step.picked()[1:] - step.emit)[:, None] + np.arange(W)
+    place = (step.picked()[1:] - np.maximum(step.emit, 1))[:, None] + np.arange(W)
     return place.clip(0, step.ask.picks - 1)
 
 
@@ -232,6 +233,8 @@ class TorchDevice:
         """States of the recurrent layers."""
         self._rare: set[int] = set()
         """Rows that hold parameters of rare processors."""
+        self._biased: set[int] = set()
+        """Rows that hold a bias."""
         self._steered: set[int] = set()
         """Rows that hold a vector."""
         self._pinned = device.type == "cuda"
@@ -440,27 +443,37 @@ class TorchDevice:
                     vectors[i, self.steer.index(name)] = vector
             rows.steer[self._stage(np.array([a.row for a in edited], np.int64))] = self._stage(vectors)
             self._steered = self._steered - {a.row for a in edited} | {a.row for a in edited if a.steer}
-        bias = [_bias(a) for a in admissions]
-        put("bias_id", np.int32, [b[0] for b in bias])
-        put("bias", np.float32, [b[1] for b in bias])
-        put("bias_until", np.int32, [b[2] for b in bias])
-        for a in admissions:
-            rows.table[a.row].zero_()
-            rows.table[a.row, : len(a.blocks)] = self._stage(a.blocks.astype(np.int32))
-            if len(a.tokens):
-                rows.history[a.row, : len(a.tokens)] = self._stage(a.tokens.astype(np.int32))
+        biased = {a.row for a in admissions if a.sampling.logit_bias or a.suppress}
+        if edited := [a for a in admissions if a.row in biased or a.row in self._biased]:
+            at = self._stage(np.array([a.row for a in edited], np.int64))
+            for name, values in _biases(edited).items():
+                getattr(rows, name)[at] = self._stage(values)
+            self._biased = self._biased - {a.row for a in edited} | biased
+        # One write for all rows; what is put behind a row's tokens is written over before it is read.
+        rows.table[index] = self._stage(_ragged([a.blocks for a in admissions], rows.table.shape[1]))
+        if most := max(len(a.tokens) for a in admissions):
+            rows.history[index, :most] = self._stage(_ragged([a.tokens for a in admissions], most))
 
 
-def _bias(a: Admission) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The row's sparse (id, bias, until) list: logit_bias without end, suppressed ids until their position."""
-    ids, value = np.full(MAX_BIAS, -1, np.int32), np.zeros(MAX_BIAS, np.float32)
-    until = np.zeros(MAX_BIAS, np.int32)
-    entries = [(i, min(max(b, -100.0), 100.0), np.iinfo(np.int32).max) for i, b in a.sampling.logit_bias]
-    entries += [(i, -np.inf, a.suppress_until) for i in a.suppress]
-    assert len(entries) <= MAX_BIAS, f"{len(entries)} bias entries, a row holds {MAX_BIAS}"
-    for j, (i, b, u) in enumerate(entries):
-        ids[j], value[j], until[j] = i, b, u
-    return ids, value, until
+def _ragged(arrays: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """[n, width] int32: the arrays as rows, filled up with 0."""
+    out = np.zeros((len(arrays), width), np.int32)
+    for row, array in zip(out, arrays, strict=True):
+        row[: len(array)] = array
+    return out
+
+
+def _biases(admissions: Sequence[Admission]) -> dict[str, np.ndarray]:
+    """Columns of the rows' sparse (id, bias, until) lists: logit_bias without end, suppressed ids until their place."""
+    shape = len(admissions), MAX_BIAS
+    ids, value, until = np.full(shape, -1, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    for r, a in enumerate(admissions):
+        entries = [(i, min(max(b, -100.0), 100.0), np.iinfo(np.int32).max) for i, b in a.sampling.logit_bias]
+        entries += [(i, -np.inf, a.suppress_until) for i in a.suppress]
+        assert len(entries) <= MAX_BIAS, f"{len(entries)} bias entries, a row holds {MAX_BIAS}"
+        for j, (i, b, u) in enumerate(entries):
+            ids[r, j], value[r, j], until[r, j] = i, b, u
+    return {"bias_id": ids, "bias": value, "bias_until": until}
 
 
 def _signed(seed: int) -> int:

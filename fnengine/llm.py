@@ -28,7 +28,7 @@ from fnengine.reader import Reader
 from fnengine.runtime import Runtime
 from fnengine.sequence import as_arrays
 from fnengine.settings import Settings
-from fnengine.strategies import Answer
+from fnengine.strategies import Answer, refuse_beside
 from fnengine.vectors import Text, Verdict
 
 if TYPE_CHECKING:
@@ -204,12 +204,15 @@ class LLM:
         vectors.check_task(self._reader or self._engine, "generate", "reads texts and writes none")
         self._runtime.drain()
         if strategy is not None:
-            given = {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs, "steer": steer or None}
-            given["grammar"] = grammar
-            given["speculate"] = None if speculate is None or not speculate.k else speculate
-            given["min_tokens"] = None if stop is None else stop.min_tokens or None
-            for name in [name for name, value in given.items() if value is not None]:
-                raise RequestError(f"{name} cannot be asked of a strategy", param=name)
+            refuse_beside(
+                n=n,
+                stop=stop,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+                steer=steer,
+                grammar=grammar,
+                speculate=speculate,
+            )
             how = sampling or self.default_sampling()
             ids = [self.engine.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in many]  # type: ignore[arg-type]
             return self._follow(many, ids, strategy, strategy_args or {}, how, stop or Stop(max_tokens=16), n, on_delta)  # type: ignore[arg-type]
@@ -278,8 +281,6 @@ class LLM:
         on_delta: Callable[[int, Delta], None] | None,
     ) -> list[Completion]:
         """Completions by way of `decoding.run`, each prompt n times with n seeds."""
-        if n < 1:
-            raise RequestError(f"n must be at least 1, got {n}", param="n")
         eos = self.engine.policy.eos
         ends = frozenset((*stop.ids, *(() if stop.ignore_eos else eos)))
         deltas: list[list[Delta]] = [[] for _ in range(len(ids) * n)]

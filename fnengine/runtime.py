@@ -31,12 +31,12 @@ from fnengine.build import Built, build
 from fnengine.errors import ContextLengthError, OutOfBlocks, RequestError
 from fnengine.host.ask import pipeline_of
 from fnengine.host.blocks import Extension, Ledger, Path, Salt
-from fnengine.host.request import Sampling, check_sampling, fold_in
+from fnengine.host.request import PLAIN, Sampling, check_sampling, fold_in
 from fnengine.host.steer import Steering, salted, steerings
 from fnengine.host.step import BLOCK, Admission, Ask, StepInput
 from fnengine.model import Model
 from fnengine.processors import Own
-from fnengine.sequence import CLOSED, Logits, Sequence, Tokens, as_arrays, wishes
+from fnengine.sequence import CLOSED, Likeliest, Logits, Sequence, Tokens, as_arrays, wishes
 from fnengine.settings import Settings
 from fnengine.spec import tap_names
 from fnengine.state import Pool
@@ -169,6 +169,7 @@ class Runtime:
         sample: Sampling | list[Sampling] | None = None,
         taps: Iterable[str] = (),
         steer: Mapping[str, Any] | list[Mapping[str, Any] | None] | None = None,
+        likeliest: int = 0,
     ) -> Any:
         """The sequence(s) with `tokens` computed, and what comes after them.
 
@@ -177,6 +178,10 @@ class Runtime:
         token), `None` none; float32 on the device, unprocessed. With `sample` each result is `(seq, token)`, the token
         drawn inside the step for position `len(seq)`; with both, `(seq, token, logits)`. Tokens computed by the first
         extend of `empty` are the prompt, later ones count as generated for penalties.
+
+        With `likeliest=k` each result has a `Likeliest` behind the token and the logits: the k likeliest next tokens
+        and their log-probabilities, as arrays of the host's, and no logits unless they are asked for by name. It is
+        found inside the step, so [V] numbers never leave it.
 
         With `taps`, names of `spec.tap_names`, each result ends with a dict, name -> [n, D]: the model's inside at each
         new token, on the device, in the model's dtype. `(seq, taps)` with `logits=None`. As with `logits="all"`,
@@ -195,17 +200,18 @@ class Runtime:
         """
         single = tokens is not None
         pairs = [(seq, tokens)] if single else list(seq)  # type: ignore[arg-type]
-        want, samplings, names = wishes(len(pairs), logits, sample, taps, tap_names(self.model.spec))
+        want, samplings, names = wishes(len(pairs), logits, sample, taps, likeliest, self.model.spec)
         steers = steerings(as_arrays(steer), len(pairs), self._device.steer, self.model.spec.width)
         results = []
         step = self._device.rows
         if len(pairs) <= step:
-            results = self._extend(pairs, want, samplings, names, steers)  # type: ignore[arg-type]
+            results = self._extend(pairs, want, samplings, names, steers, likeliest)  # type: ignore[arg-type]
         else:
             # More pairs than rows: groups, made all or nothing by letting the finished ones go on failure.
             for i in range(0, len(pairs), step):
                 part = slice(i, i + step)
-                results += self._extend(pairs[part], want, samplings[part], names, steers[part])  # type: ignore[arg-type]
+                some = pairs[part], want, samplings[part], names, steers[part]
+                results += self._extend(*some, likeliest)  # type: ignore[arg-type]
         return results[0] if single else results
 
     def save(self, seq: Sequence, path: str | FilePath) -> None:
@@ -275,17 +281,19 @@ class Runtime:
         samplings: list[Sampling | None],
         taps: tuple[str, ...],
         steers: list[Steering | None],
+        likeliest: int,
     ) -> list[Any]:
         parts = self._plan(pairs, want, samplings, taps, steers)
         if not parts:
             return []
-        asked = tuple(name for name in tap_names(self.model.spec) if name in taps)  # in one order: fewer traces
+        asked = tuple(name for name in tap_names(self.model.spec) if name in taps) if taps else ()  # fewer traces
         inside: list[list[tuple[Tensor, ...]]] = [[] for _ in parts]
         tokens: list[int] = [0] * len(parts)
         logits: list[list[Tensor]] = [[] for _ in parts]
+        found: list[Likeliest | None] = [None] * len(parts)
         try:
             while any(p.done < len(p.tokens) for p in parts):
-                self._step(parts, want, tokens, logits, asked, inside)
+                self._step(parts, want, tokens, logits, asked, inside, likeliest, found)
         except BaseException:
             for p in parts:
                 self._ledger.free(p.extension.path)
@@ -305,6 +313,8 @@ class Runtime:
             told: list[Any] = [] if p.sampling is None else [tokens[i]]
             if want:
                 told.append(torch.cat(logits[i]) if want == "all" else logits[i][-1])
+            if likeliest:
+                told.append(found[i])
             if taps:
                 joined = dict(zip(asked, map(torch.cat, zip(*inside[i], strict=True)), strict=True))
                 told.append({name: joined[name] for name in taps})
@@ -408,6 +418,8 @@ class Runtime:
         logits: list[list[Tensor]],
         taps: tuple[str, ...],
         inside: list[list[tuple[Tensor, ...]]],
+        likeliest: int,
+        found: list[Likeliest | None],
     ) -> None:
         """One device step: as many tokens of unfinished parts as the budget allows, at least one each."""
         budget = max(self.built.mode.budget, 1)
@@ -433,7 +445,7 @@ class Runtime:
                         blocks=self._ledger.blocks_of(p.extension.path),
                         tokens=p.buffer.data[: p.base.length + len(p.tokens)],
                         prompt_len=p.prompt_len,
-                        sampling=p.sampling or Sampling(),
+                        sampling=p.sampling or PLAIN,
                         seed=p.seed,
                         steer=() if p.steer is None else p.steer.vectors,
                     )
@@ -458,6 +470,7 @@ class Runtime:
                     pipeline=names,
                     noise=noise,
                     sample=any(emit),
+                    logprobs=likeliest if likeliest and any(last) else None,
                     logits=want is not None,
                     picks=T if want == "all" else 0,
                     taps=taps,
@@ -474,6 +487,9 @@ class Runtime:
                 logits[i].append(out.logits[offset : offset + n])
             elif want == "last" and last[r]:
                 logits[i].append(out.logits[r])
+            if likeliest and last[r]:
+                assert out.logprobs is not None
+                found[i] = Likeliest(out.logprobs.top_ids[r, :likeliest], out.logprobs.top[r, :likeliest])
             if taps:
                 inside[i].append(tuple(x[offset : offset + n] for x in out.taps))
             offset += n

@@ -61,7 +61,8 @@ def make_step(
 
         row_R, length_R = batch.row.long(), where.length
         at_E, row_E, position_E = _picked(batch, where)
-        logits_EV = forward.head_logits(spec, params, x_TD[at_E]) if ask.sample or ask.logits else None
+        wanted = ask.sample or ask.logits or ask.logprobs is not None
+        logits_EV = forward.head_logits(spec, params, x_TD[at_E]) if wanted else None
         count_R = batch.emit
         token_E = torch.zeros_like(position_E)
         logprobs = None
@@ -73,8 +74,9 @@ def make_step(
                 length_R = length_R - (batch.emit - count_R)
             at_R = length_R.long().clamp(max=rows.history.shape[1] - 1)
             rows.history[row_R, at_R] = torch.where(count_R > 0, newest_R, rows.history[row_R, at_R])
-            if ask.logprobs is not None:
-                logprobs = sampling.logprobs(logits_EV, token_E, ask.logprobs)
+        if ask.logprobs is not None:
+            assert logits_EV is not None
+            logprobs = sampling.logprobs(logits_EV, token_E, ask.logprobs)
         rows.length[row_R] = length_R
         rows.length[-1:] = 0  # the null row stays empty, whatever padding did to it
         score = None

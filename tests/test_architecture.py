@@ -49,6 +49,7 @@ FLOORS = {
     "fnengine.step": 4,
     "fnengine.load": 4,
     "fnengine.program": 4,
+    "fnengine.own": 4,
     "fnengine.transforms": 5,
     "fnengine.device": 6,
     "fnengine.captures": 6,

@@ -675,6 +675,7 @@ def traces(draw):
             "sampling": draw(st.sampled_from([None, Sampling(temperature=0.0), Sampling()])),
             "seed": 5,
             "wish": draw(st.sampled_from([None, "last", "all"])),
+            "likeliest": draw(st.sampled_from([0, 0, 3])),
         }
         events.append((at, 100 + i, "extend", (id, what)))
         if draw(st.integers(0, 2)) == 0:

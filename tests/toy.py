@@ -285,6 +285,8 @@ class ToyDevice:
                     _fill(logprobs, r * W + w, kv[:length, 0], t)
                 if length < end and kv[length, 0] != t:
                     break
+            if logprobs is not None and not step.emit[r]:  # what comes after its last token
+                _fill(logprobs, r * W, kv[:end, 0], 0)
             if scores is not None:
                 assert step.target is not None
                 for t in range(step.start[r], step.start[r + 1]):
@@ -510,6 +512,11 @@ class World:
             digests.append(digest(digests[-1], t))
         first = {"all": run.base.length, "last": len(tokens) - 1, None: len(tokens)}[run.wish]
         assert [int(x) for part in run.logits for x in part] == digests[first:]
+        if run.likeliest:
+            assert run.found is not None
+            ids, logprobs = run.found
+            assert ids.tolist() == list(range(run.likeliest))
+            assert logprobs.tolist() == [score(np.array(tokens), i) for i in ids]
         if run.max_tokens:
             s = run.request.sampling
             assert event.tokens == (choose(np.array(tokens), digests[-1], s, run.seed, self.device.vocab),)

@@ -396,6 +396,15 @@ def _flags() -> tuple[Flag, ...]:
             server,
         ),
         Flag(
+            ("--logits-processors",),
+            "serve.logits_processors",
+            "functions of logits that requests may ask for by name, as module:function (docs/api.md, Choosing tokens)",
+            server,
+            str,
+            metavar="NAME",
+            many=True,
+        ),
+        Flag(
             ("--strategy",),
             "serve.strategy",
             "strategies that requests may ask for: beam, best_of, ... as docs/decoding.md has them, or module:function",

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,3 +110,25 @@ def strategies(names: Iterable[str]) -> tuple[Strategy, ...]:
         if chosen.setdefault(found.name, found) is not found:
             raise ConfigError(f"two strategies are called {found.name!r}", where=where, remedy="rename one of them")
     return tuple(chosen.values())
+
+
+def processors(names: Iterable[str]) -> dict[str, Callable[..., Any]]:
+    """Function name -> the logits processor that `module:function` names.
+
+    Raises:
+        ConfigError: there is none of such a name, it is no function, or two have one name.
+    """
+    where, chosen = "--logits-processors", {}
+    for name in names:
+        found = find(name, where, "my_processors:prefer_short")
+        if not callable(found) or inspect.isclass(found):
+            what = "a class" if inspect.isclass(found) else f"of type {type(found).__name__}"
+            raise ConfigError(
+                f"{name} is no function, it is {what}",
+                where=where,
+                remedy="write a function of logits, history, lengths and arguments: docs/api.md, Choosing tokens",
+            )
+        short = name.rpartition(":")[2].rpartition(".")[2]
+        if chosen.setdefault(short, found) is not found:
+            raise ConfigError(f"two processors are called {short!r}", where=where, remedy="rename one of them")
+    return chosen

@@ -41,7 +41,6 @@ REFUSED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "--max-loras": ("adapters are not served yet", _LATER, ()),
     "--max-lora-rank": ("adapters are not served yet", _LATER, ()),
     "--logprobs-mode": ("log-probabilities are those of the raw logits", "leave it out", ("raw_logprobs",)),
-    "--logits-processors": ("foreign logits processors are not loaded", "write a loop over `Runtime.extend`", ()),
     "--enable-prompt-tokens-details": ("cached tokens are always reported", "leave it out", ()),
     "--enable-per-request-metrics": ("that is chosen by each request", 'send "timing": true', ()),
     "--disable-log-stats": ("no statistics are logged; /metrics has them", "leave it out", ()),

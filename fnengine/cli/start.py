@@ -48,6 +48,7 @@ def load_model(options: ModelOptions) -> Model:
 def build_engine(options: Options, model: Model | None = None) -> Engine:
     """An engine for the model that the options name, or for the given one."""
     named = own.strategies(options.serve.strategy)
+    processors = own.processors(options.serve.logits_processors)
     if (config := options.serve.speculative_config) is not None:
         drafts.read(config)  # what is wrong with it should not take a model to be known
     model = model or load_model(options.model)
@@ -62,6 +63,7 @@ def build_engine(options: Options, model: Model | None = None) -> Engine:
         proposers=drafting.proposers,
         companion=drafting.companion,
         strategies=named,
+        processors=processors,
     )
     engine.defaults = {**engine.defaults, **(options.model.override_generation_config or {})}
     return engine
@@ -158,6 +160,7 @@ def facts(engine: Engine | Reader) -> list[str]:
         *([] if built.account is None else [f"memory: {memory.sentence(built.account)}"]),
         f"kernels: {kernels}",
         f"steps: {built.execution}",
+        *([f"processors: {', '.join(f'{n} ({how})' for n, how in built.own.items())}"] if built.own else []),
         *([f"strategies: {', '.join(engine.strategies)}"] if engine.strategies else []),
         *([] if how is None or not how.k else [f"drafts: {how.method}, up to {how.k} tokens a step"]),
         *([f"beside it: {built.drafts}"] if built.drafts else []),

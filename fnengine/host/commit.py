@@ -100,6 +100,10 @@ def _collect(host: Host, planned: Planned, output: StepOutput, r: int, run: Run,
         run.inside = [*run.inside, seen] if pooling is None else fold(pooling, run.inside, seen[0])
     if not whole:
         return
+    if run.likeliest:
+        assert output.logprobs is not None
+        at, k = r * output.token.shape[1], run.likeliest
+        run.found = output.logprobs.top_ids[at, :k], output.logprobs.top[at, :k]
     tokens = (int(output.token[r, 0]),) if step.emit[r] else ()
     path = host.ledger.share(run.path) if run.request.pooling is None else None  # nobody goes on from an embedding
     end(host, run, "length")

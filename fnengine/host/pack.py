@@ -81,6 +81,8 @@ def add(draft: Draft, run: Run, n: int, emits: int) -> None:
         draft.taps.update(run.taps)
     if run.wish is not None:
         draft.logits = True
+    if run.likeliest and run.path.length == run.known:
+        draft.logprobs = max(run.likeliest, draft.logprobs or 0)
     draft.picks |= emits > 1 or (n > 1 and run.wish == "all")
     if before < run.prompt_len and _targets(run, before, n) > 0:
         k = run.request.prompt_logprobs
@@ -163,12 +165,17 @@ def pack(draft: Draft, leaving: list[tuple[Run, np.ndarray, tuple[int, ...]]]) -
 
 def _pick(draft: Draft, start: np.ndarray) -> np.ndarray:
     """The last tokens of each row, as many as it may choose tokens or wants logits."""
-    count = [e or int(run.wish is not None) for run, e in zip(draft.runs, draft.emit, strict=True)]
+    count = [e or int(_looks(run)) for run, e in zip(draft.runs, draft.emit, strict=True)]
     for run, _, n, emits in draft.many:
-        count.append(n if run.wish == "all" else emits or int(run.wish is not None))
+        count.append(n if run.wish == "all" else emits or int(_looks(run)))
     return np.concatenate(
         [np.arange(end - c, end, dtype=np.int32) for end, c in zip(start[1:].tolist(), count, strict=True)]
     )
+
+
+def _looks(run: Run) -> bool:
+    """Whether it wants to see what comes after its last token, without choosing it."""
+    return run.wish is not None or run.likeliest > 0
 
 
 def _mask(draft: Draft, start: np.ndarray, pick: np.ndarray | None) -> np.ndarray:

@@ -27,7 +27,7 @@ from fnengine.host.blocks import Extension, Ledger, Path
 from fnengine.host.output import Gauges
 from fnengine.host.pack import Draft, add, ask, needs_of, pack
 from fnengine.host.pooling import TAP, check_pooling
-from fnengine.host.request import MAX_BIAS, Request, Sampling, check_sampling, fold_in
+from fnengine.host.request import MAX_BIAS, PLAIN, Request, Sampling, check_sampling, fold_in
 from fnengine.host.runs import Host, Policy, Run, end, enqueue, first_waiting, key_of, preempt
 from fnengine.host.steer import salted, steering
 from fnengine.host.step import NEWEST, Admission, StepInput
@@ -139,6 +139,7 @@ def extend(
     seed: int,
     wish: Literal["last", "all"] | None,
     taps: tuple[str, ...] = (),
+    likeliest: int = 0,
     priority: int,
     arrival: float,
 ) -> Run:
@@ -152,7 +153,7 @@ def extend(
     """
     n = len(tokens)
     assert n > base.length and id not in host.requests, "nothing to compute, or an id in use"
-    request = Request(id, tokens, sampling or Sampling(), priority=priority, arrival=arrival)
+    request = Request(id, tokens, sampling or PLAIN, priority=priority, arrival=arrival)
     chosen = int(sampling is not None)
     run = Run(
         request=request,
@@ -173,6 +174,7 @@ def extend(
         base=base,
         wish=wish,
         taps=taps,
+        likeliest=likeliest,
     )
     host.numbered += 1
     host.requests[id] = (run,)

@@ -164,6 +164,10 @@ class Speculate:
             raise RequestError(f"draft tokens must be between 0 and {MAX_DRAFT}, got {self.k}", param="speculative")
 
 
+PLAIN = Sampling()
+"""What a row has whose tokens nobody draws. Made once: a new one is checked field by field, for every fork's row."""
+
+
 @dataclass(frozen=True)
 class Stop:
     """When a sequence ends."""

@@ -151,6 +151,10 @@ class Run:
     """Of an extension: logits after its last token, or after every one. None for any other run."""
     logits: list[Any] = field(default_factory=list)
     """What came of them so far."""
+    likeliest: int = 0
+    """Of an extension: so many of the likeliest tokens after its last token, with their log-probabilities, ..."""
+    found: tuple[np.ndarray, np.ndarray] | None = None
+    """... which are these: ids and log-probabilities."""
     taps: tuple[str, ...] = ()
     """What of the model's inside is wanted at each of its tokens, and what came of it: of an extension all so far, of
     any other run what nobody has taken yet, of tokens that stay."""

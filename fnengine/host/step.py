@@ -72,7 +72,7 @@ class Ask:
     sample: bool = True
     """False: no token is chosen (rt.extend without `sample`)."""
     logprobs: int | None = None
-    """Top-k log-probabilities beside the chosen token's; None for none."""
+    """Top-k log-probabilities after the picked tokens, beside the chosen token's where one is; None for none."""
     score: int | None = None
     """Log-probabilities of `StepInput.target` at every new token, with this many most likely ones; None for none."""
     logits: bool = False
@@ -157,7 +157,7 @@ class StepOutput:
     count: np.ndarray
     """[R] int32: 0 while prefilling, 1 when decoding, up to emit[r] where drafts were right."""
     logprobs: Scores | None = None
-    """n = R * W, row by row"""
+    """n = R * W, row by row; those of a row that chooses nothing are after the last token it picks"""
     score: Scores | None = None
     """n = T, in the order of `StepInput.token`"""
     logits: Any = None
