@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from contextlib import contextmanager
 
 import numpy as np
@@ -114,6 +115,7 @@ COMPLETIONS = [
     {"prompt": [[104, 105], [97]]},
     {"stop": ["lo"], "seed": 3, "user": "me"},
     {"max_tokens": 1},
+    {"best_of": 3, "n": 2, "temperature": 1.0},
     {"extra_body": {"timing": True, "return_token_ids": True, "prompt_logprobs": 1}},
 ]
 
@@ -123,7 +125,7 @@ def test_completions(api, more):
     ask = {**TEXT, **more}
     whole = api.completions.create(**ask)
     assert same(raw(api.completions.with_raw_response.create(**ask)).choices[0].text, whole.choices[0].text)
-    if "prompt_logprobs" in ask.get("extra_body", {}):
+    if "prompt_logprobs" in ask.get("extra_body", {}) or "best_of" in ask:  # which are not streamed
         return
     ask["stream_options"] = {"include_usage": True}
     chunks = list(api.completions.create(**ask, stream=True))
@@ -307,6 +309,27 @@ def test_input_tokens_are_those_that_usage_tells(api):
 def test_parse_of_a_response_reads_calls(api):
     made = api.responses.parse(model="tiny", input="hi", tools=FUNCTIONS)
     assert [i.name for i in made.output if i.type == "function_call"] == ["get_weather"] * 2
+
+
+def test_parse_of_a_response_reads_a_type(api):
+    ask = {"model": "tiny", "input": "person", "text_format": Person}
+    made = api.responses.parse(**ask)
+    assert made.output_parsed == Person(name="Anna", age=7) and made.text.format.type == "json_schema"
+    assert raw(api.responses.with_raw_response.parse(**ask)).output_parsed.age == 7
+    with api.responses.stream(**ask) as stream:
+        list(stream)
+        assert stream.get_final_response().output_parsed == Person(name="Anna", age=7)
+
+
+def test_a_response_in_the_background(api):
+    made = api.responses.create(model="tiny", input="hi", background=True)
+    assert made.background and made.status in ("queued", "in_progress", "completed")
+    end = time.monotonic() + 10
+    while (now := api.responses.retrieve(made.id)).status in ("queued", "in_progress"):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert now.status == "completed" and now.output_text == "Hello there, 世界."
+    assert api.responses.cancel(made.id).status in ("completed", "cancelled")
 
 
 def test_a_fault_in_a_stream_is_what_the_client_raises(api):
