@@ -22,15 +22,14 @@ from fnengine.host.runs import PICKS
 from fnengine.host.step import BLOCK
 from fnengine.host.tokenizer import Tokenizer
 from fnengine.kernels import Heads, Ops, team
-from fnengine.kernels.layout import block_bytes
 from fnengine.kernels.recording import RECORDED_TOKENS
 from fnengine.memory import Account, Shapes
 from fnengine.model import Model, one_by_one
 from fnengine.params import memory_plan
 from fnengine.processors import Own, check_own
 from fnengine.program import Recorded, compiled_layers, wanted_layers
-from fnengine.settings import Mode, PoolSize, Settings, check_kv, size_pool, wanted_len
-from fnengine.spec import ModelSpec, attentions, for_length, steerable
+from fnengine.settings import Mode, PoolSize, Settings, check_kv, kept_states, size_pool, wanted_len
+from fnengine.spec import ModelSpec, attentions, for_length, recurrents, state_bytes, steerable
 from fnengine.step import make_step
 
 log = logging.getLogger("fnengine")
@@ -78,7 +77,8 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
     if compiling and why_not is None and not kept(folder()):
         start_compiler()  # while the native kernels are built
     ops = choose_ops(spec, device, model.dtype, settings.kv_cache_dtype, settings.attention_backend)
-    per_block = sum(block_bytes(ops.kv, BLOCK, a.kv_heads, a.width, model.dtype) for a in attentions(spec))
+    per_block = accounting.block_of(spec, ops.kv, model.dtype)
+    places = kept_states(settings, mode.rows) if recurrents(spec) else None
     slots = int(settings.swap_space * 2**30) // per_block
     kinds = []
     if compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu"):
@@ -104,6 +104,7 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
             kv=ops.kv,
             own=len(own),
             steer=len(steer),
+            kept=places or 0,
         )
         pool, account = accounting.size(shapes, settings, *memory(device), now=accounting.base_now())
     else:
@@ -126,6 +127,7 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
             compiled=bool(kinds),
             steer=len(steer),
         )
+        beside += (mode.rows + 1 + (places or 0)) * state_bytes(spec)
         pool = size_pool(
             settings=settings,
             model_len=spec.max_len,
@@ -173,6 +175,7 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
         processors=tuple(own),
         steer=steer,
         capturing=captured.capturing,
+        kept=places,
     )
     runner.capture()
     return Built(
@@ -217,6 +220,12 @@ def fingerprint(model: Model, settings: Settings, built: Built) -> str:
 def check_steer(names: Sequence[str], spec: ModelSpec) -> tuple[str, ...]:
     """The layers that may be steered, each once, in their order. Raises ConfigError if there is no such layer."""
     known = steerable(spec)
+    if names and recurrents(spec):
+        raise ConfigError(
+            f"{spec.architecture} has recurrent layers: what is lost of them is computed again, and not steered then",
+            where="--steer",
+            remedy="run it without",
+        )
     for name in names:
         if name not in known:
             raise ConfigError(

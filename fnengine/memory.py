@@ -36,7 +36,7 @@ from fnengine.params import memory_plan, products
 from fnengine.program import PROGRAMS
 from fnengine.sampling import AT_ONCE, rows_at_once
 from fnengine.settings import Mode, PoolSize, Settings, size_pool, wanted_len
-from fnengine.spec import Attention, Layer, Mlp, ModelSpec, MoE, Recurrent, angle_pairs, attentions
+from fnengine.spec import Attention, Layer, Mlp, ModelSpec, MoE, Recurrent, angle_pairs, attentions, state_bytes
 from fnengine.step import SCORED_AT_ONCE
 
 MIB = 1 << 20
@@ -105,6 +105,8 @@ class Shapes:
     """Logits processors of the engine's own."""
     steer: int = 0
     """Layers that may be steered."""
+    kept: int = 0
+    """States of recurrent layers beside those of the rows."""
 
     @property
     def kinds(self) -> set[str]:
@@ -119,7 +121,24 @@ class Shapes:
     @property
     def per_block(self) -> int:
         """Bytes of a block of KV, all layers."""
-        return sum(block_bytes(self.kv, BLOCK, a.kv_heads, a.width, self.dtype) for a in attentions(self.spec))
+        return block_of(self.spec, self.kv, self.dtype)
+
+    @property
+    def states(self) -> int:
+        """Bytes of the states of recurrent layers: those of the rows, the null row's, and the kept ones."""
+        return (self.mode.rows + 1 + self.kept) * state_bytes(self.spec)
+
+
+def block_of(spec: ModelSpec, kv: KVLayout, dtype: torch.dtype) -> int:
+    """Bytes of a block of KV, all layers.
+
+    Raises:
+        ConfigError: no layer has KV.
+    """
+    mixers = attentions(spec)
+    if not mixers:
+        raise ConfigError("a model without any layer of attention is not implemented", where=spec.architecture)
+    return sum(block_bytes(kv, BLOCK, a.kv_heads, a.width, dtype) for a in mixers)
 
 
 @dataclass(frozen=True)
@@ -205,6 +224,7 @@ def account(s: Shapes) -> Account:
         Line("tokenizer", V * TOKEN_TEXT, f"{V:,} tokens"),
         Line("weights", plan.weights, f"{s.how.name}, {'the embedding is the head' if spec.tied else 'own head'}"),
         Line("rows", rows, f"{s.mode.rows} + 1 rows of {s.max_len:,} tokens"),
+        *([Line("states", s.states, f"{s.mode.rows} + 1 of rows, {s.kept} kept")] if s.states else []),
         Line("swap space", s.host_slots * per_block, f"{s.host_slots} blocks of host memory"),
         Line("recorded steps", programs, f"up to {RECORDED_TOKENS} tokens, at most {PROGRAMS} sizes"),
         Line("workspace", workspace, f"one layer of {b.tokens:,} tokens, {s.threads} threads"),
