@@ -555,9 +555,10 @@ class World:
         self.host.check(held)
         if not self.host.ending:
             return
-        paths = [r.path for r in [*self.runs, *self.extensions.values()] if r.row >= 0]
-        # An extension that was given up lives on until its step in flight is read.
-        self.host.ledger.check(None if len(paths) < self.host.ending else [*held, *paths])
+        runs = [r for r in [*self.runs, *self.extensions.values()] if r.row >= 0]
+        # An extension that was given up, or failed, lives on until its step in flight is read.
+        everybody = sum(r.ended for r in runs) == self.host.ending
+        self.host.ledger.check([*held, *(r.path for r in runs)] if everybody else None)
 
     def drain(self, limit: int = 10_000) -> None:
         """Ticks until there is nothing left to do, which must come within `limit` ticks."""
