@@ -6,6 +6,7 @@ here: whoever makes text of the tokens finds them and calls `finish`.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from fnengine.errors import RequestError
@@ -186,8 +187,9 @@ def finish(host: Host, run: Run, reason: Finish) -> None:
 def fail(host: Host, planned: Planned, error: str) -> list[Event]:
     """Error events of a step that failed, in place of `commit`.
 
-    Its runs end, and so do runs that stand on blocks it should have written or on KV it should have saved: what those
-    hold is unknown. Nothing of it stays in the prefix index. Everybody else goes on.
+    Its runs end, and so do runs that stand on blocks it should have written, on KV it should have saved or on states
+    that were kept since it was planned: what those hold is unknown. Nothing of it stays in the prefix index. Everybody
+    else goes on.
     """
     ledger, lost = host.ledger, set()
     events = []
@@ -208,7 +210,8 @@ def fail(host: Host, planned: Planned, error: str) -> list[Event]:
             fail_run(run)
         elif not run.ended:
             drop_saved(host, run)
-    for run in [r for r in host.running if ledger.stands_on(r.path, lost)]:
+    begun = planned.stamp if ledger.states is not None else math.inf  # a state that was kept since may be wrong, too
+    for run in [r for r in host.running if r.since >= begun or ledger.stands_on(r.path, lost)]:
         fail_run(run)
     return events
 

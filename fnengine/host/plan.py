@@ -517,10 +517,11 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
         n = min(len(run.scores) + 1, run.known) if run.unscored() else run.known
         n = min(run.seen + 1, n) if run.taps and run.base is None else n
         path = ledger.match(run.tokens[:n], run.salt, count=False)
-    place = NOWHERE
+    place = since = NOWHERE
     if ledger.states is not None:
         whole = path
         length, place = ledger.states.find(whole)
+        since = ledger.states.when(place)
         path = ledger.cut(whole, length)
         ledger.free(whole)
     base = max(path.length, run.saved)
@@ -559,7 +560,7 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
         run.slots, run.saved = (), 0
     ledger.free(path)
     walk.draft.copy += extension.copy
-    run.path, run.status, run.row = extension.path, "running", host.free_rows.pop()
+    run.path, run.status, run.row, run.since = extension.path, "running", host.free_rows.pop(), since
     insort(running, run, key=key_of)
     walk.draft.admit.append(
         Admission(

@@ -177,6 +177,8 @@ class Run:
     """Host slots that hold its blocks while it is swapped out."""
     saved: int = 0
     """Tokens of KV in `slots`."""
+    since: int = -1
+    """`States.stamp` when the state was kept that it began from."""
     scores: list[TokenLogprob] = field(default_factory=list)
     """Of prompt tokens 1, 2, ..., when asked for."""
     scheduled: float | None = None

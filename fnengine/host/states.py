@@ -123,6 +123,10 @@ class States:
             node, end = node.parent, self.block
         return 0, NOWHERE
 
+    def when(self, place: int) -> int:
+        """The step before which the state in a place was kept; -1 if there is none."""
+        return self._held[place][2] if place in self._held else -1
+
     def under(self, node: Node | None) -> Node | None:
         """The last node at or below this one at whose end a state is kept."""
         while node is not None and self.block not in self._of.get(node, ()):
@@ -132,6 +136,9 @@ class States:
     def drain(self) -> list[tuple[int, int]]:
         """(row, place) of the copies that the next step has to make before anything else; asked for by who launches."""
         pairs, self._pending = self._pending, []
+        for _, place in pairs:
+            if place in self._held:  # right if this step is
+                self._held[place] = *self._held[place][:2], self.stamp
         return pairs
 
     # --- what the ledger and the scheduler say ------------------------------------------------------------------------
