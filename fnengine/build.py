@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from fnengine import __version__, captures, environment, kernels
+from fnengine import __version__, captures, environment, kernels, recurrent
 from fnengine import memory as accounting
 from fnengine.device import TorchDevice
 from fnengine.errors import ConfigError
@@ -83,7 +83,7 @@ def build(model: Model, settings: Settings, lazy: bool = True, processors: Mappi
     kinds = []
     if compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu"):
         kinds = wanted_layers(spec, model.params, ops, model.dtype, device)
-    captured = captures.plan(settings, mode, ops, device, lazy)
+    captured = captures.plan(settings, mode, ops, device, lazy, recurrent.backends(device) if recurrents(spec) else ())
     account = None
     if device.type == "cpu":
         weights = memory_plan(spec, model.dtype, model.how).weights

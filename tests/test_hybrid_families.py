@@ -153,7 +153,7 @@ def test_few_places_cost_computing_and_nothing_else(kept: int):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("name", ["qwen3-next", "bamba"])
+@pytest.mark.parametrize("name", ["qwen3-5", pytest.param("bamba", marks=pytest.mark.slow)])
 def test_compiled_layers(name: str, caplog):
     """Oracle: the same steps uncompiled. Small steps are recorded, though a recording changes states when it is tried;
     and the law that a sequence's bits do not depend on its chunks holds for compiled layers, too."""
@@ -171,6 +171,20 @@ def test_compiled_layers(name: str, caplog):
         got.append(torch.cat(parts))
     assert worst(got[0], want) < TOLERANCE and torch.equal(*got)
     assert "without a recording" not in caplog.text
+
+
+def test_steps_as_graphs_run_them():
+    """Oracle: the same tokens without graphs. Padded steps leave every state but the null row's alone."""
+    model, ids = tiny_model("qwen3-5"), tokens(50, 8)
+    plain, twin = runtime(model), runtime(model, graph_twin=True, enforce_eager=False)
+    for rt in (plain, twin):
+        assert rt.built.device.kept == 4
+    a, want = plain.extend(plain.empty, ids[:40])
+    b, got = twin.extend(twin.empty, ids[:40])
+    assert worst(got, want) < TOLERANCE
+    for t in ids[40:]:
+        (a, want), (b, got) = plain.extend(a, [t]), twin.extend(b, [t])
+        assert worst(got, want) < TOLERANCE
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------
@@ -226,24 +240,28 @@ def test_an_engine_in_company(depth: int, blocks: int | None):
     assert gauges.preemptions > 0 if blocks else gauges.prefix_hits > 0
 
 
-def test_strategies_go_on_where_they_left():
+@fn.strategy
+async def by_logits(ctx, prompt, n=20):
+    """Greedy decoding, token by token."""
+    seq, new = ctx.empty, prompt
+    for _ in range(n):
+        seq, logits = await ctx.extend(seq, new)
+        new = [int(logits.argmax())]
+        ctx.emit(new)
+
+
+def test_strategies_go_on_where_they_left(monkeypatch):
     """Oracle: greedy tokens of transformers; each `extend` of a strategy computes its new token alone."""
     name, prompt = "bamba", tokens(37, 30)
     model = dataclasses.replace(tiny_model(name))
-    model.__dict__["tokenizer"] = byte_tokenizer(131)
-    with fn.LLM(model=model, max_model_len=128, kv_cache_memory_bytes=1 << 20, enforce_eager=True) as llm:
-        steps: list[int] = []
-        llm.engine.on_step.append(lambda facts: steps.append(facts.tokens))
-
-        async def greedy(ctx, prompt, sampling, **_):
-            seq, new, out = ctx.empty, prompt, []
-            for _ in range(20):
-                seq, logits = await ctx.extend(seq, new)
-                new = [int(logits.argmax())]
-                out += new
-            return out
-
-        got = llm.run(greedy, prompt)
+    model.__dict__["tokenizer"] = byte_tokenizer(131)  # its cached property
+    steps: list[int] = []
+    llm = fn.LLM(model, max_model_len=128, kv_cache_memory_bytes=1 << 20, enforce_eager=True)
+    launch = llm.engine.device.launch
+    monkeypatch.setattr(llm.engine.device, "launch", lambda step: steps.append(len(step.token)) or launch(step))
+    stop = Stop(max_tokens=20, ignore_eos=True)
+    (done,) = llm.generate([prompt], Sampling(temperature=0), stop, strategy=by_logits)
+    got = list(done.choices[0].tokens)
     assert got == oracle(name, prompt + got)[36:-1].argmax(-1).tolist()
     assert sum(steps) == 37 + 19
 
