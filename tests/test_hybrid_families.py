@@ -392,3 +392,17 @@ def test_mutants_are_caught(name: str, change: dict):
     except RuntimeError:
         return
     assert worst(got, oracle(name, ids)) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["qwen3-5", "bamba"])
+def test_rounded_weights(name: str):
+    """Oracle: transformers in float32, within what 8 bits leave; and the bits do not depend on chunks."""
+    model, ids = fn.load(str(tiny_folder(name)), dtype="float32", device="cpu", quantization="int8"), tokens(40, 12)
+    got = []
+    for cut in (13, 40):
+        rt = runtime(model)
+        seq, first = rt.extend(rt.empty, ids[:cut], logits="all")
+        got.append(torch.cat([first, rt.extend(seq, ids[cut:], logits="all")[1]]) if cut < 40 else first)
+    assert torch.equal(*got)
+    off = (got[0] - oracle(name, ids)).square().mean().sqrt() / oracle(name, ids).square().mean().sqrt()
+    assert 1e-5 < float(off) < 0.1

@@ -647,8 +647,7 @@ def traces(draw):
         events.append((at, i, "submit", r))
         if draw(st.integers(0, 4)) == 0:
             events.append((at + draw(st.integers(0, 20)), i, "abort", r.id))
-    sizes["kept"] = draw(st.sampled_from([None, None, 0, 1, 3, 20]))
-    sizes["guesses"] = draw(st.sampled_from([0, 0, 1, 3, 9])) if sizes["kept"] is None else 0
+    sizes["guesses"] = draw(st.sampled_from([0, 0, 1, 3, 9]))
     for i in range(draw(st.sampled_from([0, 0, 4, 16]))):
         at, id = draw(st.integers(0, 40)), f"x{draw(st.integers(0, 3))}"
         what = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fnengine.host import states as keeping
 from fnengine.host.blocks import Ledger, Path
@@ -201,10 +202,11 @@ def test_extensions_go_on_from_the_end_of_the_last():
 
 
 @settings(max_examples=25, **LAWS)
-@given(traces())
-def test_traces_over_layers_with_states(trace):
+@given(traces(), st.sampled_from([0, 1, 2, 5, 20]))
+def test_traces_over_layers_with_states(trace, kept):
+    """Preemption, forks, hits, faults; every tick checks that blocks and places are conserved."""
     sizes, events = trace
-    play(({**sizes, "kept": sizes["kept"] if sizes["kept"] is not None else 2, "guesses": 0}, events))
+    play(({**sizes, "kept": kept, "guesses": 0}, events))
 
 
 def test_a_wrong_state_is_caught(monkeypatch):

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from fnengine.host.step import Device
 
 EVERY = 32
-"""Blocks between two states that are kept of a long sequence: at most 511 tokens are computed again."""
+"""Blocks between two states that are kept of a long sequence: at most 511 tokens are computed again, while there is
+room."""
 LEAST = 4
 """Blocks that the end of a prompt has to lie behind such a place for a state of its own."""
 NOWHERE = -1
