@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
-from fnengine import __version__, captures, environment, fallback, kernels
+from fnengine import __version__, captures, environment, fallback, kernels, recurrent
 from fnengine import memory as accounting
 from fnengine import own as owning
 from fnengine.companions import Beside, Ground
@@ -31,9 +31,8 @@ from fnengine.model import Model, forward_of, one_by_one
 from fnengine.params import memory_plan
 from fnengine.processors import Own, check_own
 from fnengine.program import Recorded, compiled_layers, wanted_kinds
-from fnengine.settings import Mode, PoolSize, Settings, check_kv, size_pool, wanted_len
-from fnengine.spec import ModelSpec, attentions, for_length, steerable
-from fnengine.state import pool_bytes
+from fnengine.settings import Mode, PoolSize, Settings, check_kv, kept_states, size_pool, wanted_len
+from fnengine.spec import ModelSpec, attentions, for_length, recurrents, state_bytes, steerable
 from fnengine.step import make_step
 
 log = logging.getLogger("fnengine")
@@ -101,7 +100,8 @@ def build(
     if compiling and why_not is None and not kept(folder()):
         start_compiler()  # while the native kernels are built
     ops = choose_ops(spec, device, model.dtype, settings.kv_cache_dtype, settings.attention_backend)
-    captured = captures.plan(settings, mode, ops, device, lazy)
+    captured = captures.plan(settings, mode, ops, device, lazy, recurrent.backends(device) if recurrents(spec) else ())
+    places = kept_states(settings, mode.rows) if recurrents(spec) else None
     ready = None
     if companion is not None:
 
@@ -112,7 +112,7 @@ def build(
         capturing = captured.capturing is not None
         ready = companion.ready(Ground(model, settings, mode, tuple(own.values()), layers, capturing, ops_for))
     extra = None if ready is None else ready.extra
-    per_block = pool_bytes(ops.kv, spec, model.dtype) + (0 if extra is None else extra.per_block)
+    per_block = accounting.block_of(spec, ops.kv, model.dtype) + (0 if extra is None else extra.per_block)
     slots = int(settings.swap_space * 2**30) // per_block
     kinds, uncompiled = [], ""
     if compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu"):
@@ -141,6 +141,7 @@ def build(
             own=len(own),
             steer=len(steer),
             extra=extra,
+            kept=places or 0,
         )
         pool, account = accounting.size(shapes, settings, *memory(device), now=accounting.base_now())
     else:
@@ -164,6 +165,7 @@ def build(
             steer=len(steer),
         )
         beside += 0 if extra is None else extra.on_card
+        beside += (mode.rows + 1 + (places or 0)) * state_bytes(spec)
         pool = size_pool(
             settings=settings,
             model_len=spec.max_len,
@@ -227,6 +229,7 @@ def build(
         steer=steer,
         capturing=captured.capturing,
         companion=second,
+        kept=places,
     )
     runner.capture()
     return Built(
@@ -275,6 +278,12 @@ def fingerprint(model: Model, settings: Settings, built: Built) -> str:
 def check_steer(names: Sequence[str], spec: ModelSpec) -> tuple[str, ...]:
     """The layers that may be steered, each once, in their order. Raises ConfigError if there is no such layer."""
     known = steerable(spec)
+    if names and recurrents(spec):
+        raise ConfigError(
+            f"{spec.architecture} has recurrent layers: what is lost of them is computed again, and not steered then",
+            where="--steer",
+            remedy="run it without",
+        )
     for name in names:
         if name not in known:
             remedy = f"{known[0]} to {known[-1]}, with commas between" if known else "leave it out: a fallback has none"

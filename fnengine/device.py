@@ -1,8 +1,9 @@
 """A device that runs steps: rows, pool and the compiled step behind `host.step.Device`.
 
 It owns the one mutable thing, the `State`, and turns a host-side `StepInput` into a staged `Batch`. Order within a
-step: swap out, swap in, row edits, copies of blocks, then the step itself (KV writes, attention, sampling), directly or
-through a captured graph. The edits come seldom and in any number, so they stay outside of graphs.
+step: swap out, swap in, states kept, row edits, copies of blocks, then the step itself (KV writes, attention,
+sampling), directly or through a captured graph. The edits come seldom and in any number, so they stay outside of
+graphs.
 """
 
 from __future__ import annotations
@@ -188,6 +189,7 @@ class TorchDevice:
         companion: what drafts beside the model, whose part of a step `step` does already, with both their params.
         depth: steps the host may have in flight beside the one it reads; by default 1 where steps are captured or run
             on a GPU.
+        kept: places of states beside those of the rows; None where no layer has a state.
     """
 
     def __init__(
@@ -208,9 +210,11 @@ class TorchDevice:
         capturing: Capturing[Ask] | None = None,
         companion: Companion | None = None,
         depth: int | None = None,
+        kept: int | None = None,
     ):
         self.spec, self.params, self.step, self.ops = spec, params, step, ops
         self.blocks, self.rows, self.max_len, self.host_slots = blocks, rows, max_len, host_slots
+        self.kept = kept
         self.device, self.processors, self.steer = device, tuple(processors), tuple(steer)
         self.depth = int(capturing is not None or device.type != "cpu") if depth is None else depth
         self.state = make_state(
@@ -223,6 +227,7 @@ class TorchDevice:
             device=device,
             own=len(processors),
             steer=len(steer),
+            kept=kept or 0,
         )
         self.companion = companion
         if companion is not None:
@@ -321,8 +326,12 @@ class TorchDevice:
             _move(pool, step.swap_out[:, 0], self._host, step.swap_out[:, 1])
         if step.swap_in is not None and len(step.swap_in):
             _move(self._host, step.swap_in[:, 0], pool, step.swap_in[:, 1])
+        if step.keep is not None:
+            self._move_states(step.keep)
         if step.admit:
             self._admit(step.admit)
+            if begun := [(a.state, a.row) for a in step.admit if a.state >= 0]:
+                self._move_states(np.array(begun, np.int32))
         self._grow(step.grow)
         if len(step.copy):
             self.ops.copy_blocks([t for p in pool for t in (p.k, p.v) if t.numel()], self._stage(step.copy))
@@ -378,6 +387,13 @@ class TorchDevice:
         if len(added):
             grow = self._stage(added).long()
             self.state.rows.table[grow[:, 0], grow[:, 1]] = grow[:, 2].int()
+
+    def _move_states(self, pairs: np.ndarray) -> None:
+        """Copies states of all recurrent layers, (from, to) places: all are read before any is written."""
+        source, target = self._stage(pairs).long().unbind(1)
+        for m in self.memories:
+            for t in (m.tail, m.matrix):
+                t.index_copy_(0, target, t.index_select(0, source))
 
     def _stage(self, array: np.ndarray) -> Tensor:
         """The array on the device, some time after this."""

@@ -24,8 +24,8 @@ from fnengine.build import Built, build, fingerprint, policy_of
 from fnengine.companions import Beside, SecondModel
 from fnengine.decoding.live import Bounds
 from fnengine.decoding.strategy import Strategy
-from fnengine.drafting import Drafting, Jointly, Maker
-from fnengine.errors import DeviceFault, FnError, QueueFull, RequestError
+from fnengine.drafting import CANNOT_CUT, Drafting, Jointly, Maker
+from fnengine.errors import ConfigError, DeviceFault, FnError, QueueFull, RequestError
 from fnengine.graphs.report import as_json
 from fnengine.host import ahead
 from fnengine.host import commit as committing
@@ -39,6 +39,7 @@ from fnengine.host.output import Delta, Finished, Gauges, StepFacts, Usage
 from fnengine.host.plan import Host, Planned, Policy, Run
 from fnengine.host.pooling import DEFAULT, declared, embedding
 from fnengine.host.request import Request, Speculate
+from fnengine.host.states import states_of
 from fnengine.host.step import BLOCK, Device, Ticket
 from fnengine.host.survey import Survey, survey, told
 from fnengine.host.text import Piece, TextStream
@@ -47,7 +48,7 @@ from fnengine.model import Model
 from fnengine.processors import Own
 from fnengine.runtime import Runtime
 from fnengine.settings import Settings
-from fnengine.spec import tap_names
+from fnengine.spec import recurrents, tap_names
 from fnengine.strategies import Strategies, named
 from fnengine.stream import Stream
 
@@ -114,7 +115,7 @@ class Engine:
         self.max_logprobs = policy.vocab if max_logprobs < 0 else max_logprobs
         self.answer_bytes = answer_bytes
         self.guides = Guides(tokenizer, policy.vocab, policy.eos)
-        ledger = Ledger(device.blocks, BLOCK, caching=policy.caching)
+        ledger = Ledger(device.blocks, BLOCK, caching=policy.caching, states=states_of(device))
         self.host = Host(policy, ledger, rows=device.rows, host_slots=device.host_slots, seed=seed)
         self.on_step: list[Callable[[StepFacts], None]] = []
         self.on_finish: list[Callable[[Finished], None]] = []
@@ -168,6 +169,9 @@ class Engine:
         """
         settings = settings or Settings(**options)
         beside = SecondModel(companion) if isinstance(companion, Model) else companion
+        whole = not recurrents(model.spec)
+        if (speculate is not None or beside is not None) and not whole:
+            raise ConfigError(CANNOT_CUT.format(model.spec.architecture), where="speculate", remedy="run it without")
         built = build(model, settings, lazy=False, processors=processors, companion=beside)
         device, made = built.device, dict(proposers or {})
         if beside is not None:
@@ -186,7 +190,12 @@ class Engine:
             max_logprobs=settings.max_logprobs,
             answer_bytes=settings.answer_bytes,
             built=built,
-            drafting=Drafting(speculate, made, tap_names(model.spec)),
+            drafting=Drafting(
+                speculate,
+                made,
+                tap_names(model.spec),
+                refused="" if whole else CANNOT_CUT.format(model.spec.architecture),
+            ),
             strategies={s.name: s for s in strategies},
             bounds=bounds,
             pooling=declared(model.folder),

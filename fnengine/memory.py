@@ -36,7 +36,7 @@ from fnengine.params import memory_plan, products
 from fnengine.program import PROGRAMS
 from fnengine.sampling import AT_ONCE, rows_at_once
 from fnengine.settings import Mode, PoolSize, Settings, size_pool, wanted_len
-from fnengine.spec import Latent, Layer, Mixer, Mlp, ModelSpec, MoE, Recurrent, angle_pairs, attentions
+from fnengine.spec import Latent, Layer, Mixer, Mlp, ModelSpec, MoE, Recurrent, angle_pairs, attentions, state_bytes
 from fnengine.state import pool_bytes
 from fnengine.step import SCORED_AT_ONCE
 
@@ -129,6 +129,8 @@ class Shapes:
     """Layers that may be steered."""
     extra: Extra | None = None
     """What drafts beside the model."""
+    kept: int = 0
+    """States of recurrent layers beside those of the rows."""
 
     @property
     def kinds(self) -> set[str]:
@@ -143,7 +145,23 @@ class Shapes:
     @property
     def per_block(self) -> int:
         """Bytes of a block of KV, all layers, and a companion's."""
-        return pool_bytes(self.kv, self.spec, self.dtype) + (0 if self.extra is None else self.extra.per_block)
+        return block_of(self.spec, self.kv, self.dtype) + (0 if self.extra is None else self.extra.per_block)
+
+    @property
+    def states(self) -> int:
+        """Bytes of the states of recurrent layers: those of the rows, the null row's, and the kept ones."""
+        return (self.mode.rows + 1 + self.kept) * state_bytes(self.spec)
+
+
+def block_of(spec: ModelSpec, kv: KVLayout, dtype: torch.dtype) -> int:
+    """Bytes of a block of KV, all layers.
+
+    Raises:
+        ConfigError: no layer has KV.
+    """
+    if not attentions(spec):
+        raise ConfigError("a model without any layer of attention is not implemented", where=spec.architecture)
+    return pool_bytes(kv, spec, dtype)
 
 
 @dataclass(frozen=True)
@@ -234,6 +252,7 @@ def account(s: Shapes) -> Account:
         Line("weights", plan.weights, f"{s.how.name}, {'the embedding is the head' if spec.tied else 'own head'}"),
         *second,
         Line("rows", rows + x.rows, f"{s.mode.rows} + 1 rows of {s.max_len:,} tokens"),
+        *([Line("states", s.states, f"{s.mode.rows} + 1 of rows, {s.kept} kept")] if s.states else []),
         Line("swap space", s.host_slots * per_block, f"{s.host_slots} blocks of host memory"),
         Line("recorded steps", programs + x.recorded, f"up to {RECORDED_TOKENS} tokens, at most {PROGRAMS} sizes"),
         Line("workspace", workspace, f"one layer of {b.tokens:,} tokens, {s.threads} threads"),

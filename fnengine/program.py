@@ -121,16 +121,17 @@ class Recorded:
         return self._record(key, everything, inputs)
 
     def _record(self, key: Any, everything: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+        restore = _restorable(everything[2], everything[3])
         try:
             if not all(t.is_contiguous() for t in inputs):
                 raise NotRecordable("an input is not contiguous")
-            restore = _restorable(everything[2], everything[3])
             program = record(lambda *_: self.run(*everything), inputs, self.arena, everything[1:3])
             first = program.output.clone()
             restore()
             if not torch.equal(program.run(inputs), first):  # writing the same KV twice changes nothing
                 raise NotRecordable("the recording computes something else than what was recorded")
         except NotRecordable as e:
+            restore()
             log.warning("small steps run without a recording: %s", e)
             self.why_not = str(e)
             return self.run(*everything)

@@ -368,7 +368,8 @@ def _gated_scan(
     (_, G, C), (T, H, P) = q.shape, v.shape
     assert k.shape == (T, G, C) and decay.shape == (T, H) and memory.shape[1:] == (H, C, P) and H % G == 0
     assert memory.is_contiguous() and memory.dtype == torch.float32
-    q, k, v, decay = (_float32(t).contiguous() for t in (q, k, v, decay))
+    q, k, v = (_packed(_float32(t)) for t in (q, k, v))
+    decay = _float32(decay).contiguous()
     beta = None if beta is None else _float32(beta).contiguous()
     row, start, length = _int32(row), _int32(start), _int32(length)
     out = empty(v.shape, torch.float32)
@@ -390,6 +391,9 @@ def _gated_scan(
         H,
         C,
         P,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
         torch.get_num_threads(),
         checked=True,
     )

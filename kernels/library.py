@@ -141,7 +141,7 @@ IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
-OUTSIDE = ("paged_attention",)
+OUTSIDE = ("paged_attention", "gated_scan")
 """Ops that may stay out of a graph which holds everything around them: some of their backends cannot be captured."""
 
 Around = Callable[[Callable[..., Tensor], tuple[Any, ...]], Tensor]

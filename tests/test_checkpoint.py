@@ -56,6 +56,8 @@ def config(name: str) -> dict:
         ("Mistral-7B-v0.1", 7_241_732_096),
         ("Mistral-7B-v0.3", 7_248_023_552),
         ("OLMo-2-0425-1B", 1_484_916_736),
+        ("Bamba-9B", 9_780_235_392),
+        ("Qwen3-Next-80B-A3B-Instruct", 79_674_391_296),
         ("Phi-3-mini-4k-instruct", 3_821_079_552),
         ("Phi-3.5-MoE-instruct", 41_873_153_344),
         ("DeepSeek-V2-Lite", 15_706_484_224),
@@ -110,7 +112,7 @@ def test_the_benchmark_shape_is_the_published_one():
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        ("Qwen3-0.6B", {"architectures": ["Qwen3NextForCausalLM"]}, ["Qwen3NextForCausalLM", "nearest is Qwen3"]),
+        ("Qwen3-0.6B", {"architectures": ["Qwen3NexForCausalLM"]}, ["Qwen3NexForCausalLM", "nearest is Qwen3"]),
         ("Qwen3-0.6B", {"architectures": ["ElectraModel"]}, ["BertModel", "LlamaForCausalLM, MinistralForCausalLM"]),
         ("Qwen3-0.6B", {"architectures": None, "model_type": "electra"}, ["electra", "LlamaForCausalLM"]),
         ("Qwen3-0.6B", {"architectures": None, "model_type": None}, ["architectures", "model_type"]),

@@ -6,7 +6,8 @@ The pool holds, for every token, its id and a digest of all tokens up to it, as 
     chosen   = (7 + sum of (i+1) * token_i + digest_last + noise) mod vocab,   noise = seed * position if it samples
 
 Both are read back through the row's block table, so a wrong block, copy, table edit, swap or order changes tokens. The
-logits after a token are its digest.
+logits after a token are its digest. With `kept` places the device has layers with states: a row's state is the digest
+of its last token, and the next one is made of that and not of what the pool holds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fnengine.host.commit import Event
 from fnengine.host.plan import Host, Planned, Policy
 from fnengine.host.request import Request, Sampling, fold_in
 from fnengine.host.runs import Run
+from fnengine.host.states import States
 from fnengine.host.step import BLOCK, NEWEST, Admission, Scores, StepInput, StepOutput
 
 EMPTY = -7
@@ -138,6 +140,7 @@ class ToyDevice:
     Args:
         ledger: when given, every indexed block is compared with the pool after every step.
         fail_at: numbers of launches (from 0) whose ticket raises when read; they leave wrong KV behind.
+        kept: places of states beside those of the rows; None: its layers have none.
     """
 
     def __init__(
@@ -151,7 +154,10 @@ class ToyDevice:
         vocab: int = 97,
         ledger: Ledger | None = None,
         fail_at: tuple[int, ...] = (),
+        kept: int | None = None,
     ):
+        self.kept = kept
+        self.memory = np.full(rows + 1 + (kept or 0), EMPTY, np.int64)
         self.depth, self.blocks, self.rows, self.max_len, self.host_slots = depth, blocks, rows, max_len, host_slots
         self.vocab, self.ledger, self.fail_at = vocab, ledger, fail_at
         self.pool = np.full((blocks, BLOCK, 2), EMPTY, np.int64)
@@ -179,6 +185,9 @@ class ToyDevice:
             for i in range(first, end):
                 self.pool[self.table[row, i // BLOCK], i % BLOCK] = 3, 3
             self.state[row].newest = 3
+            self.memory[row] = 3
+        if step.keep is not None:
+            self.memory[step.keep[:, 1]] = 3
         if step.swap_out is not None:
             self.host[step.swap_out[:, 1]] = 3
         return Ticket(StepOutput(np.full((len(spans), 1), 3, np.int32), step.emit), RuntimeError("the toy broke"))
@@ -203,6 +212,7 @@ class ToyDevice:
         if step.swap_in is not None:
             targets += step.swap_in[:, 1].tolist()
             self.pool[step.swap_in[:, 1]] = self.host[step.swap_in[:, 0]]
+        self._move_states(step)
         for a in step.admit:
             assert a.length <= min(len(a.tokens), len(a.blocks) * BLOCK)
             self.table[a.row] = 0
@@ -215,6 +225,23 @@ class ToyDevice:
         assert len(set(targets)) == len(targets), "two swap-ins or copies into one block"
         assert not sources & set(targets), "a block is source and target of parallel copies"
         self.pool[step.copy[:, 1]] = self.pool[step.copy[:, 0]]
+
+    def _move_states(self, step: StepInput) -> None:
+        """Keeps states, and gives those to admitted rows that they begin from."""
+        if self.kept is None:
+            assert step.keep is None and all(a.state == -1 for a in step.admit), "states of layers that have none"
+            return
+        if step.keep is not None:
+            rows, places = step.keep.T
+            assert len({*places.tolist()}) == len(places) and (places > self.rows).all(), "a place is written twice"
+            assert (rows < self.rows).all() and (self.memory[rows] != EMPTY).all(), "a state is kept of nothing"
+            self.memory[places] = self.memory[rows]
+        for a in step.admit:
+            assert (a.state >= 0) == (a.length > 0), "a row has tokens and no state, or the other way round"
+            assert a.state < 0 or self.memory[a.state] != EMPTY, "a row begins from a place that holds no state"
+        taken = [self.memory[a.state] for a in step.admit]
+        for a, state in zip(step.admit, taken, strict=True):
+            self.memory[a.row] = state if a.length else EMPTY
 
     def _write(self, step: StepInput) -> list[tuple[int, int, int]]:
         """Every row's new tokens into the pool: all ids first, as all rows' KV is written before any is read."""
@@ -237,7 +264,9 @@ class ToyDevice:
         # A reader of blocks written in this same step starts after their writer.
         for row, first, end in sorted(spans, key=lambda s: s[1]):
             before = 0
-            if first:
+            if first and self.kept is not None:
+                before = int(self.memory[row])
+            elif first:
                 at = first - 1
                 before = int(self.pool[self.table[row, at // BLOCK], at % BLOCK, 1])
                 assert before != EMPTY, "a row stands on a slot nobody wrote"
@@ -245,6 +274,7 @@ class ToyDevice:
                 slot = self.table[row, i // BLOCK], i % BLOCK
                 before = digest(before, int(self.pool[slot][0]))
                 self.pool[(*slot, 1)] = before
+            self.memory[row] = before
         return spans
 
     def read_row(self, row: int, length: int) -> np.ndarray:
@@ -532,9 +562,10 @@ class World:
         self.host.check(held)
         if not self.host.ending:
             return
-        paths = [r.path for r in [*self.runs, *self.extensions.values()] if r.row >= 0]
-        # An extension that was given up lives on until its step in flight is read.
-        self.host.ledger.check(None if len(paths) < self.host.ending else [*held, *paths])
+        runs = [r for r in [*self.runs, *self.extensions.values()] if r.row >= 0]
+        # An extension that was given up, or failed, lives on until its step in flight is read.
+        everybody = sum(r.ended for r in runs) == self.host.ending
+        self.host.ledger.check([*held, *(r.path for r in runs)] if everybody else None)
 
     def drain(self, limit: int = 10_000) -> None:
         """Ticks until there is nothing left to do, which must come within `limit` ticks."""
@@ -571,12 +602,14 @@ def world(
     host_slots: int = 0,
     fail_at: tuple[int, ...] = (),
     seed: int = 0,
+    kept: int | None = None,
     **policy,
 ) -> World:
     """A host on a toy device. Further keywords go to `Policy`."""
     options = {"budget": 64, "queue": 1000, "vocab": 97, "eos": (5,), **policy}
     p = Policy(rows=rows, max_len=max_len, **options)
-    ledger = Ledger(blocks, BLOCK, caching=p.caching)
+    states = None if kept is None else States(rows + 1, kept, BLOCK)
+    ledger = Ledger(blocks, BLOCK, caching=p.caching, states=states)
     device = ToyDevice(
         depth=depth,
         blocks=blocks,
@@ -586,5 +619,6 @@ def world(
         vocab=p.vocab,
         ledger=ledger,
         fail_at=fail_at,
+        kept=kept,
     )
     return World(Host(p, ledger, rows=rows, host_slots=host_slots, seed=seed), device)

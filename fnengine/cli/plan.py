@@ -47,6 +47,7 @@ def made(options: Options, folder: Path) -> tuple[PoolSize, Account, int]:
     from fnengine import artifacts, build, leaves, memory, products, whole, whole_memory
     from fnengine.graphs import compile
     from fnengine.kernels import native
+    from fnengine.settings import kept_states
 
     needs = artifacts.needs(folder, **asked(options))
     if needs.device.type != "cpu":
@@ -72,6 +73,7 @@ def made(options: Options, folder: Path) -> tuple[PoolSize, Account, int]:
         max_logprobs=settings.max_logprobs,
         answer_bytes=settings.answer_bytes,
         steer=len(set(settings.steer)),
+        kept=kept_states(settings, settings.mode("cpu").rows),
         threads=options.threads,
         compiled=bool(needs.layers),
         compiling=any(kind.wanted.kept(compile.folder()) is None for kind in needs.layers),

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fnengine.errors import OutOfBlocks
+from fnengine.host.states import States
 from fnengine.host.step import BLOCK
 
 Salt = str | tuple[str, str]
@@ -87,11 +88,12 @@ class Ledger:
         blocks: N, the null block included.
         block: tokens in a block.
         caching: whether full blocks are indexed for reuse by later sequences.
+        states: the books of states, where a model's layers have any.
     """
 
-    def __init__(self, blocks: int, block: int = BLOCK, caching: bool = True):
+    def __init__(self, blocks: int, block: int = BLOCK, caching: bool = True, states: States | None = None):
         assert blocks >= 1 and block >= 1
-        self.block, self.caching = block, caching
+        self.block, self.caching, self.states = block, caching, states
         self.total = blocks - 1
         """Usable blocks."""
         self.held = 0
@@ -177,7 +179,8 @@ class Ledger:
         return Path(None, 0, salt)
 
     def match(self, tokens: Sequence[int] | np.ndarray, salt: Salt = "", count: bool = True) -> Path:
-        """The longest indexed prefix of `tokens` in full blocks, held; at least one token is left to compute.
+        """The longest indexed prefix of `tokens` in full blocks, held; at least one token is left to compute. Where
+        layers have states, the longest at whose end one is kept.
 
         `count=False` looks without adding to `queries` and `hits`.
         """
@@ -191,6 +194,8 @@ class Ledger:
             if node is None:
                 break
             tip, content = node, node.content
+        if self.states is not None:
+            tip = self.states.under(tip)
         path = Path(tip, 0 if tip is None else (tip.column + 1) * self.block, salt)
         self._hold(tip)
         if count:
@@ -324,11 +329,22 @@ class Ledger:
             key = (content, path.salt, data[i * size : (i + 1) * size])
             if content == PRIVATE or key in self._index:
                 content = node.content = PRIVATE
+                if self.states is not None:
+                    self._liken(node, path.salt, key[2])
                 continue
             self._contents += 1
             content = node.content = self._contents
             node.key = key
             self._index[key] = node
+
+    def _liken(self, node: Node, salt: Salt, ids: bytes) -> None:
+        """Tells the states which indexed block has the content of one that is not."""
+        assert self.states is not None
+        under = self.states.like(node.parent)
+        if node.parent is None or under is not None:
+            other = self._index.get((0 if under is None else under.content, salt, ids))
+            if other is not None:
+                self.states.alike(node, other)
 
     def unpublish(self, path: Path, from_length: int) -> set[Node]:
         """The blocks of the path that hold tokens from `from_length` on and all indexed ones that stand on them; they
@@ -364,7 +380,9 @@ class Ledger:
         return node is not None
 
     def reset_cache(self) -> None:
-        """Forgets every cached block that nobody holds."""
+        """Forgets every cached block that nobody holds, and every kept state."""
+        if self.states is not None:
+            self.states.reset()
         while self._cached:
             self._evict()
 
@@ -406,6 +424,8 @@ class Ledger:
             else:
                 if tip.frontier > end:  # what stood here is written over
                     tip.content = UNSEEN
+                    if self.states is not None:
+                        self.states.forget(tip, end)
                 self._written += min(end + n, B) - tip.frontier
                 tip.frontier = min(end + n, B)
         while left > 0:
@@ -448,6 +468,8 @@ class Ledger:
     def _forget(self, node: Node) -> None:
         """Takes a node out of the index, and out of the pool if nobody holds it."""
         assert node.key is not None
+        if self.states is not None:
+            self.states.forget(node)
         del self._index[node.key]
         node.key, node.content = None, PRIVATE
         if node.holds == 0:
@@ -455,6 +477,8 @@ class Ledger:
             self._vacate(node)
 
     def _vacate(self, node: Node) -> None:
+        if self.states is not None:
+            self.states.forget(node)
         self._nodes[node.block] = None
         (self._resting if node.block in self._sources else self._free).append(node.block)
 
@@ -500,6 +524,8 @@ class Ledger:
                 want = children.get(n, 0) + holders.pop(n, 0)
                 assert n.holds == want, f"{n}: holders and held children make {want}"
         assert not holders, "a path ends in a block that is gone"
+        if self.states is not None:
+            self.states.check(set(nodes))
         self._check_index(nodes)
 
     def _check_index(self, nodes: list[Node]) -> None:

@@ -53,6 +53,7 @@ class Draft:
     grow: list[tuple[int, int, int]] = field(default_factory=list)
     copy: list[tuple[int, int]] = field(default_factory=list)
     swap_in: list[tuple[int, int]] = field(default_factory=list)
+    keep: list[tuple[int, int]] = field(default_factory=list)
     needs: int = 0
     """Bits of all rows that emit."""
     logprobs: int | None = None
@@ -160,6 +161,7 @@ def pack(draft: Draft, leaving: list[tuple[Run, np.ndarray, tuple[int, ...]]]) -
         mask=_mask(draft, start, pick) if draft.masked else None,
         swap_out=_pairs((b, s) for _, blocks, slots in leaving for b, s in zip(blocks, slots, strict=True)),
         swap_in=_pairs(draft.swap_in),
+        keep=_pairs(draft.keep),
     )
 
 

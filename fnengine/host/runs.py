@@ -185,6 +185,8 @@ class Run:
     """Host slots that hold its blocks while it is swapped out."""
     saved: int = 0
     """Tokens of KV in `slots`."""
+    since: int = -1
+    """`States.stamp` when the state was kept that it began from."""
     scores: list[TokenLogprob] = field(default_factory=list)
     """Of prompt tokens 1, 2, ..., when asked for."""
     scheduled: float | None = None
@@ -355,7 +357,8 @@ def preempt(host: Host, run: Run) -> None:
     _leave(host, run)
     computed = run.path.length - run.drafted  # a draft that is in flight may be wrong
     blocks = blocks[: -(-computed // host.ledger.block)]
-    n = 0 if run.base is not None else len(blocks)  # the base of an extension stays where it is
+    # The base of an extension stays where it is, and states are not saved: what was kept of them is found again.
+    n = 0 if run.base is not None or host.ledger.states is not None else len(blocks)
     move, redo = 2 * n * policy.swap_seconds_per_block, computed * policy.recompute_seconds_per_token
     if 0 < n <= len(host.free_slots) and move < redo:
         run.slots, run.saved = tuple(host.free_slots[-n:]), computed
