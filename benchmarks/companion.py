@@ -75,7 +75,14 @@ def run(
         prompts = [model.encode(text) for text in stories(n)]
         counted: dict[str, list[int]] = {}
 
-        def side(name: str, ask: Speculate | None, label: str, prompts: Any = prompts, t: float = temperature) -> Any:
+        def side(
+            name: str,
+            ask: Speculate | None,
+            label: str,
+            prompts: list[list[int]] = prompts,
+            t: float = temperature,
+            counted: dict[str, list[int]] = counted,
+        ) -> Any:
             engine = engines[name]
 
             def turn(repeat: int) -> list[list[int]]:

@@ -19,7 +19,7 @@ from fnengine.errors import ConfigError
 from fnengine.graphs.compile import CannotCompile, Traces, folder, kept, missing_compiler
 from fnengine.graphs.compile import start as start_compiler
 from fnengine.host.plan import Policy
-from fnengine.host.runs import PICKS
+from fnengine.host.runs import picks_of
 from fnengine.host.step import BLOCK
 from fnengine.host.tokenizer import Tokenizer
 from fnengine.kernels import Heads, Ops, team
@@ -151,6 +151,7 @@ def build(
             graphs=len(ladder) * len(captures.AT_START),
             compiled=bool(kinds),
             steer=len(steer),
+            drafting=companion is not None,
         )
         beside += 0 if extra is None else extra.on_card
         pool = size_pool(
@@ -237,7 +238,7 @@ def policy_of(model: Model, settings: Settings, built: Built, tokenizer: Tokeniz
         caching=settings.enable_prefix_caching,
         chunked=settings.enable_chunked_prefill,
         processors=built.device.processors,
-        picks=max(built.mode.rows, PICKS),
+        picks=picks_of(built.mode.rows, model.spec.vocab, bool(built.drafts)),
         steer=built.device.steer,
         width=model.spec.width,
     )

@@ -25,6 +25,7 @@ from fnengine.host.ahead import Ahead
 from fnengine.host.output import Delta
 from fnengine.host.plan import Run
 from fnengine.host.request import Request, Sampling, Speculate, Stop
+from fnengine.host.runs import picks_of
 from fnengine.host.step import Ask
 from fnengine.spec import kv_bytes_per_token
 from fnengine.state import Batch, Out, State
@@ -365,3 +366,20 @@ def test_the_ledger_counts_weights_and_blocks_of_a_companion(which: str):
 
 def leaf_bytes(leaf: Any) -> int:
     return leaves.weight_bytes(leaf) if isinstance(leaf, leaves.KINDS) else leaf.nbytes
+
+
+def test_no_more_is_drafted_than_a_step_can_verify():
+    """33 choices of one prompt at 40 rows with logits for 50 tokens, and then for as many as a companion wants."""
+    for picks, shares in ((50, [1] * 17), (73, [1] * 33), (None, [3] * 33)):
+        e, rounds = engine(max_num_seqs=40, kv_cache_memory_bytes=1 << 22)
+        assert e.policy.picks == picks_of(40, V, True) == 200
+        if picks:
+            e.host.policy = dataclasses.replace(e.policy, picks=picks)
+        counts: list[list[int]] = []
+        draft = e.device.draft
+        e.device.draft = lambda r, draft=draft, counts=counts: counts.append(r.count.tolist()) or draft(r)
+        before = e.gauges().steps
+        run(e, ask(PROMPTS[0], SAMPLED, HOW, 8, n=33))
+        assert counts[0] == shares and e.gauges().steps - before <= 9
+        drafted_ = sum(len(way) for *_, way in rounds.made)
+        assert e.gauges().drafted == drafted_, "what was drafted was verified"

@@ -48,13 +48,16 @@ def drafts(
         device: [R, K] tokens of a round.
         most: positions that the companion knows: no token is drafted beyond.
     """
-    ledger, packed = host.ledger, Draft()
+    ledger, packed, policy = host.ledger, Draft(), host.policy
+    # What a step cannot verify is not worth drafting: rows get equal shares of it, the first ones where it is less.
+    left = max(min(policy.picks, policy.budget) - len(host.running), 1)
+    share = max(left // max(len(wishes), 1), 1)
     held: list[Path] = []
     some: list[tuple[int, int]] = []
     grow: list[tuple[int, int, int]] = []
     for i, (run, k) in enumerate(wishes):
         free = max(ledger.available - host.owed, 0) * ledger.block + -run.path.length % ledger.block
-        k = min(k, free, most - run.known)
+        k = min(k, share, left, free, most - run.known)
         if k < 1 or not run.newest:
             continue
         try:
@@ -64,6 +67,7 @@ def drafts(
         held.append(extension.path)
         if extension.copy:  # its tail belongs to others, too
             continue
+        left -= k
         grow += [(run.row, column, block) for column, block in extension.grown]
         some.append((k, i))
         ask(packed, run)
