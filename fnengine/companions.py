@@ -25,7 +25,7 @@ from fnengine.processors import Own
 from fnengine.program import Kind, Recorded, compiled_layers, wanted_layers
 from fnengine.settings import Mode, Settings
 from fnengine.spec import ModelSpec, for_length
-from fnengine.step import make_step
+from fnengine.state import Pool
 from fnengine.transforms.companion import Companion, of_model
 
 log = logging.getLogger("fnengine")
@@ -111,14 +111,13 @@ class SecondModel:
         def made(max_len: int, traces: Traces) -> tuple[Companion, str]:
             run_layers, how = layers_of(kinds, model, traces, ground.captured)
             spec = for_length(model.spec, min(max_len, model.spec.max_len))
-            step = make_step(spec, ops, run_layers, ground.own)
             mixers = [layer.mixer for layer in spec.layers]
-            return of_model(
-                model.params,
-                step,
-                len(target.spec.layers),
-                lambda blocks: make_pool(mixers, ops.kv, blocks, model.dtype, model.device),
-            ), how
+
+            def pool(blocks: int) -> tuple[Pool, ...]:
+                return make_pool(mixers, ops.kv, blocks, model.dtype, model.device)
+
+            layers = len(target.spec.layers)
+            return of_model(spec, model.params, ops, run_layers, layers, pool, ground.own), how
 
         compiles = any(kind.wanted.kept(folder()) is None for kind in kinds)
         return Ready(memory.beside(shapes, model.name), model.spec.max_len, compiles, made)

@@ -15,10 +15,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from fnengine import sampling
 from fnengine.companions import Ground, Ready
 from fnengine.device import make_pool
 from fnengine.errors import ConfigError
@@ -28,9 +26,9 @@ from fnengine.kernels.layout import block_bytes
 from fnengine.layers import rope_angles
 from fnengine.memory import Extra
 from fnengine.processors import PROCESSORS, Own, in_turn
-from fnengine.state import Batch, Carry, Out, Rows, State, Where, locate
+from fnengine.state import Batch, Carry, Out, Rows, State, locate
 from fnengine.step import Step
-from fnengine.transforms.companion import Companion
+from fnengine.transforms.companion import Companion, drawn, one_each
 
 if TYPE_CHECKING:
     from fnengine.decoding.heads import Head
@@ -89,21 +87,16 @@ def companion(head: Head, own: tuple[Own, ...] = ()) -> Companion:
         def drafted(params: Any, state: State, batch: Batch) -> tuple[State, Out]:
             rows, carry = state.rows, state.carry
             assert carry is not None
-            where = _before(rows, locate(rows, batch, BLOCK))
-            row_R, length_R = batch.row.long(), rows.length[batch.row.long()]
-            token_T = _at(rows, where.row_T, where.position + 1)
-            hidden_TD = hidden_of(carry)[where.row_T]
+            row_R = batch.row.long()
+            position_R = rows.length[row_R]
+            where = one_each(rows, batch, row_R, (position_R - 1).clamp_(min=0))  # the newest pair
+            token_R = rows.history[row_R, position_R.long()]
             angles, pool = rope_angles(head.kind.mixer.rope, where.position), state.pool[layers]
-            q_THC, residual_TD = head.enter(token_T, hidden_TD, angles, pool, where.slot)
-            x_TD = head.attend(q_THC, residual_TD, pool, (where.table, where.row, where.start, where.length))
-            hidden_RD, logits_RV = head.wiring.leave(x_TD[(batch.start[1:] - 1).clamp(min=0).long()])
+            q_RHC, residual_RD = head.enter(token_R, hidden_of(carry)[row_R], angles, pool, where.slot)
+            x_RD = head.attend(q_RHC, residual_RD, pool, (where.table, where.row, where.start, where.length))
+            hidden_RD, logits_RV = head.wiring.leave(x_RD)
             carry.ahead[row_R] = hidden_RD
-            position_R = length_R + 1
-            token_R = sampling.choose(batch.ask, logits_RV, rows, row_R, position_R, head.ops, processors)
-            rows.history[row_R, position_R.long().clamp(max=rows.history.shape[1] - 1)] = token_R
-            rows.length[row_R] = position_R
-            rows.length[-1:] = 0  # the null row stays empty
-            return state, Out(token_R, batch.emit)
+            return state, Out(drawn(batch, rows, row_R, position_R, logits_RV, head.ops, processors), batch.emit)
 
         return drafted
 
@@ -117,12 +110,3 @@ def companion(head: Head, own: tuple[Own, ...] = ()) -> Companion:
 def _at(rows: Rows, row_T: Tensor, position_T: Tensor) -> Tensor:
     """The tokens that stand there."""
     return rows.history[row_T, position_T.long().clamp(max=rows.history.shape[1] - 1)]
-
-
-def _before(rows: Rows, where: Where) -> Where:
-    """One place earlier: where the pairs of the rows' newest tokens are."""
-    position = (where.position - 1).clamp(min=0)
-    column = (position // BLOCK).clamp(max=rows.table.shape[1] - 1).long()
-    slot = rows.table[where.row_T, column] * BLOCK + position % BLOCK
-    # The null row has as many tokens as it says and nothing before them.
-    return replace(where, position=position, slot=slot, length=torch.maximum(where.length - 1, where.start.diff()))

@@ -11,12 +11,20 @@ of a block it has computed what the target has. What it drafts it writes behind 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from fnengine.host.step import Ask
-from fnengine.state import Batch, Out, Pool, State
+import torch
+from torch import Tensor
+
+from fnengine.host.step import BLOCK
+from fnengine.kernels import Ops
+from fnengine.model import RunLayers, body, embed, head_logits
+from fnengine.processors import PROCESSORS, Own, Processor, in_turn
+from fnengine.sampling import choose
+from fnengine.spec import ModelSpec
+from fnengine.state import Batch, Out, Pool, Rows, State, Where, locate
 from fnengine.step import Step
 
 
@@ -38,27 +46,70 @@ class Companion:
     """Numbers that it keeps of each row between steps."""
 
 
-def of_model(params: Any, step: Step, layers: int, pool: Callable[[int], tuple[Pool, ...]]) -> Companion:
-    """A draft model's.
+def of_model(
+    spec: ModelSpec,
+    params: Any,
+    ops: Ops,
+    run_layers: RunLayers,
+    layers: int,
+    pool: Callable[[int], tuple[Pool, ...]],
+    own: Sequence[Own] = (),
+) -> Companion:
+    """A draft model's: `model`'s three parts, without what a step does besides.
 
     Args:
-        step: of the draft model, as `step.make_step` gives it, with the target's processors.
         layers: of the target: so many leaves of the pool are its own.
+        own: the engine's own logits processors.
     """
+    processors = {**PROCESSORS, "own": in_turn(own)}
+
+    def computed(params: Any, state: State, where: Where, token_T: Tensor) -> Tensor:
+        x_TD = embed(spec, params, token_T, where.position)
+        return body(spec, params, state.pool[layers:], where, ops, x_TD, run_layers)[0]
 
     def follow(target: Step) -> Step:
         def both(params: Any, state: State, batch: Batch) -> tuple[State, Out]:
-            # The target's step moves the rows' lengths on; both begin from the same ones.
-            rows = replace(state.rows, length=state.rows.length.clone())
-            only = replace(batch, target=None, pick=None, mask=None, ask=Ask(sample=False))
-            step(params[1], State(state.pool[layers:], rows), only)
-            _, out = target(params[0], State(state.pool[:layers], state.rows), batch)
+            rows = state.rows
+            where = locate(rows, batch, BLOCK)  # before the target's step moves lengths on
+            newest_T = rows.history[where.row_T, where.position.long().clamp_(max=rows.history.shape[1] - 1)]
+            computed(params[1], state, where, torch.where(batch.token < 0, newest_T, batch.token))
+            _, out = target(params[0], State(state.pool[:layers], rows), batch)
             return state, out
 
         return both
 
     def draft(params: Any, state: State, batch: Batch) -> tuple[State, Out]:
-        _, out = step(params[1], State(state.pool[layers:], state.rows), batch)
-        return state, out
+        rows, row_R = state.rows, batch.row.long()
+        position_R = rows.length[row_R]
+        token_R = rows.history[row_R, position_R.long()]
+        x_RD = computed(params[1], state, one_each(rows, batch, row_R, position_R), token_R)
+        logits_RV = head_logits(spec, params[1], x_RD)
+        return state, Out(drawn(batch, rows, row_R, position_R, logits_RV, ops, processors), batch.emit)
 
     return Companion(params, pool, follow, draft, draft)
+
+
+def one_each(rows: Rows, batch: Batch, row_R: Tensor, position_R: Tensor) -> Where:
+    """`locate` where each row has one new token, at these positions: a third of the operators. Padding, whatever it is
+    cut into, is the null row's first place again and again."""
+    slot_R = rows.table[row_R, (position_R // BLOCK).long()] * BLOCK + position_R % BLOCK
+    return Where(batch.row, batch.start, row_R, position_R, slot_R, position_R + batch.start.diff(), rows.table)
+
+
+def drawn(
+    batch: Batch,
+    rows: Rows,
+    row_R: Tensor,
+    position_R: Tensor,
+    logits_RV: Tensor,
+    ops: Ops,
+    processors: Mapping[str, Processor],
+) -> Tensor:
+    """The tokens after these positions, drawn as the target's are and written behind them; rows end there now. The
+    null row stays empty."""
+    after_R = position_R + 1
+    token_R = choose(batch.ask, logits_RV, rows, row_R, after_R, ops, processors)
+    rows.history[row_R, after_R.long()] = token_R
+    rows.length[row_R] = after_R
+    rows.length[-1:] = 0
+    return token_R
