@@ -143,12 +143,13 @@ def build(
             check_indices(spec, mode.budget)
         available, total = memory(device)
         ladder = () if captured.capturing is None else captured.capturing.ladder.buckets
+        passes = 0 if ready is None else ready.kinds * sum(b.tokens == b.rows for b in ladder)
         beside = accounting.on_card(
             spec,
             model.dtype,
             mode,
             wanted_len(settings, spec.max_len) or spec.max_len,
-            graphs=len(ladder) * len(captures.AT_START),
+            graphs=(len(ladder) + passes) * len(captures.AT_START),
             compiled=bool(kinds),
             steer=len(steer),
             drafting=companion is not None,

@@ -57,6 +57,8 @@ class Ready:
     """Longest sequence that it knows."""
     compiles: bool
     """Something of it is not in the cache of compiled layers."""
+    kinds: int
+    """Of passes that draft, each with graphs of its own where steps are captured."""
     made: Callable[[int, Traces], tuple[Companion, str]]
     """(longest sequence of the engine, where compilations are counted) -> what the device gets, and how it runs."""
 
@@ -120,7 +122,7 @@ class SecondModel:
             return of_model(spec, model.params, ops, run_layers, layers, pool, ground.own), how
 
         compiles = any(kind.wanted.kept(folder()) is None for kind in kinds)
-        return Ready(memory.beside(shapes, model.name), model.spec.max_len, compiles, made)
+        return Ready(memory.beside(shapes, model.name), model.spec.max_len, compiles, 1, made)
 
 
 def check_pair(target: Model, draft: Model) -> None:

@@ -581,11 +581,14 @@ class Engine:
         return survey(self.host, blocks)
 
     def graphs(self) -> dict[str, Any] | None:
-        """What ran in which captured graph, and what padding cost; None where nothing is captured."""
+        """What ran in which captured graph, and what padding cost, and of passes that draft the same under `drafts`;
+        None where nothing is captured."""
         usage = None if self.built is None else self.built.device.usage
         if usage is None or self.built is None:
             return None
-        return {"about": self.built.capture, **as_json(replace(usage, recompiles=self.gauges().recompiles))}
+        found = {"about": self.built.capture, **as_json(replace(usage, recompiles=self.gauges().recompiles))}
+        passes = self.built.device.draft_usage
+        return found if passes is None else {**found, "drafts": as_json(passes)}
 
     def reset_prefix_cache(self) -> None:
         """Forgets cached blocks that no sequence holds."""

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fnengine.companions import Ground, Ready
@@ -23,7 +24,7 @@ from fnengine.errors import ConfigError
 from fnengine.graphs.compile import Traces
 from fnengine.host.step import BLOCK
 from fnengine.kernels.layout import block_bytes
-from fnengine.layers import rope_angles
+from fnengine.layers import Angles, rope_angles
 from fnengine.memory import Extra
 from fnengine.processors import PROCESSORS, Own, in_turn
 from fnengine.state import Batch, Carry, Out, Rows, State, locate
@@ -53,14 +54,21 @@ def ready(head: Head, ground: Ground) -> Ready:
     )
 
     def made(max_len: int, traces: Traces) -> tuple[Companion, str]:
-        return companion(head, ground.own), "eager"
+        return companion(head, max_len, ground.own), "eager"
 
-    return Ready(extra, target.spec.max_len, False, made)
+    return Ready(extra, target.spec.max_len, False, 2, made)
 
 
-def companion(head: Head, own: tuple[Own, ...] = ()) -> Companion:
-    """What a device has to know of a head. `own` are the engine's own logits processors."""
+def companion(head: Head, max_len: int, own: tuple[Own, ...] = ()) -> Companion:
+    """What a device has to know of a head, for sequences of at most so many tokens. `own` are the engine's own logits
+    processors."""
     target, layers = head.target, len(head.target.spec.layers)
+    cos, sin = rope_angles(head.kind.mixer.rope, torch.arange(max_len, device=target.device))
+
+    def angles(position_T: Tensor) -> Angles:
+        at_T = position_T.clamp(max=max_len - 1)  # padding goes beyond
+        return cos[at_T], sin[at_T]
+
     processors = {**PROCESSORS, "own": in_turn(own)}
 
     def follow(step: Step) -> Step:
@@ -74,8 +82,7 @@ def companion(head: Head, own: tuple[Own, ...] = ()) -> Companion:
             seen = dict(zip(taps, out.taps, strict=True))
             hidden_TD = head.wiring.hidden([seen[name] for name in head.taps])
             token_T = _at(rows, where.row_T, where.position + 1)
-            angles = rope_angles(head.kind.mixer.rope, where.position)
-            head.enter(token_T, hidden_TD, angles, state.pool[layers], where.slot)
+            head.enter(token_T, hidden_TD, angles(where.position), state.pool[layers], where.slot)
             # Of the tokens that a row chooses after, the last that was drafted right.
             newest_R = (batch.start[1:] - batch.emit + out.count - 1).clamp(min=0).long()
             carry.seen[batch.row.long()] = hidden_TD[newest_R]
@@ -91,8 +98,8 @@ def companion(head: Head, own: tuple[Own, ...] = ()) -> Companion:
             position_R = rows.length[row_R]
             where = one_each(rows, batch, row_R, (position_R - 1).clamp_(min=0))  # the newest pair
             token_R = rows.history[row_R, position_R.long()]
-            angles, pool = rope_angles(head.kind.mixer.rope, where.position), state.pool[layers]
-            q_RHC, residual_RD = head.enter(token_R, hidden_of(carry)[row_R], angles, pool, where.slot)
+            pool, hidden_RD = state.pool[layers], hidden_of(carry)[row_R]
+            q_RHC, residual_RD = head.enter(token_R, hidden_RD, angles(where.position), pool, where.slot)
             x_RD = head.attend(q_RHC, residual_RD, pool, (where.table, where.row, where.start, where.length))
             hidden_RD, logits_RV = head.wiring.leave(x_RD)
             carry.ahead[row_R] = hidden_RD
