@@ -122,7 +122,7 @@ class SecondModel:
             return of_model(spec, model.params, ops, run_layers, layers, pool, ground.own), how
 
         compiles = any(kind.wanted.kept(folder()) is None for kind in kinds)
-        return Ready(memory.beside(shapes, model.name), model.spec.max_len, compiles, 1, made)
+        return Ready(memory.beside(shapes, model.name), model.spec.max_len, compiles, 2, made)
 
 
 def check_pair(target: Model, draft: Model) -> None:

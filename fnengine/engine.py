@@ -192,7 +192,10 @@ class Engine:
             pooling=declared(model.folder),
             runtime=lambda ledger, books: Runtime.over(model, settings, built, ledger, books),
         )
-        engine.drafting.jointly = lambda wishes: ahead.drafts(engine.host, wishes, device.draft, built.drafts_to)
+        follows = device.companion is not None and device.companion.catches_up
+        engine.drafting.jointly = lambda wishes: ahead.drafts(
+            engine.host, wishes, device.draft, built.drafts_to, follows=follows
+        )
         return engine
 
     @property

@@ -920,7 +920,13 @@ def guess_freely(monkeypatch):
 def draft_anywhere(monkeypatch):
     """A round of drafts that does not tell the device where they may lie."""
     real = ahead.Ahead
-    monkeypatch.setattr(ahead, "Ahead", lambda row, count, grow, ask: real(row, count, grow[:0], ask))
+    monkeypatch.setattr(ahead, "Ahead", lambda **k: real(**{**k, "grow": k["grow"][:0]}))
+
+
+def follow_too_far(monkeypatch):
+    """A round of drafts that takes the newest token for seen, whose KV lies in a lent block."""
+    real = Ledger.followed
+    monkeypatch.setattr(Ledger, "followed", lambda ledger, path: (real(ledger, path) + 1) // 16 * 16)
 
 
 def impatient(monkeypatch):
@@ -940,6 +946,7 @@ def impatient(monkeypatch):
         shift_masks,
         guess_freely,
         draft_anywhere,
+        follow_too_far,
         impatient,
         save_drafts,
         keep_wrong_drafts,

@@ -7,7 +7,7 @@ The pool holds, for every token, its id and a digest of all tokens up to it, as 
 
 Both are read back through the row's block table, so a wrong block, copy, table edit, swap or order changes tokens. The
 logits after a token are its digest. A companion keeps digests of its own beside them; what it drafts is somebody else's
-to say, but it finds its digests right and scribbles where drafts lie.
+to say, but it computes what it has not seen, finds the rest right, and scribbles where drafts lie.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class ToyDevice:
         """A step that failed: whatever it was to write or to save is wrong now, and nothing says so but its ticket."""
         for row, first, end in spans:
             for i in range(first, end):
-                self.pool[self.table[row, i // BLOCK], i % BLOCK] = 3, 3, 3
+                self.pool[self.table[row, i // BLOCK], i % BLOCK, :2] = 3
             self.state[row].newest = 3
         if step.swap_out is not None:
             self.host[step.swap_out[:, 1]] = 3
@@ -236,7 +236,7 @@ class ToyDevice:
                 assert slot[0] != 0, "a write to the null block"
                 assert slot not in written, "a slot written by two rows in one step"
                 written.add(slot)
-                self.pool[slot] = token, EMPTY, EMPTY
+                self.pool[slot][:2] = token, EMPTY
             spans.append((row, state.length, state.length + len(tokens)))
             state.length += len(tokens)
         # A reader of blocks written in this same step starts after their writer.
@@ -249,32 +249,41 @@ class ToyDevice:
             for i in range(first, end):
                 slot = self.table[row, i // BLOCK], i % BLOCK
                 before = digest(before, int(self.pool[slot][0]))
-                self.pool[slot][1:] = before
+                self.pool[(*slot, 1)] = before
         return spans
 
     def draft(self, round: Ahead, guesses: dict[int, tuple[int, ...]]) -> np.ndarray:
-        """The guesses of each row, after a look at what a companion would read, and with what it would leave behind."""
+        """The guesses of each row, once the companion has computed what it had not seen, and what it leaves behind."""
         for row, column, block in round.grow.tolist():
             self.table[row, column] = block
-        out, written = np.full((len(round.row), int(round.count[0])), EMPTY, np.int32), set()
+        out, written = np.full((len(round.row), max(int(round.count[0]), 1)), EMPTY, np.int32), set()
+        assert (np.diff(round.count) <= 0).all() and (round.count > 0).sum() >= len(round.row) - 1
         for r, (row, n) in enumerate(zip(round.row.tolist(), round.count.tolist(), strict=True)):
-            state = self.state[row]
-            assert state.newest != EMPTY, "a draft after a token that the device has not"
+            state, begin = self.state[row], int(round.begin[r])
+            tokens = round.token[round.start[r] : round.start[r + 1]].tolist()
+            end = min(begin + len(tokens), state.length)
+            assert round.length[r] == state.length and len(tokens) > 0 and begin <= state.length
+            assert state.newest != EMPTY and (tokens[-1] == state.newest if n else begin + len(tokens) <= state.length)
             kv = self.read_row(row, state.length)
-            assert (kv[:, 1] == kv[:, 2]).all(), "the companion has other KV than the target"
+            assert kv[begin:end, 0].tolist() == tokens[: end - begin]
+            for i in range(begin, end):
+                self.pool[self.table[row, i // BLOCK], i % BLOCK, 2] = kv[i, 1]
             for i in range(state.length, state.length + n):
                 slot = (int(self.table[row, i // BLOCK]), i % BLOCK)
                 assert slot[0] != 0 and slot not in written, "two drafts in one slot, or one in the null block"
                 written.add(slot)
                 self.pool[(*slot, 2)] = SCRATCH
             out[r, :n] = guesses[row][:n]
+        for r, row in enumerate(round.row.tolist()):  # all is written before any is read
+            kv = self.read_row(row, int(round.begin[r]))
+            assert (kv[:, 1] == kv[:, 2]).all(), "the companion reads what it has not computed"
         return out
 
     def read_row(self, row: int, length: int) -> np.ndarray:
         """[length, 3] token ids and digests of the row, through its table."""
         columns = -(-length // BLOCK)
         kv = self.pool[self.table[row, :columns]].reshape(-1, 3)[:length]
-        assert (kv >= 0).all(), "a row reads a slot nobody wrote"
+        assert (kv[:, :2] >= 0).all(), "a row reads a slot nobody wrote"
         return kv
 
     def _choose(self, step: StepInput, spans: list[tuple[int, int, int]]) -> StepOutput:
@@ -321,9 +330,9 @@ class ToyDevice:
             block = self.pool[node.block]
             assert (block[:, 0] == np.frombuffer(ids, np.int32)).all(), f"{node} does not hold its tokens"
             before = 0 if node.parent is None else int(self.pool[node.parent.block, -1, 1])
-            for token, d, second in block.tolist():
+            for token, d, _ in block.tolist():
                 before = digest(before, token)
-                assert before == d == second, f"{node} was computed on another prefix"
+                assert before == d, f"{node} was computed on another prefix"
 
 
 def _may(step: StepInput, at: int) -> frozenset[int] | None:
