@@ -72,7 +72,7 @@ def build(
     Args:
         lazy: whether steps are captured when they are met, where `settings.graph_capture` does not say.
         processors: name -> logits processor that requests may ask for.
-        companion: a draft model that computes whatever the model does, and drafts for many sequences at once.
+        companion: a draft model or head, which drafts for many sequences at once on the model's rows and blocks.
 
     Raises:
         ConfigError: the companion does not fit the model, a setting is impossible, the pool too small for

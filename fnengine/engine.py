@@ -161,8 +161,8 @@ class Engine:
             strategies: that requests may name; `bounds` says how long one may keep to itself.
             speculate: drafts for requests that say nothing about them.
             proposers: name -> (how -> a proposer for one run), for `Speculate(method=name)`.
-            companion: a draft model that computes what the model computes, on the same blocks, and drafts for many
-                sequences at once, for `Speculate(method="draft_model")`.
+            companion: a draft model or head, which drafts for many sequences at once on the model's rows and blocks;
+                its method in `Speculate` is `draft_model`, or the head's, such as `eagle`.
             generation_config: `vllm` ignores the model's own sampling defaults.
             processors: name -> function of logits that requests may ask for, `Sampling(processors=...)`.
         """
