@@ -234,6 +234,21 @@ def test_what_nobody_wants_drafts_of_is_not_computed_twice():
     assert seen[0][1][0] <= 36 + 1 - 32 and all(sum(sizes) <= 12 for _, sizes in seen)
 
 
+def test_a_prompt_that_is_caught_up_with_in_pieces_keeps_nobody_from_drafting():
+    e, _ = engine(max_num_batched_tokens=12)
+    draft, seen = e.device.draft, []
+    e.device.draft = lambda r: seen.append(r.count.tolist()) or draft(r)
+    long, short = ask(PROMPTS[3], GREEDY, HOW, 40), ask(PROMPTS[0][:5], GREEDY, HOW, 40)
+    got: list[list[Delta]] = [[], []]
+    for some, r in zip(got, (long, short), strict=True):
+        e.submit_to(r, some.append)
+    while e.turn():
+        pass
+    assert [3, 0] in seen, "one drafts while the other is caught up with"
+    assert all(counts[0] > 0 for counts in seen if len(counts) > 1)
+    assert [t for d in got[0] for t in d.tokens][:24] == plain(GREEDY)[3][0]
+
+
 def test_a_round_for_many_rows_costs_as_many_passes_as_for_one():
     """Counted: passes and their rows, by what the device is asked."""
     for n in (1, 4):

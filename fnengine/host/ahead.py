@@ -91,12 +91,16 @@ def drafts(
     before: list[tuple[Node, int]] = []
     parts: list[_Part] = []
     grow: list[tuple[int, int, int]] = []
-    for i, (run, k) in enumerate(wishes):
+    order = list(range(len(wishes)))
+    if follows:  # a prompt that is caught up with in pieces keeps nobody else from drafting
+        order.sort(key=lambda i: wishes[i][0].path.length - ledger.followed(wishes[i][0].path))
+    for i in order:
+        run, k = wishes[i]
         length = run.path.length
         begin = ledger.followed(run.path) if follows else length
         free = max(ledger.available - host.owed, 0) * ledger.block + -length % ledger.block
         k = min(k, share, left, free, most - run.known)
-        if k < 1 or not run.newest or not tokens:
+        if k < 1 or not run.newest or tokens < 1:
             continue
         if length + 1 - begin > tokens:  # the rest in later rounds
             parts.append(_Part(i, run, 0, begin, begin + tokens))
