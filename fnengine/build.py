@@ -20,7 +20,7 @@ from fnengine.errors import ConfigError
 from fnengine.graphs.compile import CannotCompile, Traces, folder, kept, missing_compiler
 from fnengine.graphs.compile import start as start_compiler
 from fnengine.host.plan import Policy
-from fnengine.host.runs import PICKS
+from fnengine.host.runs import picks_of
 from fnengine.host.step import BLOCK
 from fnengine.host.tokenizer import Tokenizer
 from fnengine.kernels import Ops, team
@@ -75,7 +75,7 @@ def build(
     Args:
         lazy: whether steps are captured when they are met, where `settings.graph_capture` does not say.
         processors: name -> logits processor that requests may ask for.
-        companion: a draft model that computes whatever the model does, and drafts for many sequences at once.
+        companion: a draft model or head, which drafts for many sequences at once on the model's rows and blocks.
 
     Raises:
         ConfigError: the companion does not fit the model, a setting is impossible, the pool too small for
@@ -155,14 +155,16 @@ def build(
             check_indices(spec, mode.budget)
         available, total = memory(device)
         ladder = () if captured.capturing is None else captured.capturing.ladder.buckets
+        passes = 0 if ready is None else ready.kinds * sum(b.tokens == b.rows for b in ladder)
         beside = accounting.on_card(
             spec,
             model.dtype,
             mode,
             wanted_len(settings, spec.max_len) or spec.max_len,
-            graphs=len(ladder) * len(captures.AT_START),
+            graphs=(len(ladder) + passes) * len(captures.AT_START),
             compiled=bool(kinds),
             steer=len(steer),
+            drafting=companion is not None,
         )
         beside += 0 if extra is None else extra.on_card
         beside += (mode.rows + 1 + (places or 0)) * state_bytes(spec)
@@ -263,7 +265,7 @@ def policy_of(model: Model, settings: Settings, built: Built, tokenizer: Tokeniz
         caching=settings.enable_prefix_caching,
         chunked=settings.enable_chunked_prefill,
         processors=built.device.processors,
-        picks=max(built.mode.rows, PICKS),
+        picks=picks_of(built.mode.rows, model.spec.vocab, bool(built.drafts)),
         steer=built.device.steer,
         width=model.spec.width,
     )

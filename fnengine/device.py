@@ -256,9 +256,7 @@ class TorchDevice:
         self.drafting: tuple[Steps, ...] = ()
         """How the first pass of a round of drafts is run, and all later ones."""
         if companion is not None:
-            kinds = dict.fromkeys((companion.first, companion.later))
-            made = {step: self._passes(step, capturing) for step in kinds}
-            self.drafting = made[companion.first], made[companion.later]
+            self.drafting = self._passes(companion.first, capturing), self._passes(companion.later, capturing)
 
     def _graphs(self, capturing: Capturing[Ask] | None, usage: Usage) -> Graphs[Ask] | None:
         return None if capturing is None else Graphs(self._forward, capturing, self._idle, usage.capture)
@@ -276,8 +274,11 @@ class TorchDevice:
         if self.graphs is None:
             return
         wanted = [(self.graphs, key) for key in self.graphs.wanted()]
-        for passes in {id(steps): steps for steps in self.drafting if isinstance(steps, Graphs)}.values():
-            wanted += [(passes, key) for key in passes.wanted() if key.bucket.tokens == key.bucket.rows]
+        for j, passes in enumerate(self.drafting):
+            assert isinstance(passes, Graphs) and self.companion is not None
+            any_shape = self.companion.catches_up and not j
+            each = [key for key in passes.wanted() if any_shape or key.bucket.tokens == key.bucket.rows]
+            wanted += [(passes, key) for key in each]
         with self._current():
             for i, (graphs, key) in enumerate(wanted):
                 graphs.capture(key, self.params, self.state)
@@ -357,25 +358,26 @@ class TorchDevice:
         with self._current():
             self._grow(round.grow)
             rows, none, chosen = self.state.rows, np.zeros((0, 3), np.int32), []
-            began = time.perf_counter()
+            began, row = time.perf_counter(), self._stage(round.row).long()
+            rows.length[row] = self._stage(round.begin)
+            ones = np.ones(len(round.row), np.int32)
             for j, n in enumerate(round.passes):
                 steps = self.drafting[min(j, 1)]
                 step = StepInput(
                     row=round.row[:n],
-                    start=np.arange(n + 1, dtype=np.int32),
-                    token=np.full(n, NEWEST, np.int32),
-                    emit=np.ones(n, np.int32),
+                    start=np.arange(n + 1, dtype=np.int32) if j else round.start,
+                    token=NEWEST * ones[:n] if j else round.token,
+                    emit=ones[:n] if j else np.minimum(round.count, 1),
                     copy=none[:, :2],
                     grow=none,
                     ask=round.ask,
                 )
-                choice = steps.choose(n, n, round.ask)
+                choice = steps.choose(len(step.token), n, round.ask)
                 steps.run(choice, self.params, self.state, self._packed(step, choice.bucket, choice.ask))
                 chosen.append(choice)
-            row, count = self._stage(round.row).long(), self._stage(round.count)
-            rows.length[row] -= count
+            rows.length[row] = length = self._stage(round.length)
             behind = torch.arange(1, int(round.count[0]) + 1, device=self.device)
-            at = (rows.length[row].long()[:, None] + behind).clamp_(max=rows.history.shape[1] - 1)
+            at = (length.long()[:, None] + behind).clamp_(max=rows.history.shape[1] - 1)
             tokens = rows.history[row[:, None], at].cpu().numpy()
             if self.draft_usage is not None:
                 for choice in chosen:

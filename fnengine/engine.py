@@ -162,8 +162,8 @@ class Engine:
             strategies: that requests may name; `bounds` says how long one may keep to itself.
             speculate: drafts for requests that say nothing about them.
             proposers: name -> (how -> a proposer for one run), for `Speculate(method=name)`.
-            companion: a draft model that computes what the model computes, on the same blocks, and drafts for many
-                sequences at once, for `Speculate(method="draft_model")`.
+            companion: a draft model or head, which drafts for many sequences at once on the model's rows and blocks;
+                its method in `Speculate` is `draft_model`, or the head's, such as `eagle`.
             generation_config: `vllm` ignores the model's own sampling defaults.
             processors: name -> function of logits that requests may ask for, `Sampling(processors=...)`.
         """
@@ -201,7 +201,10 @@ class Engine:
             pooling=declared(model.folder),
             runtime=lambda ledger, books: Runtime.over(model, settings, built, ledger, books),
         )
-        engine.drafting.jointly = lambda wishes: ahead.drafts(engine.host, wishes, device.draft, built.drafts_to)
+        follows = device.companion is not None and device.companion.catches_up
+        engine.drafting.jointly = lambda wishes: ahead.drafts(
+            engine.host, wishes, device.draft, built.drafts_to, follows=follows
+        )
         return engine
 
     tasks = ("generate", "embed", "pool", "score")
@@ -601,11 +604,14 @@ class Engine:
         return survey(self.host, blocks)
 
     def graphs(self) -> dict[str, Any] | None:
-        """What ran in which captured graph, and what padding cost; None where nothing is captured."""
+        """What ran in which captured graph, and what padding cost, and of passes that draft the same under `drafts`;
+        None where nothing is captured."""
         usage = None if self.built is None else self.built.device.usage
         if usage is None or self.built is None:
             return None
-        return {"about": self.built.capture, **as_json(replace(usage, recompiles=self.gauges().recompiles))}
+        found = {"about": self.built.capture, **as_json(replace(usage, recompiles=self.gauges().recompiles))}
+        passes = self.built.device.draft_usage
+        return found if passes is None else {**found, "drafts": as_json(passes)}
 
     def reset_prefix_cache(self) -> None:
         """Forgets cached blocks that no sequence holds."""

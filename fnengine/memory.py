@@ -24,7 +24,7 @@ from fnengine.errors import ConfigError
 from fnengine.graphs.bucket import fit
 from fnengine.graphs.ladder import MIXED
 from fnengine.host.answers import most_logprobs
-from fnengine.host.runs import PICKS
+from fnengine.host.runs import picks_of
 from fnengine.host.step import BLOCK
 from fnengine.kernels.layout import KVLayout, Tokens
 from fnengine.kernels.memory import HUGE
@@ -234,7 +234,7 @@ def account(s: Shapes) -> Account:
     workspace = max(workspace + x.beside, x.workspace)
     narrow = item if item != 4 and s.head in ("packed", "dense") else 0
     ranked = max(V, RANKED_AT_ONCE) * RANKED if isinstance(s.kv, Tokens) else 0  # the reference's layout
-    picks = max(b.rows, PICKS)
+    picks = picks_of(b.rows, V, s.extra is not None)
     sampled = _sampling(picks, V, narrow, min(k, most_logprobs(picks)), s.max_len, ranked)
     scored = b.rows * V * 4 + _scoring(b.tokens, V, narrow, min(k, most_logprobs(b.tokens)))
     programs = 0
@@ -295,7 +295,15 @@ GRAPH = 4 * MIB
 
 
 def on_card(
-    spec: ModelSpec, dtype: torch.dtype, mode: Mode, max_len: int, *, graphs: int, compiled: bool, steer: int = 0
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    mode: Mode,
+    max_len: int,
+    *,
+    graphs: int,
+    compiled: bool,
+    steer: int = 0,
+    drafting: bool = False,
 ) -> int:
     """Bytes that an engine takes on a GPU beside weights and KV: rows, the buffers of the largest step run directly and
     those of the largest one in a graph, which are kept apart, and what libraries and graphs hold. On paper: it keeps
@@ -316,7 +324,8 @@ def on_card(
             layer = max(layer, T * (live if compiled else live + 16 * activated(m)))  # float32, operator by operator
         # Logits, in both dtypes; what a bias, penalties and truncation each make of them; a row's tokens for penalties:
         # ids of 4 and 8 bytes, twice, and five values.
-        return layer + R * V * (16 + item) + R * max_len * 44
+        picks = picks_of(R, V, drafting) if drafting else R
+        return layer + picks * (V * (16 + item) + max_len * 44)
 
     captured = step(min(mode.budget, MIXED)) + graphs * GRAPH if graphs else 0
     return _rows(spec, dtype, R, max_len, steer=steer) + step(mode.budget) + captured + LIBRARIES

@@ -7,7 +7,9 @@ The pool holds, for every token, its id and a digest of all tokens up to it, as 
 
 Both are read back through the row's block table, so a wrong block, copy, table edit, swap or order changes tokens. The
 logits after a token are its digest. With `kept` places the device has layers with states: a row's state is the digest
-of its last token, and the next one is made of that and not of what the pool holds.
+of its last token, and the next one is made of that and not of what the pool holds. A companion keeps digests of its own
+beside them; what it drafts is somebody else's to say, but it computes what it has not seen, finds the rest right, and
+scribbles where drafts lie.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from typing import Any
 import numpy as np
 
 from fnengine.errors import RequestError
+from fnengine.host import ahead
 from fnengine.host import commit as committing
 from fnengine.host import guide as guiding
 from fnengine.host import plan as planning
+from fnengine.host.ahead import Ahead
 from fnengine.host.blocks import Ledger, Path
 from fnengine.host.commit import Event
 from fnengine.host.plan import Host, Planned, Policy
@@ -33,6 +37,8 @@ from fnengine.host.step import BLOCK, NEWEST, Admission, Scores, StepInput, Step
 
 EMPTY = -7
 """In a slot nobody wrote."""
+SCRATCH = -9
+"""A companion's, of a token that it drafted."""
 
 
 def digest(before: int, token: int) -> int:
@@ -160,8 +166,8 @@ class ToyDevice:
         self.memory = np.full(rows + 1 + (kept or 0), EMPTY, np.int64)
         self.depth, self.blocks, self.rows, self.max_len, self.host_slots = depth, blocks, rows, max_len, host_slots
         self.vocab, self.ledger, self.fail_at = vocab, ledger, fail_at
-        self.pool = np.full((blocks, BLOCK, 2), EMPTY, np.int64)
-        self.host = np.full((host_slots, BLOCK, 2), EMPTY, np.int64)
+        self.pool = np.full((blocks, BLOCK, 3), EMPTY, np.int64)
+        self.host = np.full((host_slots, BLOCK, 3), EMPTY, np.int64)
         self.table = np.zeros((rows, -(-max_len // BLOCK)), np.int32)
         self.state = [_Row() for _ in range(rows)]
         self.launches = 0
@@ -183,7 +189,7 @@ class ToyDevice:
         """A step that failed: whatever it was to write or to save is wrong now, and nothing says so but its ticket."""
         for row, first, end in spans:
             for i in range(first, end):
-                self.pool[self.table[row, i // BLOCK], i % BLOCK] = 3, 3
+                self.pool[self.table[row, i // BLOCK], i % BLOCK, :2] = 3
             self.state[row].newest = 3
             self.memory[row] = 3
         if step.keep is not None:
@@ -258,7 +264,7 @@ class ToyDevice:
                 assert slot[0] != 0, "a write to the null block"
                 assert slot not in written, "a slot written by two rows in one step"
                 written.add(slot)
-                self.pool[slot] = token, EMPTY
+                self.pool[slot][:2] = token, EMPTY
             spans.append((row, state.length, state.length + len(tokens)))
             state.length += len(tokens)
         # A reader of blocks written in this same step starts after their writer.
@@ -277,11 +283,38 @@ class ToyDevice:
             self.memory[row] = before
         return spans
 
+    def draft(self, round: Ahead, guesses: dict[int, tuple[int, ...]]) -> np.ndarray:
+        """The guesses of each row, once the companion has computed what it had not seen, and what it leaves behind."""
+        for row, column, block in round.grow.tolist():
+            self.table[row, column] = block
+        out, written = np.full((len(round.row), max(int(round.count[0]), 1)), EMPTY, np.int32), set()
+        assert (np.diff(round.count) <= 0).all() and (round.count > 0).sum() >= len(round.row) - 1
+        for r, (row, n) in enumerate(zip(round.row.tolist(), round.count.tolist(), strict=True)):
+            state, begin = self.state[row], int(round.begin[r])
+            tokens = round.token[round.start[r] : round.start[r + 1]].tolist()
+            end = min(begin + len(tokens), state.length)
+            assert round.length[r] == state.length and len(tokens) > 0 and begin <= state.length
+            assert state.newest != EMPTY and (tokens[-1] == state.newest if n else begin + len(tokens) <= state.length)
+            kv = self.read_row(row, state.length)
+            assert kv[begin:end, 0].tolist() == tokens[: end - begin]
+            for i in range(begin, end):
+                self.pool[self.table[row, i // BLOCK], i % BLOCK, 2] = kv[i, 1]
+            for i in range(state.length, state.length + n):
+                slot = (int(self.table[row, i // BLOCK]), i % BLOCK)
+                assert slot[0] != 0 and slot not in written, "two drafts in one slot, or one in the null block"
+                written.add(slot)
+                self.pool[(*slot, 2)] = SCRATCH
+            out[r, :n] = guesses[row][:n]
+        for r, row in enumerate(round.row.tolist()):  # all is written before any is read
+            kv = self.read_row(row, int(round.begin[r]))
+            assert (kv[:, 1] == kv[:, 2]).all(), "the companion reads what it has not computed"
+        return out
+
     def read_row(self, row: int, length: int) -> np.ndarray:
-        """[length, 2] token ids and digests of the row, through its table."""
+        """[length, 3] token ids and digests of the row, through its table."""
         columns = -(-length // BLOCK)
-        kv = self.pool[self.table[row, :columns]].reshape(-1, 2)[:length]
-        assert (kv >= 0).all(), "a row reads a slot nobody wrote"
+        kv = self.pool[self.table[row, :columns]].reshape(-1, 3)[:length]
+        assert (kv[:, :2] >= 0).all(), "a row reads a slot nobody wrote"
         return kv
 
     def _choose(self, step: StepInput, spans: list[tuple[int, int, int]]) -> StepOutput:
@@ -330,7 +363,7 @@ class ToyDevice:
             block = self.pool[node.block]
             assert (block[:, 0] == np.frombuffer(ids, np.int32)).all(), f"{node} does not hold its tokens"
             before = 0 if node.parent is None else int(self.pool[node.parent.block, -1, 1])
-            for token, d in block.tolist():
+            for token, d, _ in block.tolist():
                 before = digest(before, token)
                 assert before == d, f"{node} was computed on another prefix"
 
@@ -428,6 +461,10 @@ class World:
     """Sees every event, as the engine's text side does."""
     drafter: Callable[[Run], tuple[int, ...]] | None = None
     """Guesses what comes after the newest token of a run."""
+    jointly: bool = False
+    """Its guesses come of rounds for all runs, as a companion's."""
+    rounds: int = 0
+    """Rounds of more than one run."""
     extensions: dict[str, Run] = field(default_factory=dict)
     """On their way, by id."""
     paths: dict[str, tuple[Path, list[int]]] = field(default_factory=dict)
@@ -475,6 +512,7 @@ class World:
     def tick(self) -> bool:
         """Plans, launches, and commits what is more than the device's depth. False when there was nothing to do."""
         self.now += 1
+        guesses: list[tuple[Run, tuple[int, ...]]] = []
         for run in self.host.running:
             if (
                 self.drafter is not None
@@ -482,7 +520,14 @@ class World:
                 and run.path.length + 1 == run.known == run.total
                 and run.base is None
             ):
-                guiding.guess(run, self.drafter(run))
+                guesses.append((run, self.drafter(run)))
+        if self.jointly and guesses:
+            wishes = [(run, min(len(guess), run.limit - run.known - 1)) for run, guess in guesses]
+            rows = {run.row: guess for run, guess in guesses}
+            ways = ahead.drafts(self.host, wishes, lambda round: self.round(round, rows), self.device.max_len)
+            guesses = [(run, way) for (run, _), way in zip(guesses, ways, strict=True)]
+        for run, guess in guesses:
+            guiding.guess(run, guess)
         planned = planning.plan(self.host, self.now)
         if planned is not None:
             if self.watch is not None:
@@ -493,6 +538,10 @@ class World:
             self.collect()
             return True
         return planned is not None or bool(self.flight)
+
+    def round(self, round: Ahead, guesses: dict[int, tuple[int, ...]]) -> np.ndarray:
+        self.rounds += len(round.row) > 1
+        return self.device.draft(round, guesses)
 
     def collect(self) -> None:
         planned, ticket = self.flight.popleft()

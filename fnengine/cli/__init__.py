@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     p = _command(commands, "plan", "the byte ledger: what a server of this model will hold, from its config alone")
     _model_argument(p)
     p.add_argument("--json", action="store_true", help="print JSON, in bytes")
-    add_flags(p, "model", "engine")
+    add_flags(p, "model", "engine", "--speculative-config")
 
     p = _command(commands, "models", "the families of models that can be loaded, and what sets each apart")
     p.add_argument("--family", action="append", metavar="MODULE", help="families of your own, as for serve")

@@ -505,11 +505,12 @@ FLAGS = _flags()
 
 
 def add_flags(parser: argparse.ArgumentParser, *parts: str) -> None:
-    """Adds the flags of the named parts (`model`, `engine`, `serve`), in their groups."""
+    """Adds the flags of the named parts (`model`, `engine`, `serve`), and single ones by their names, in their
+    groups."""
     groups: dict[str, Any] = {}
     for f in FLAGS:
         part = f.to.split(".")[0]
-        if (part if part in ("model", "serve") else "engine") not in parts:
+        if f.name not in parts and (part if part in ("model", "serve") else "engine") not in parts:
             continue
         group = groups.get(f.group) or groups.setdefault(f.group, parser.add_argument_group(f.group))
         if f.read is None:

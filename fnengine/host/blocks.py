@@ -42,7 +42,7 @@ UNSEEN, PRIVATE = 0, -1
 class Node:
     """A block of the pool that holds, or held, somebody's tokens."""
 
-    __slots__ = ("block", "column", "content", "frontier", "holds", "key", "parent")
+    __slots__ = ("block", "column", "content", "followed", "frontier", "holds", "key", "parent")
 
     def __init__(self, block: int, parent: Node | None, frontier: int):
         self.block = block
@@ -53,6 +53,8 @@ class Node:
         """Tokens written, 1..B. The next one may be written in place by whoever ends here."""
         self.holds = 0
         """Paths that end here plus held nodes that stand on this one."""
+        self.followed = 0
+        """Tokens of it, and then all of the blocks before it, whose KV a companion has computed, too."""
         self.content = UNSEEN
         self.key: Key | None = None
         """In the index under this key; None when not indexed."""
@@ -303,6 +305,33 @@ class Ledger:
             self._free += self._resting
             self._resting.clear()
 
+    def followed(self, path: Path) -> int:
+        """Tokens of the path whose KV a companion has computed, too."""
+        node = path.tip
+        while node is not None and not node.followed:
+            node = node.parent
+        return 0 if node is None else min(node.column * self.block + node.followed, path.length)
+
+    def follow(self, path: Path, n: int) -> list[tuple[Node, int]]:
+        """Notes that a companion computes the first `n` tokens of the path in a step that is being made. Gives what was
+        noted before, for `unfollow` if that step fails."""
+        assert n <= path.length
+        node, before = path.tip, []
+        while node is not None:
+            tokens = min(n - node.column * self.block, self.block)
+            if 0 < tokens <= node.followed:
+                break
+            if tokens > 0:
+                before.append((node, node.followed))
+                node.followed = tokens
+            node = node.parent
+        return before
+
+    def unfollow(self, before: list[tuple[Node, int]]) -> None:
+        """Takes back what `follow` noted, the newest note first."""
+        for node, tokens in reversed(before):
+            node.followed = tokens
+
     # --- the index ------------------------------------------------------------------------------------------------
 
     def publish(self, path: Path, tokens: Sequence[int] | np.ndarray) -> None:
@@ -418,12 +447,13 @@ class Ledger:
             if copying:
                 source = tip
                 tip = self._new(source.parent, min(end + n, B))
+                tip.followed = min(source.followed, end)
                 copy = ((source.block, tip.block),)
                 self._sources.add(source.block)
                 grown.append((tip.column, tip.block))
             else:
                 if tip.frontier > end:  # what stood here is written over
-                    tip.content = UNSEEN
+                    tip.content, tip.followed = UNSEEN, min(tip.followed, end)
                     if self.states is not None:
                         self.states.forget(tip, end)
                 self._written += min(end + n, B) - tip.frontier
@@ -504,6 +534,9 @@ class Ledger:
                 continue
             assert n.block == block, f"{n}: filed under block {block}"
             assert 1 <= n.frontier <= self.block, f"{n}: frontier out of bounds"
+            assert 0 <= n.followed <= n.frontier, f"{n}: a companion has computed what nobody has"
+            above = self.block if n.parent is None else n.parent.followed
+            assert not n.followed or above == self.block, f"{n}: followed, but not what it stands on"
             if n.holds and n.parent is not None:
                 children[n.parent] = children.get(n.parent, 0) + 1
             if n.parent is not None:

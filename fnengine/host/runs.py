@@ -66,6 +66,17 @@ PICKS = 32
 logits are all wanted comes 32 tokens at a time, 20 MB of them for a vocabulary of 151,936."""
 
 
+DRAFTED, DRAFT_LOGITS = 4, 64 << 20
+"""Where all sequences may draft at once: tokens of each whose logits have room beside its newest one's, as far as that
+takes no more bytes."""
+
+
+def picks_of(rows: int, vocab: int, drafting: bool) -> int:
+    """Most tokens of a step after which logits are made. `drafting`: a companion drafts for many sequences at once."""
+    some = max(rows, PICKS)
+    return max(some, min(rows * (DRAFTED + 1), DRAFT_LOGITS // (4 * vocab))) if drafting else some
+
+
 @dataclass(frozen=True)
 class Policy:
     """Sizes and costs the scheduler goes by."""
