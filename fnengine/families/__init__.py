@@ -113,7 +113,8 @@ def spec_from_config(config: dict, where: str = "config.json") -> ModelSpec:
 def smallest(family: Family) -> ModelSpec:
     """A spec of a family of six layers, with everything that its configs need not say as it is by default."""
     sizes = dict(hidden_size=64, num_hidden_layers=6, num_attention_heads=2, vocab_size=10)
-    return spec_from_config({"model_type": family.name, **sizes, **dict.fromkeys(family.asks, 8)})
+    named = {"model_type": family.name, "architectures": [family.architecture]}
+    return spec_from_config({**named, **sizes, **dict.fromkeys(family.asks, 8)})
 
 
 class Unknown(SpecError):
