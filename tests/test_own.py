@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import pytest
 import torch
 
 import fnengine as fn
+from fnengine import cli
 from fnengine import own as owning
 from fnengine.cli import own as named
+from fnengine.cli import start
+from fnengine.config import resolve
 from fnengine.errors import ConfigError
 from fnengine.graphs import compile as compiling
 from fnengine.graphs.compile import Artifact, Traces, missing_compiler
@@ -179,12 +183,28 @@ def test_compiled_functions_in_a_step():
 
 
 def test_functions_named_on_the_command_line(tmp_path, monkeypatch):
+    """A served request asks for one by its name; the start says how it runs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "mine_of_own.py").write_text("def short(l, h, n, a):\n    return l\nclass Old: ...\ndef other(): ...\n")
+    (tmp_path / "mine_of_own.py").write_text(
+        "import torch\n"
+        "def short(l, h, n, a):\n    return torch.where(torch.arange(l.shape[1]) == a[:, :1], 1e4, l)\n"
+        "class Old: ...\ndef other(): ...\n"
+    )
     (tmp_path / "more_of_own.py").write_text("def short(l, h, n, a):\n    return -l\n")
     found = named.processors(["mine_of_own:short", "mine_of_own:other", "mine_of_own:short"])
-    assert list(found) == ["short", "other"] and found["short"](1, 2, 3, 4) == 1
+    assert list(found) == ["short", "other"]
+    words = ["serve", "--logits-processors", "mine_of_own:short", "--enforce-eager", "--max-model-len", "64"]
+    model = dataclasses.replace(tiny_model("qwen3", "float32"))
+    model.__dict__["tokenizer"] = byte_tokenizer(V)  # its cached property
+    engine = start.build_engine(resolve(cli.parser().parse_args(words)), model)
+    assert "processors: short (eager: --enforce-eager)" in start.facts(engine)
+    deltas: list[fn.Delta] = []
+    how, stop = Sampling(temperature=0, processors=(("short", (77.0,)),)), fn.Stop(max_tokens=3, ignore_eos=True)
+    engine.submit_to(fn.Request("r", np.array([5, 6], np.int32), how, stop), deltas.append)
+    while engine.turn():
+        pass
+    assert [t for d in deltas for t in d.tokens] == [77, 77, 77]
     for names, what in (
         (["mine_of_own:Old"], "is no function, it is a class"),
         (["mine_of_own.short"], "is not module:name"),
