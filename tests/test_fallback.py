@@ -164,6 +164,20 @@ def test_compiled_blocks(name: str):
     assert rt.built.traces.compiled == 0
 
 
+@pytest.mark.parametrize("name", ["persimmon", "ernie-moe"])
+def test_steps_can_be_captured(name: str):
+    """Law: what is replayed over static buffers, here by the eager twin, padded and poisoned, is what is computed."""
+    ids = tokens(30, 7)
+    small = dict(max_model_len=128, max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 20, enforce_eager=True)
+    rt = fn.Runtime(tiny_model(name), max_num_seqs=4, graph_twin=True, **small)
+    seq, first = rt.extend(rt.empty, ids[:17], logits="all")
+    got = [first.clone()]
+    for t in ids[17:]:
+        seq, one = rt.extend(seq, [t], logits="all")
+        got.append(one.clone())
+    assert worst(torch.cat(got), oracle(name, ids)) < TOLERANCE
+
+
 def test_blocks_that_cannot_be_compiled_run_as_they_are():
     """Gemma 4 hands its blocks a dictionary that they write to."""
     rt = fn.Runtime(tiny_model("gemma4"), max_num_seqs=2, max_model_len=64, kv_cache_memory_bytes=1 << 20)
