@@ -243,6 +243,8 @@ def test_budgets_of_thinking_come_of_either_field():
         asked = {"max_tokens": 9, "thinking": {"type": "enabled", "budget_tokens": 5}}
         assert client.post("/v1/messages", json={**HI, **asked}).status_code == 200
         assert engine.requests[-1].thinking.tokens == 5
+        client.post("/v1/responses", json={"input": "hi", "thinking_token_budget": 8})
+        assert engine.requests[-1].thinking.tokens == 8
     with served({}, "{{ enable_thinking }}{{ tools }}") as (client, engine):
         r = client.post("/v1/chat/completions", json={**HI, "thinking_token_budget": 7})
         assert r.status_code == 400 and "--reasoning-parser" in r.json()["error"]["message"]

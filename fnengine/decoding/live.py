@@ -220,6 +220,8 @@ class Live:
     def emit(
         self, tokens: Iterable[int], logprobs: Iterable[float | TokenLogprob] | None = None, choice: int = 0
     ) -> None:
+        if choice < 0:
+            raise RequestError(f"choice must be at least 0, got {choice}", where=f"strategy {self.name!r}")
         so_far = self.others.setdefault(choice, []) if choice else self.tokens
         ids = [int(t) for t in tokens]
         if bad := [t for t in ids if not 0 <= t < self.context.vocab]:
