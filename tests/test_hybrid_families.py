@@ -19,7 +19,7 @@ from fnengine.engine import Engine
 from fnengine.errors import CheckpointError, ConfigError, KeptError, RequestError
 from fnengine.families import spec_from_config
 from fnengine.host import states
-from fnengine.host.request import Request, Sampling, Speculate, Stop
+from fnengine.host.request import Request, Sampling, Speculate, Stop, fold_in
 from fnengine.leaves import Packing
 from fnengine.model import Model
 from fnengine.settings import Mode
@@ -238,6 +238,30 @@ def test_an_engine_in_company(depth: int, blocks: int | None):
         assert ids == oracle(name, p + ids)[len(p) - 1 : -1].argmax(-1).tolist()
     gauges = e.gauges()
     assert gauges.preemptions > 0 if blocks else gauges.prefix_hits > 0
+
+
+def test_choices_and_embeddings():
+    """Oracle: a runtime's loop with each choice's seed, and its taps."""
+    model, prompt = tiny_model("qwen3-5"), tokens(60, 3)
+    e, rt = engine("qwen3-5"), runtime(model)
+    drawn, three = Sampling(temperature=1.0, seed=5), [[], [], []]
+    several = Request("several", np.array(prompt, np.int32), drawn, Stop(max_tokens=12, ignore_eos=True), n=3)
+    e.submit_to(several, lambda d: three[d.index].extend(d.tokens))
+    vectors = {}
+    for pooling in ("mean", "last"):
+        one = Request(pooling, np.array(prompt, np.int32), Sampling(), Stop(max_tokens=0), pooling=pooling)
+        e.submit_to(one, lambda d, p=pooling: vectors.update({p: d.vector}))
+    while e.turn():
+        pass
+    e.check()
+    for i, got in enumerate(three):
+        seq, new = rt.empty, prompt
+        for token in got:
+            seq, chosen = rt.extend(seq, new, sample=dataclasses.replace(drawn, seed=fold_in(5, i)))
+            new = [chosen]
+            assert chosen == token
+    seen = rt.extend(rt.empty, prompt, logits=None, taps=["final"])[1]["final"]
+    assert np.allclose(vectors["mean"], seen.mean(0), atol=1e-5) and np.allclose(vectors["last"], seen[-1], atol=1e-5)
 
 
 @fn.strategy
