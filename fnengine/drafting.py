@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fnengine.decoding.ngram import NGram
-from fnengine.decoding.pace import Pace, Times, noted, observe, passed, pick, rested
+from fnengine.decoding.pace import Pace, Times, noted, observe, passed, pick, rested, resumed
 from fnengine.decoding.prediction import Prediction, usage
 from fnengine.decoding.speculate import AnyProposer, Draft, Drawing, Tapped, drafted, taps_of
 from fnengine.decoding.suffix import Suffix
@@ -51,8 +51,11 @@ MAKERS: Mapping[str, Maker] = {
 
 
 LOOK = 8
-"""Rounds without a draft after which it is decided anew how many tokens to ask for. Deciding takes 40 us, a lookup that
-finds nothing 8, a step of the bundled model 700 (one thread of the two-core machine)."""
+"""Rounds without a draft after which it is decided anew how many tokens to ask for. Between two steps, whose weights
+have swept the caches, a lookup that takes 6 us in a loop takes 75, and a step of the bundled model 1,100 (one thread of
+the two-core machine); deciding takes several times as long."""
+SELDOM = 16
+"""While all drafting rests, what a step takes is noted once in so many: noting takes 10 us."""
 
 
 PREDICTED = 0.9
@@ -82,7 +85,10 @@ class _Guess:
     rest: int = 0
     """Rounds left in which nobody asks."""
     empty: int = 0
-    """Rounds since the pace was told, in which nothing came."""
+    """Rounds since the pace was told, in which nothing came; and the seconds of the quickest."""
+    silent: float = 0.0
+    looked: int = 0
+    """Tokens asked for in those rounds."""
     asked: int = 0
     """Tokens asked for, for the step in flight; and the seconds that proposing took."""
     proposing: float = 0.0
@@ -120,6 +126,10 @@ class Drafting:
     """Rows, rounded up to a power of two -> seconds of steps by tokens a row, less one."""
     rows: int = 1
     """Of the last step, rounded up so."""
+    earlier: dict[tuple[str, int], Pace] = field(default_factory=dict)
+    """Method and k -> the pace of the last run that ended, with which the next one begins."""
+    unnoted: int = 0
+    """Steps since one was noted."""
 
     def __post_init__(self) -> None:
         self.makers = {**MAKERS, **self.makers}
@@ -175,14 +185,20 @@ class Drafting:
             return
         for i, run in enumerate(runs):
             proposer = self.makers[how.method](how) if i else first
-            pace = replace(Pace.of(how.k), prior=PREDICTED if how.method == "prediction" else Pace.prior)
+            pace = Pace.of(how.k)
+            if how.method == "prediction":  # another prediction may be a better one
+                pace = replace(pace, prior=PREDICTED)
+            elif (earlier := self.earlier.get((how.method, how.k))) is not None:
+                pace = resumed(pace, earlier)
             self.guesses[run] = _Guess(proposer, how, pace)
             run.patient, run.taps = True, () if isinstance(proposer, Jointly) else taps_of(proposer)
             run.plain = run.plain and not run.taps
 
     def forget(self, runs: tuple[Run, ...]) -> None:
         for run in runs:
-            self.guesses.pop(run, None)
+            guess = self.guesses.pop(run, None)
+            if guess is not None and guess.pace.asked:
+                self.earlier[guess.how.method, guess.how.k] = guess.pace
 
     def draft(self, failed: Callable[[Run, FnError], None]) -> None:
         """Gives a draft to each run that has one now. A proposer that raises, or breaks its contract, ends its run."""
@@ -211,7 +227,8 @@ class Drafting:
                 continue
             guess.proposing = self.clock() - began
             if not made.tokens:
-                guess.empty += 1
+                guess.silent = min(guess.silent, guess.proposing) if guess.empty else guess.proposing
+                guess.empty, guess.looked = guess.empty + 1, guess.asked
                 if guess.empty >= LOOK:
                     guess.k = -1
             way = made.tokens
@@ -246,9 +263,10 @@ class Drafting:
         if not guess.how.adapt:
             guess.k = guess.how.k
             return
-        if guess.empty:
-            guess.pace, guess.empty = passed(guess.pace, guess.empty), 0
         pace = self._paced(guess, rows)
+        if guess.empty:
+            pace = guess.pace = passed(pace, guess.empty, guess.looked, guess.silent)
+            guess.empty = 0
         guess.k = pick(pace, guess.how.k)
         if not pace.steps[0]:  # no step of so many rows was timed yet
             guess.k = -1
@@ -288,7 +306,9 @@ class Drafting:
     def landed(self, planned: Planned, events: list[Event], seconds: float) -> None:
         """Learns from a step that was committed."""
         rows = self.rows = _rounded(len(planned.runs))
-        if not planned.prompt_tokens:
+        self.unnoted += 1
+        if not planned.prompt_tokens and (self.unnoted >= SELDOM or not all(g.rest for g in self.guesses.values())):
+            self.unnoted = 0
             each = min(max(round(len(planned.input.token) / len(planned.runs)), 1), MAX_DRAFT + 1)
             times = self.seconds.get(rows, ((),) * (MAX_DRAFT + 1))
             self.seconds[rows] = noted(times, each - 1, seconds)
@@ -312,9 +332,9 @@ class Drafting:
         counts.proposed += event.proposed
         counts.accepted += event.accepted
         if guess.how.adapt:
-            pace = passed(guess.pace, guess.empty) if guess.empty else guess.pace
-            guess.pace, guess.empty = pace, 0
             pace = self._paced(guess, rows)
+            if guess.empty:
+                pace, guess.empty = passed(pace, guess.empty, guess.looked, guess.silent), 0
             guess.pace = observe(pace, guess.asked, event.proposed, event.accepted, guess.proposing, seconds)
             guess.k = -1
 

@@ -229,7 +229,9 @@ def swaps_choices(original):
 
 
 @pytest.mark.parametrize(
-    "name,mutate", [("pieces", drops_held), ("_chunk", twice_ended), ("_chunk", swaps_choices)], ids=lambda x: str(x)
+    "name,mutate",
+    [("pieces", drops_held), ("_chunk", twice_ended), ("_chunk", swaps_choices)],
+    ids=["drops held", "twice ended", "swaps choices"],
 )
 def test_mutants_of_the_stream_law_are_caught(monkeypatch, name, mutate):
     original = getattr(Answer, name)

@@ -9,12 +9,14 @@ The rule: k is the number of draft tokens with the most expected tokens per seco
 
 where a_i is the acceptance of position i given that all before it were accepted, y the share of askings that brought
 any draft, step(n) the seconds of a target's step of n tokens, and draft(k) those of proposing. All are measured as
-they happen. Where even the best k is worth less than plain decoding (by more than `MARGIN`), drafting rests, and the
-proposer is asked again after 16 rounds, after twice as many each time that this brings nothing, at most 64.
+they happen. Where even the best k is worth less than plain decoding (by more than `MARGIN`), drafting rests until what
+the last try cost is less than `SHARE` of the time since; then the proposer is asked again. So tries that fail cost a
+known share of the whole, however dear one of them is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -26,8 +28,13 @@ WARM = 3
 """Times before a size counts as measured: the first ones of a size compile, record or capture it."""
 MARGIN = 1.01
 """Plain decoding has to be better by this: lookups that cost nearly nothing are not given up for finding nothing."""
-FIRST_WAIT, LAST_WAIT = 16, 64
-"""Rounds that drafting rests before it is tried again. A try that costs a whole step more is 1.6 % of 64."""
+SHARE = 1 / 128
+"""Of the time that passes, what tries that fail may take."""
+FIRST_WAIT, LAST_WAIT = 16, 256
+"""Rounds of the rest after a try that brought something, though not enough, and of the longest one."""
+SILENT = 0.25
+"""Askings that brought a draft, believed before anything was asked: who is silent 8 times in a row is taken to bring
+one in 28 times."""
 PROBE_WEIGHT = 4.0
 """Earlier tries that a probe counts against: times change, that is why one probes. With 2, a failed one was followed by
 three more."""
@@ -55,7 +62,7 @@ class Pace:
     rest: int = -1
     """Rounds left without drafts; 0: one is due, to see whether times have changed; -1: drafting goes on."""
     wait: int = FIRST_WAIT
-    """Length of the next rest."""
+    """Length of the next rest, from what the last try cost."""
     since_plain: int = 0
     prior: float = 0.5
     """Acceptance that is believed of what was never tried."""
@@ -82,7 +89,7 @@ def pick(pace: Pace, room: int) -> int:
 
 def values(pace: Pace, most: int) -> Iterator[float]:
     """Expected tokens per second with k = 1, 2, ..., most."""
-    y = (pace.brought + 1) / (pace.asked + 1)
+    y = (pace.brought + SILENT) / (pace.asked + SILENT)
     plain, expected, chain, before = min(pace.steps[0]), 1.0, 1.0, pace.prior
     for k in range(1, most + 1):
         # A position that was seldom reached is believed to be like the one before it.
@@ -132,17 +139,20 @@ def observe(
     for i in range(min(accepted + 1, proposed) if tried is None else tried):
         seen[i] = DECAY * seen[i] + 1
         taken[i] = DECAY * taken[i] + (i < accepted)
-    longer = min(2 * pace.wait, LAST_WAIT) if probe else pace.wait
+    drafts = noted(pace.drafts, asked, proposing)
+    cost = min(drafts[asked]) + min(steps[proposed]) - min(steps[0], default=verifying)
+    wait = FIRST_WAIT if accepted else rest_after(cost, steps[0])
     return replace(
         pace,
         tried=tuple(seen),
         taken=tuple(taken),
         steps=steps,
-        drafts=noted(pace.drafts, asked, proposing),
+        drafts=drafts,
         asked=share * pace.asked + 1,
         brought=share * pace.brought + (proposed > 0),
-        rest=-1,
-        wait=FIRST_WAIT if accepted else longer,
+        # A try that brings nothing is not followed by others that have to bring the counts down again.
+        rest=wait if probe and not accepted and cost > 0 else -1,
+        wait=wait,
         since_plain=since,
     )
 
@@ -152,12 +162,46 @@ def rested(pace: Pace) -> Pace:
     return replace(pace, rest=0)
 
 
-def passed(pace: Pace, rounds: int) -> Pace:
-    """The pace after so many rounds in which tokens were asked for and none came: what `observe` gives one by one,
-    their times left aside."""
-    kept = DECAY**rounds
+def passed(pace: Pace, rounds: int, asked: int, proposing: float) -> Pace:
+    """The pace after so many rounds in which `asked` tokens were asked for and none came, of which the quickest took
+    `proposing`: what `observe` gives one by one, as to what can be expected."""
+    kept, drafts = DECAY**rounds, pace.drafts
+    for _ in range(min(rounds, WARM)):
+        drafts = noted(drafts, asked, proposing)
     return replace(
-        pace, asked=kept * pace.asked + (1 - kept) / (1 - DECAY), brought=kept * pace.brought, rest=-1, since_plain=0
+        pace,
+        asked=kept * pace.asked + (1 - kept) / (1 - DECAY),
+        brought=kept * pace.brought,
+        drafts=drafts,
+        rest=-1,
+        wait=rest_after(rounds * proposing, pace.steps[0]),
+        since_plain=0,
+    )
+
+
+def rest_after(cost: float, plain: tuple[float, ...]) -> int:
+    """Rounds in which a try that cost so many seconds becomes `SHARE` of the time; `plain`: seconds of plain steps."""
+    if not plain or cost <= 0:
+        return FIRST_WAIT
+    return max(1, min(LAST_WAIT, math.ceil(cost / (SHARE * min(plain)))))
+
+
+def resumed(pace: Pace, earlier: Pace) -> Pace:
+    """A pace for another text that begins with what an earlier text's taught, believed as far as `PROBE_WEIGHT` tries
+    go; where that one rested, a try is due."""
+    if earlier.most != pace.most:
+        return pace
+    scale = min(1.0, PROBE_WEIGHT / max(earlier.tried[0], 1e-9))
+    share = min(1.0, PROBE_WEIGHT / max(earlier.asked, 1e-9))
+    return replace(
+        pace,
+        tried=tuple(scale * t for t in earlier.tried),
+        taken=tuple(scale * t for t in earlier.taken),
+        drafts=earlier.drafts,
+        asked=share * earlier.asked,
+        brought=share * earlier.brought,
+        rest=min(earlier.rest, 0),
+        wait=earlier.wait,
     )
 
 
