@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from typing import Any
 
 import numpy as np
@@ -249,7 +250,9 @@ def test_a_row_is_a_cache_of_a_sequence_under_one_steering(rt, mutant, monkeypat
         with torch.no_grad():  # only the last token is steered
             cache = upstream("qwen3")(torch.tensor([PROMPT]), use_cache=True).past_key_values
             with hooked("qwen3", steer or {}) as oracle:
-                want = oracle(torch.tensor([[7]]), past_key_values=cache).logits[0, -1]
+                # transformers calls it `cache` from 5.24 on, and warns of the old name.
+                name = "cache" if "cache" in inspect.signature(oracle.forward).parameters else "past_key_values"
+                want = oracle(torch.tensor([[7]]), **{name: cache}).logits[0, -1]
         if mutant and not torch.allclose(logits, want, atol=1e-3):
             return
         close(logits, want)
