@@ -249,6 +249,7 @@ LayerState = Pool | Memory
 """What a layer keeps of tokens: attention each of them, in blocks; a recurrent layer one state of all of them."""
 
 
+@dataclass(frozen=True)
 class Carry:
     """What a companion keeps of each row, [M+1, n] each."""
 

@@ -144,7 +144,7 @@ def test_a_server_drafts_with_the_layer(folders: dict[str, Path]):
     folder = folders["deepseek-v3"]
     model = fn.load(folder, dtype="float32", device="cpu")
     drafting = drafts.prepare({"method": "mtp", "k": 2, "adapt": False}, model, options(folder))
-    assert "ships to draft" in drafting.about
+    assert drafting.about == "mtp head, up to 2 tokens"
     sizes: dict[str, Any] = dict(max_model_len=96, kv_cache_memory_bytes=1 << 20, enforce_eager=True)
     rt = fn.Runtime(model, **sizes)
     prompt, want = tokens(21, seed=2), []
@@ -157,7 +157,7 @@ def test_a_server_drafts_with_the_layer(folders: dict[str, Path]):
         model,
         tokenizer=byte_tokenizer(131),
         speculate=drafting.speculate,
-        proposers=drafting.proposers,
+        companion=drafting.companion,
         max_num_seqs=4,
         **sizes,
     )
@@ -178,8 +178,8 @@ def test_what_cannot_draft_says_why(folders: dict[str, Path]):
     model = fn.load(folders["deepseek-v3"], dtype="float32", device="cpu")
     with pytest.raises(CheckpointError, match=r"layers\.3\..*missing"):
         mtp.load(model, number=1)
-    with pytest.raises(ConfigError, match="--memory does not count layers that draft"):
-        drafts.prepare({"method": "mtp"}, model, options(folders["deepseek-v3"], "--memory", "2GiB"))
+    with pytest.raises(ConfigError, match="a model means nothing to mtp"):
+        drafts.prepare({"method": "mtp", "model": "demo"}, model, options(folders["deepseek-v3"]))
 
 
 def test_mimo_is_qwen2_with_such_a_layer(tmp_path: Path):

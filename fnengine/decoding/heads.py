@@ -260,6 +260,12 @@ class Found:
             )
         return x
 
+    def array(self, name: str, *shape: int) -> Tensor:
+        """A tensor as the target's activations are. Raises as `stored`."""
+        x = self.stored(name, *shape).to(device=self.target.device, dtype=self.target.dtype).contiguous()
+        self.taken.append(x.nbytes)
+        return x
+
     def linear(self, names: Tokens[str], rows: Tokens[int], K: int, bias: bool = False) -> Leaf:
         """Matrices one under the other, multiplied as one, in the best layout that rounds nothing."""
         pairs = list(zip(names, rows, strict=True))
