@@ -5,6 +5,9 @@ VENV   ?= .venv
 PORT   ?= 8000
 MODEL  ?=
 ARGS   ?=
+# Test files are shared out among processes, each of which computes with one thread. A file stays whole: what its tests
+# share is made once.
+WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
 bin    := $(VENV)/bin
 pip    := $(bin)/python -m pip --disable-pip-version-check -q
 
@@ -24,7 +27,7 @@ serve: $(VENV)/.installed  ## serve the bundled model (PORT=8000 MODEL=path-or-n
 	@exec $(bin)/fnengine serve $(MODEL) --port $(PORT) $(ARGS)
 
 test: $(VENV)/.installed-test  ## the quick tests, as CI runs them
-	$(bin)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+	$(bin)/python -m pytest -q -m "not slow and not gpu" $(WORKERS) $(ARGS)
 
 test-all: $(VENV)/.installed-test  ## everything, soak and fuzz included (minutes)
 	$(bin)/python -m pytest -q $(ARGS)

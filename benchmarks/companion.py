@@ -79,9 +79,9 @@ def run(
             name: str,
             ask: Speculate | None,
             label: str,
-            prompts: Any = prompts,
+            prompts: list[list[int]] = prompts,
             t: float = temperature,
-            counted: Any = counted,
+            counted: dict[str, list[int]] = counted,
         ) -> Any:
             engine = engines[name]
 

@@ -2,11 +2,14 @@
 
     python -m benchmarks.serving --workload w1,w3 [--model benchmarks/configs/qwen3-0.6b] [--concurrency 8,32]
         [--repeats 3] [--url http://127.0.0.1:8000] [--peer-url http://127.0.0.1:9000] [--json FILE]
+    python -m benchmarks.serving --strategy sample --concurrency 32 [--model demo]     a strategy beside plain requests
     python -m benchmarks.serving --workload w4       process start to first token over HTTP, cold and warm
 
 Starts `fnengine serve` itself, or takes a running server with --url. Reports time to first token and inter-token
 latency at p50 and p99 over all requests of all repeats. Inter-token latency is the time between two events of a
-stream that bring tokens; tokens an event says how many come in one. (Not called http.py: a module of that name beside
+stream that bring tokens; tokens an event says how many come in one. With --strategy a second side sends the same
+prompts to the same server, without prefix caching, and asks for that strategy; `sample` has to give the same tokens, or
+the exit status is 1. (Not called http.py: a module of that name beside
 a script that is run by its path hides Python's own.)
 """
 
@@ -30,8 +33,9 @@ from benchmarks.workloads import Measured, Timed, Tokens, percentile
 class Http:
     """A server: a side. Keeps the times of every answer. One that we started is stopped between its turns."""
 
-    def __init__(self, name: str, url: str, model: str | None = None, group: Group | None = None):
-        self.name, self.url, self.model, self.group = name, url, model, group
+    def __init__(self, name: str, url: str, model: str | None = None, group: Group | None = None, **more: Any):
+        self.name, self.url, self.model, self.group, self.more = name, url, model, group, more
+        """`more` are fields of every request."""
         if group is not None:
             group.pause()
 
@@ -45,7 +49,7 @@ class Http:
             self.group.pause()
 
     def _run(self, prompts: Sequence[Tokens], new: int) -> Timed:
-        bodies = [client.body_of(p, new, self.model) for p in prompts]
+        bodies = [client.body_of(p, new, self.model, **self.more) for p in prompts]
         start = time.perf_counter()
         exchanges = asyncio.run(client.all_at_once(self.url, bodies))
         seconds = time.perf_counter() - start
@@ -57,6 +61,7 @@ class Http:
         facts = {
             "first": [a.first for a in answers],
             "gaps": [g for a in answers for g in a.gaps],
+            "answers": tokens,
             "tokens_an_event": sum(a.produced for a in answers) / max(1, sum(len(a.times) for a in answers)),
         }
         return Timed(seconds, tokens, facts)
@@ -103,6 +108,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = comparison.parser(__doc__, "w1", "8,32")
     parser.add_argument("--url", default=None, help="a running server of ours, of --model")
     parser.add_argument("--server-args", default="", help="more flags for `fnengine serve`, in one string")
+    parser.add_argument("--strategy", default=None, help="measure this strategy beside plain requests")
     parser.add_argument("--peer-url", default=None, help="a running server of another engine, of the same shape")
     parser.add_argument("--peer-model", default=None, help="the model's name at --peer-url")
     return comparison.parse(parser, argv)
@@ -110,6 +116,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def serve_flags(args: argparse.Namespace) -> list[str]:
     more = ["--enforce-eager"] if args.enforce_eager else []
+    if args.strategy is not None:
+        more += ["--strategy", args.strategy, "--no-enable-prefix-caching"]
     return [*args.server_args.split(), "--quantization", args.quantization, *more]
 
 
@@ -139,14 +147,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     out: dict[str, Any] = {"facts": machine.facts(args.threads)}
     if "w4" in args.workload:
         out["w4"] = first_tokens([args.model] if args.model else ["demo", SHAPE], args)
+    right = True
     if set(args.workload) - {"w4"}:
-        steady(args, out)
+        right = steady(args, out)
     report.write(args.json, out)
-    return 0
+    return 0 if right else 1
 
 
-def steady(args: argparse.Namespace, out: dict[str, Any]) -> None:
-    """Runs W1 to W3 into `out` and prints them."""
+def steady(args: argparse.Namespace, out: dict[str, Any]) -> bool:
+    """Runs W1 to W3 into `out` and prints them. False when the strategy that defines sampling gave other tokens."""
     plan = comparison.plan(args)
     others, rates = machine.Others(), [plan.rates()]
     with ExitStack() as stack:
@@ -160,8 +169,11 @@ def steady(args: argparse.Namespace, out: dict[str, Any]) -> None:
         else:
             ours = Http("fnengine", args.url)
         sides = [ours, *peer_servers(args, plan.subject, stack)]
+        if args.strategy is not None:
+            asked = {"name": args.strategy, "args": {}}
+            sides.append(Http(f"strategy {args.strategy}", ours.url, group=ours.group, strategy=asked))
         measured = comparison.measure(sides, plan)
-        memory = {side.name: side.group.peak_bytes() for side in sides if side.group is not None}
+        memory = {side.name: side.group.peak_bytes() for side in sides if side.group is not None and not side.more}
     rates.append(plan.rates())
     under = comparison.Conditions(
         out["facts"], rates, others.share(), f" over HTTP at {ours.url}", {"peak_rss_bytes": memory}
@@ -174,6 +186,18 @@ def steady(args: argparse.Namespace, out: dict[str, Any]) -> None:
     out |= comparison.conclude(plan, measured, ours.name, under, HEAD, row, refine)
     if memory:
         print(comparison.memory_line(memory))
+    if args.strategy == "sample" and not same_answers(measured, ours.name, "strategy sample"):
+        print("\nWRONG  the strategy gave other tokens than plain requests")
+        return False
+    return True
+
+
+def same_answers(measured: Sequence[Measured], one: str, other: str) -> bool:
+    """Whether two sides gave the same tokens in every repeat of every workload."""
+    answers: dict[str, list[Any]] = {
+        side: [[facts["answers"] for facts in m.facts] for m in measured if m.side == side] for side in (one, other)
+    }
+    return answers[one] == answers[other]
 
 
 def first_tokens(models: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:

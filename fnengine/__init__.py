@@ -23,6 +23,7 @@ _HOME = {
     "Engine": "engine",
     "LLM": "llm",
     "Model": "model",
+    "Reader": "reader",
     "Request": "host.request",
     "Runtime": "runtime",
     "Sampling": "host.request",
@@ -30,7 +31,9 @@ _HOME = {
     "Settings": "settings",
     "Speculate": "host.request",
     "Stop": "host.request",
+    "Verdict": "vectors",
     "load": "load",
+    "register": "families",
     "sample": "sampling",
     "strategy": "decoding.strategy",
     "verify": "sampling",
@@ -43,6 +46,7 @@ __all__ = [
     "Completion",
     "Engine",
     "Model",
+    "Reader",
     "Request",
     "Runtime",
     "Sampling",
@@ -50,9 +54,11 @@ __all__ = [
     "Settings",
     "Speculate",
     "Stop",
+    "Verdict",
     "__version__",
     "errors",
     "load",
+    "register",
     "sample",
     "strategy",
     "verify",
@@ -61,13 +67,16 @@ __all__ = [
 if TYPE_CHECKING:
     from fnengine.decoding.strategy import strategy
     from fnengine.engine import Engine
+    from fnengine.families import register
     from fnengine.host.request import Request, Sampling, Speculate, Stop
     from fnengine.llm import LLM, Choice, Completion
     from fnengine.load import load
     from fnengine.model import Model
+    from fnengine.reader import Reader
     from fnengine.runtime import Runtime, Sequence
     from fnengine.sampling import sample, verify
     from fnengine.settings import Settings
+    from fnengine.vectors import Verdict
 
 _ROOT = Path(__file__).resolve().parent.parent
 _BESIDE = {"fnengine.kernels": "contract.py", "fnengine.graphs": "compile.py"}

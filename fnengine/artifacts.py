@@ -11,17 +11,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fnengine import checkpoint, kernels, keys, leaves, products
+from fnengine import checkpoint, kernels, keys, leaves, products, whole
 from fnengine.build import choose_ops
+from fnengine.encoder import attention_for
 from fnengine.errors import ConfigError
 from fnengine.graphs import compile
 from fnengine.graphs.compile import Traces
-from fnengine.kernels import KVLayout, native
+from fnengine.kernels import KVLayout, Ops, native
 from fnengine.products import Measured
-from fnengine.program import Kind, wanted_layers
+from fnengine.program import Kind, wanted_kinds
 from fnengine.settings import check_kv
 from fnengine.spec import ModelSpec
 
@@ -95,13 +97,15 @@ def needs(
     kv_cache_dtype: str = "auto",
     attention_backend: str = "auto",
     enforce_eager: bool = False,
+    impl: str = "auto",
+    trust: bool = False,
 ) -> Needs:
     """What an engine of the model in `folder` will load; nothing is built, traced or compiled to know it.
 
     Raises:
         CheckpointError, SpecError, ConfigError: as `model.load`, but for the weights, which need not be there.
     """
-    spec, on = checkpoint.read_spec(folder), checkpoint.pick_device(device)
+    spec, on = checkpoint.read_spec(folder, impl, trust), checkpoint.pick_device(device)
     check_kv(kv_cache_dtype, on.type)
     try:  # where no compiler can build native code, what is chosen now is what will be
         compiler, tiles, choose = native.find_compiler(), leaves.expected_tiles, kernels.expected
@@ -114,10 +118,13 @@ def needs(
     eager = ops.paged_attention.reason if ops.paged_attention.backend.name == "reference" else None
     if enforce_eager:
         eager = "--enforce-eager"
+    if spec.whole is not None and not enforce_eager:
+        eager = None
     layers: list[Kind] = []
     if eager is None:
         how = products.packing(spec, on, kind, quantization, tiles)
-        layers = wanted_layers(spec, checkpoint.outline(spec, kind, how), ops, kind, on)
+        layers, unable_to = _layers(spec, checkpoint.outline(spec, kind, how), ops, kind, on)
+        eager = unable_to or None
     unable = compile.missing_compiler() if on.type == "cpu" else None
     return Needs(
         spec,
@@ -132,6 +139,15 @@ def needs(
         eager,
         unable,
     )
+
+
+def _layers(
+    spec: ModelSpec, outline: Any, ops: Ops, dtype: torch.dtype, device: torch.device
+) -> tuple[list[Kind], str]:
+    """(the layers that will be compiled, those of a step, or of a model that reads texts whole; why nothing)."""
+    if spec.whole is None:
+        return wanted_kinds(spec, outline, ops, dtype, device)
+    return whole.wanted_layers(spec, outline, attention_for(spec, device, dtype), dtype, device), ""
 
 
 def _libraries(parts: tuple[str, ...], compiler: str | None) -> tuple[Library, ...]:
@@ -199,7 +215,7 @@ def fill(needs: Needs) -> Iterator[Made | Measured]:
         return
     outline = checkpoint.outline(spec, dtype, products.packing(spec, device, dtype, needs.quantization))
     ops = choose_ops(spec, device, dtype, needs.kv_cache_dtype, needs.attention_backend)
-    for kind in wanted_layers(spec, outline, ops, dtype, device):
+    for kind in _layers(spec, outline, ops, dtype, device)[0]:
         w = kind.wanted
         artifact = compile.make(w, compile.folder(), Traces())
         if w.kept(compile.folder()) is None:

@@ -6,32 +6,33 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 import torch
 
-from fnengine import __version__, captures, environment, kernels
+from fnengine import __version__, captures, environment, fallback, kernels, recurrent
 from fnengine import memory as accounting
+from fnengine import own as owning
 from fnengine.companions import Beside, Ground
 from fnengine.device import TorchDevice
 from fnengine.errors import ConfigError
 from fnengine.graphs.compile import CannotCompile, Traces, folder, kept, missing_compiler
 from fnengine.graphs.compile import start as start_compiler
 from fnengine.host.plan import Policy
-from fnengine.host.runs import PICKS
+from fnengine.host.runs import picks_of
 from fnengine.host.step import BLOCK
 from fnengine.host.tokenizer import Tokenizer
-from fnengine.kernels import Heads, Ops, team
-from fnengine.kernels.layout import block_bytes
+from fnengine.kernels import Ops, team
 from fnengine.kernels.recording import RECORDED_TOKENS
+from fnengine.layers import asked_of_attention
 from fnengine.memory import Account, Shapes
-from fnengine.model import Model, one_by_one
+from fnengine.model import Model, forward_of, one_by_one
 from fnengine.params import memory_plan
 from fnengine.processors import Own, check_own
-from fnengine.program import Recorded, compiled_layers, wanted_layers
-from fnengine.settings import Mode, PoolSize, Settings, check_kv, size_pool, wanted_len
-from fnengine.spec import ModelSpec, attentions, for_length, steerable
+from fnengine.program import Recorded, compiled_layers, wanted_kinds
+from fnengine.settings import Mode, PoolSize, Settings, check_kv, kept_states, size_pool, wanted_len
+from fnengine.spec import ModelSpec, attentions, for_length, recurrents, state_bytes, steerable
 from fnengine.step import make_step
 
 log = logging.getLogger("fnengine")
@@ -58,6 +59,8 @@ class Built:
     """What drafts on the same rows and blocks, for people; empty where nothing does."""
     drafts_to: int = 0
     """Longest sequence that it knows."""
+    own: Mapping[str, str] = field(default_factory=dict)
+    """Logits processors of the engine's own, and how each runs: compiled or eager, and why."""
 
 
 def build(
@@ -72,7 +75,7 @@ def build(
     Args:
         lazy: whether steps are captured when they are met, where `settings.graph_capture` does not say.
         processors: name -> logits processor that requests may ask for.
-        companion: a draft model that computes whatever the model does, and drafts for many sequences at once.
+        companion: a draft model or head, which drafts for many sequences at once on the model's rows and blocks.
 
     Raises:
         ConfigError: the companion does not fit the model, a setting is impossible, the pool too small for
@@ -83,6 +86,12 @@ def build(
     for name, processor in own.items():
         check_own(name, processor, model.spec.vocab, model.device)
     device, spec = model.device, model.spec
+    if spec.whole is not None:
+        raise ConfigError(
+            f"{spec.architecture} reads texts whole and writes none",
+            where=model.name or spec.family,
+            remedy="`fnengine serve` gives vectors, labels and scores; in Python LLM.embed, classify and score do",
+        )
     mode = settings.mode(device.type)
     check_kv(settings.kv_cache_dtype, device.type)
     kernels.start(device, model.dtype, model.quantization != "none", settings.kv_cache_dtype)
@@ -91,7 +100,8 @@ def build(
     if compiling and why_not is None and not kept(folder()):
         start_compiler()  # while the native kernels are built
     ops = choose_ops(spec, device, model.dtype, settings.kv_cache_dtype, settings.attention_backend)
-    captured = captures.plan(settings, mode, ops, device, lazy)
+    captured = captures.plan(settings, mode, ops, device, lazy, recurrent.backends(device) if recurrents(spec) else ())
+    places = kept_states(settings, mode.rows) if recurrents(spec) else None
     ready = None
     if companion is not None:
 
@@ -102,12 +112,13 @@ def build(
         capturing = captured.capturing is not None
         ready = companion.ready(Ground(model, settings, mode, tuple(own.values()), layers, capturing, ops_for))
     extra = None if ready is None else ready.extra
-    per_block = sum(block_bytes(ops.kv, BLOCK, a.kv_heads, a.width, model.dtype) for a in attentions(spec))
-    per_block += 0 if extra is None else extra.per_block
+    per_block = accounting.block_of(spec, ops.kv, model.dtype) + (0 if extra is None else extra.per_block)
     slots = int(settings.swap_space * 2**30) // per_block
-    kinds = []
+    kinds, uncompiled = [], ""
     if compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu"):
-        kinds = wanted_layers(spec, model.params, ops, model.dtype, device)
+        kinds, uncompiled = wanted_kinds(spec, model.params, ops, model.dtype, device)
+    asked = owning.traced(own, spec.vocab, device) if compiling else {}
+    artifacts = [kind.wanted for kind in kinds] + [one.wanted for one in asked.values() if one.wanted is not None]
     account = None
     if device.type == "cpu":
         weights = memory_plan(spec, model.dtype, model.how).weights
@@ -123,13 +134,14 @@ def build(
             answer_bytes=settings.answer_bytes,
             threads=torch.get_num_threads(),
             compiled=bool(kinds),
-            compiling=any(kind.wanted.kept(folder()) is None for kind in kinds)
+            compiling=any(artifact.kept(folder()) is None for artifact in artifacts)
             or (ready is not None and ready.compiles),
             base=model.before or max(accounting.base_now() - weights, 0),
             kv=ops.kv,
             own=len(own),
             steer=len(steer),
             extra=extra,
+            kept=places or 0,
         )
         pool, account = accounting.size(shapes, settings, *memory(device), now=accounting.base_now())
     else:
@@ -143,16 +155,19 @@ def build(
             check_indices(spec, mode.budget)
         available, total = memory(device)
         ladder = () if captured.capturing is None else captured.capturing.ladder.buckets
+        passes = 0 if ready is None else ready.kinds * sum(b.tokens == b.rows for b in ladder)
         beside = accounting.on_card(
             spec,
             model.dtype,
             mode,
             wanted_len(settings, spec.max_len) or spec.max_len,
-            graphs=len(ladder) * len(captures.AT_START),
+            graphs=(len(ladder) + passes) * len(captures.AT_START),
             compiled=bool(kinds),
             steer=len(steer),
+            drafting=companion is not None,
         )
         beside += 0 if extra is None else extra.on_card
+        beside += (mode.rows + 1 + (places or 0)) * state_bytes(spec)
         pool = size_pool(
             settings=settings,
             model_len=spec.max_len,
@@ -166,27 +181,37 @@ def build(
     threads = team.members(torch.get_num_threads()) if device.type == "cpu" else []
     pinned = team.pin(threads, environment.processors()) if settings.pin_threads else {}
     traces = Traces()
-    run_layers, execution = one_by_one(), "eager: --enforce-eager"
+    run_layers, forward, execution = one_by_one(), forward_of(model), "eager: --enforce-eager"
     if compiling and not kinds:
-        execution = f"eager: {why_not or ops.paged_attention.reason}"
+        execution = f"eager: {why_not or uncompiled or ops.paged_attention.reason}"
     elif compiling:
         try:
-            run_layers = compiled_layers(kinds, model.params, folder(), traces)
+            if spec.upstream is not None:
+                fallback.compiled(forward, spec, model.params, kinds, folder(), traces)  # type: ignore[arg-type]
+            else:
+                run_layers = compiled_layers(kinds, model.params, folder(), traces)
             sources = ", ".join(f"{name} {source} in {s:.1f} s" for name, source, s in traces.log)
             recorded = f", up to {RECORDED_TOKENS} tokens recorded" if isinstance(run_layers, Recorded) else ""
             execution = f"compiled: {sources}{recorded}"
         except CannotCompile as e:
             execution = f"eager: {e}"
         except Exception as e:
-            if device.type == "cpu":
+            if device.type == "cpu" and spec.upstream is None:
                 raise
+            forward = forward_of(model)  # without the blocks that are compiled already
             log.warning("layers could not be compiled for %s", device, exc_info=True)
             execution = f"eager: {type(e).__name__} while layers were compiled for {device}"
+    if spec.upstream is not None:
+        execution = f"{execution}; {fallback.said(spec)}"
     if execution.startswith("eager"):
         log.warning("steps run %s", execution)
+    how_own = dict.fromkeys(own, "eager: --enforce-eager")
+    if compiling:
+        own, how_own = owning.compiled(asked, spec.vocab, device, folder(), traces)
     if captured.capturing is not None and isinstance(run_layers, Recorded):
         run_layers = run_layers.run  # a step is recorded once
-    step, params = make_step(for_length(spec, pool.max_len), ops, run_layers, tuple(own.values()), steer), model.params
+    longest = for_length(spec, pool.max_len)
+    step, params = make_step(longest, ops, run_layers, tuple(own.values()), steer, forward), model.params
     second, drafts = None, ""
     if ready is not None and companion is not None:
         second, how = ready.made(pool.max_len, traces)
@@ -206,6 +231,7 @@ def build(
         steer=steer,
         capturing=captured.capturing,
         companion=second,
+        kept=places,
     )
     runner.capture()
     return Built(
@@ -221,6 +247,7 @@ def build(
         pinned=tuple(pinned.items()),
         drafts=drafts,
         drafts_to=0 if ready is None else ready.positions,
+        own=how_own,
     )
 
 
@@ -238,7 +265,7 @@ def policy_of(model: Model, settings: Settings, built: Built, tokenizer: Tokeniz
         caching=settings.enable_prefix_caching,
         chunked=settings.enable_chunked_prefill,
         processors=built.device.processors,
-        picks=max(built.mode.rows, PICKS),
+        picks=picks_of(built.mode.rows, model.spec.vocab, bool(built.drafts)),
         steer=built.device.steer,
         width=model.spec.width,
     )
@@ -253,11 +280,16 @@ def fingerprint(model: Model, settings: Settings, built: Built) -> str:
 def check_steer(names: Sequence[str], spec: ModelSpec) -> tuple[str, ...]:
     """The layers that may be steered, each once, in their order. Raises ConfigError if there is no such layer."""
     known = steerable(spec)
+    if names and recurrents(spec):
+        raise ConfigError(
+            f"{spec.architecture} has recurrent layers: what is lost of them is computed again, and not steered then",
+            where="--steer",
+            remedy="run it without",
+        )
     for name in names:
         if name not in known:
-            raise ConfigError(
-                f"there is no layer {name!r}", where="--steer", remedy=f"{known[0]} to {known[-1]}, with commas between"
-            )
+            remedy = f"{known[0]} to {known[-1]}, with commas between" if known else "leave it out: a fallback has none"
+            raise ConfigError(f"there is no layer {name!r} to steer", where="--steer", remedy=remedy)
     return tuple(name for name in known if name in names)
 
 
@@ -283,7 +315,13 @@ def choose_ops(
         raise ConfigError(
             f"no attention is called {attention!r}", where=where, remedy=f"auto, {' or '.join(kernels.ATTENTION)}"
         )
-    heads = [Heads(m.width, m.window or 0, m.soft_cap, m.sinks) for m in set(attentions(spec))]
+    heads = [asked_of_attention(m) for m in set(attentions(spec))]
+    if kv != "auto" and any(h.shares for h in heads):
+        raise ConfigError(
+            f"{kv}: latents, which are keys and values at once, are not rounded to 8 bits",
+            where="--kv-cache-dtype",
+            remedy="leave it out: a latent is smaller than the KV of heads in 8 bits would be",
+        )
     name = None if attention == "auto" else attention
     try:
         return choose(device, dtype, kv=kv, attention=name, heads=heads)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fnengine.graphs.bucket import Bucket
 from fnengine.graphs.captured import CudaGraphs, Twin
 from fnengine.graphs.dispatch import FULL, PIECEWISE, Capturing, mode_of
 from fnengine.host.step import COMMON, Ask
-from fnengine.kernels import Ops, library
+from fnengine.kernels import Backend, Ops, library
 from fnengine.settings import Mode, Settings
 
 GREEDY = Ask()
@@ -73,11 +74,14 @@ class Plan:
     reason: str
 
 
-def plan(settings: Settings, mode: Mode, ops: Ops, device: torch.device, lazy: bool) -> Plan:
+def plan(
+    settings: Settings, mode: Mode, ops: Ops, device: torch.device, lazy: bool, more: Sequence[Backend] = ()
+) -> Plan:
     """What of the steps is captured with these settings.
 
     Args:
         lazy: what `graph_capture` means where it is not set.
+        more: what the model's layers call beside `ops`.
 
     Raises:
         ConfigError: there is no such mode, or the file of the ladder cannot be read.
@@ -95,10 +99,11 @@ def plan(settings: Settings, mode: Mode, ops: Ops, device: torch.device, lazy: b
     if settings.enforce_eager and not twin:
         return Plan(None, "nothing is captured: --enforce-eager")
     reason = f"{name}, {len(ladder.buckets)} buckets from {whence}"
-    attention = ops.paged_attention.backend
-    if FULL in (decode, mixed) and not attention.capturable:
-        name = "PIECEWISE"
-        reason = f"{name}, because a graph cannot hold {attention.name} attention; " + reason
+    cannot = [b for b in (ops.paged_attention.backend, *more) if not b.capturable]
+    if FULL in (decode, mixed) and cannot:
+        name, what = "PIECEWISE", cannot[0]
+        said = "attention" if what is ops.paged_attention.backend else what.op.name
+        reason = f"{name}, because a graph cannot hold {what.name} {said}; " + reason
     kinds = {
         FULL: Twin() if twin else CudaGraphs(device),
         PIECEWISE: Twin(library.outside) if twin else CudaGraphs(device, library.outside),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnengine import experts, modules, packed, products, tree
+from fnengine import experts, fallback, gguf_file, modules, packed, pickled, products, tree
 from fnengine.errors import CheckpointError, ConfigError, SpecError
 from fnengine.experts import Experts
-from fnengine.families import FAMILIES, spec_from_config, whole
+from fnengine.families import Unknown, family_of, spec_from_config, whole
 from fnengine.families.names import Family
+from fnengine.gguf_file import is_gguf
 from fnengine.leaves import Dense, Packing, Tiles, packing, place_ends, tiles
-from fnengine.params import ArrayInfo, abstract, arrays, dummy_array, noise, permutation, stored_shape
+from fnengine.params import ArrayInfo, abstract, arrays, dummy_array, noise, permutation, stored_shape, taken
 from fnengine.spec import ModelSpec, Whole
 
 Progress = Callable[[int, int], None]
@@ -47,19 +48,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_spec(folder: Path) -> ModelSpec:
+def read_spec(folder: Path, impl: str = "auto", trust: bool = False) -> ModelSpec:
     """The spec of a model's folder: config.json, and the end-of-sequence ids of generation_config.json beside it.
+
+    Args:
+        impl: `auto` takes a family where one knows the architecture, else the fallback; `native` and `transformers`
+            take one of them.
+        trust: Python files of the folder may be run, where they define what the fallback runs.
 
     Raises:
         CheckpointError: the folder or its config.json is missing or unreadable.
         SpecError: the config cannot be built.
     """
     folder = Path(folder)
+    if is_gguf(folder):
+        return _spec(gguf_file.config(folder), str(folder), impl, "")
     if not folder.is_dir():
         raise CheckpointError("no such directory", where=str(folder), remedy="give a model's folder or a hub name")
     if not (folder / "config.json").exists():
         raise CheckpointError("holds no config.json", where=str(folder), remedy="is this a model's folder?")
-    spec = beside(folder, spec_from_config(read_json(folder / "config.json"), str(folder / "config.json")))
+    found = _spec(read_json(folder / "config.json"), str(folder / "config.json"), impl, str(folder) if trust else "")
+    spec = beside(folder, found)
     more = generation_config(folder).get("eos_token_id")
     if more is None:
         return spec
@@ -95,11 +104,38 @@ def beside(folder: Path, spec: ModelSpec) -> ModelSpec:
 
 def _headless(folder: Path, spec: ModelSpec) -> bool:
     """Whether a model with a head of its own was saved without it."""
-    family = FAMILIES[spec.family]
-    if spec.tied or not any(folder.glob("*.safetensors")):
+    family, index = family_of(spec), folder / "model.safetensors.index.json"
+    if spec.tied:
         return False
-    with open_tensors(folder) as files:
-        return f"{family.names['head']}.weight" not in files and not any(n.startswith(prefix(family)) for n in files)
+    if index.exists():
+        names = set(read_json(index).get("weight_map") or {})
+    elif any(folder.glob("*.safetensors")):
+        with open_tensors(folder) as files:
+            names = set(files)
+    else:
+        return False
+    return f"{family.names['head']}.weight" not in names and not any(n.startswith(prefix(family)) for n in names)
+
+
+IMPLEMENTATIONS = ("auto", "native", "transformers")
+"""Who computes the forward."""
+
+
+def _spec(config: dict[str, Any], where: str, impl: str, code: str) -> ModelSpec:
+    if impl not in IMPLEMENTATIONS:
+        raise ConfigError(f"{impl!r} is none", where="--model-impl", remedy=" or ".join(IMPLEMENTATIONS))
+    if impl == "transformers":
+        return fallback.read(config, where, code)
+    try:
+        return spec_from_config(config, where)
+    except Unknown as unknown:
+        if impl == "native":
+            raise
+        try:
+            return fallback.read(config, where, code)
+        except SpecError as e:
+            what = f"{unknown.what}, and {e.what}"
+            raise SpecError(what, where=where, remedy=e.remedy, param=unknown.param) from e
 
 
 def generation_config(folder: Path) -> dict[str, Any]:
@@ -167,10 +203,14 @@ def fill(
     if load_format == "dummy":
         notes.append(f"weights are random (--load-format dummy, seed {seed})")
         return dummy(spec, dtype, device, how, seed=seed, progress=progress), how, tuple(notes)
-    if load_format not in ("auto", "safetensors"):
+    if load_format not in ("auto", "safetensors", "pt", "gguf"):
         raise ConfigError(
-            f"{load_format!r} is not implemented", where="--load-format", remedy="auto, safetensors or dummy"
+            f"{load_format!r} is not implemented", where="--load-format", remedy="auto, safetensors, pt, gguf or dummy"
         )
+    if load_format == "gguf" and not is_gguf(folder):
+        raise ConfigError("the model is no .gguf file", where="--load-format gguf", remedy="give the file itself")
+    if load_format == "pt":
+        return load(folder, spec, dtype, device, how, progress=progress, unpickle=True), how, tuple(notes)
     kept = packed_key(folder, spec, dtype, device, how)
     if kept is not None and (params := packed.load(kept, outline(spec, dtype, how))) is not None:
         return params, how, (*notes, f"weights read from {packed.path_of(kept)}, where they were kept in this form")
@@ -224,42 +264,42 @@ def load(
     how: Packing,
     *,
     progress: Progress | None = None,
+    unpickle: bool = False,
 ) -> dict[str, Any]:
-    """The params tree from a folder's safetensors.
+    """The params tree from a folder's safetensors, from a GGUF file, or, only if asked to `unpickle`, from .bin files.
 
     Raises:
         CheckpointError: weights are missing, truncated, of another shape, in a dtype that is no float, or unused;
             the message names file and tensor.
     """
-    with open_tensors(Path(folder), _folders(spec)) as files:
-        files = with_prefix(files, prefix(FAMILIES[spec.family]))
+    with _opened(Path(folder), spec, unpickle) as files:
         infos = tree.map_with_path(lambda _, info: stored_as(info, files), abstract(spec), stop=ArrayInfo)
         _check(spec, infos, files, Path(folder))
         total = sum(_bytes(files[name]) for _, info in arrays(infos) for name, _ in info.parts)
         done = 0
 
-        def make(path: str, info: ArrayInfo) -> Tensor:
+        def get(name: str) -> Tensor:
             nonlocal done
-            out = torch.empty(info.shape, dtype=dtype)
-            flat, row = out.view(-1, *info.shape[2:]) if len(info.shape) == 3 else out, 0
-            for name, rows in info.parts:
-                file = files[name]
-                try:
-                    held = file.handle.get_tensor(file.name)
-                    held = held.mT if info.transposed or (info.fused and info.fused.transposed) else held
-                    flat[row : row + rows].copy_(held.reshape(rows, *flat.shape[1:]))
-                except Exception as e:
-                    raise CheckpointError(f"tensor {name} cannot be read: {e}", where=str(file.path)) from e
-                row += rows
-                done += _bytes(file)
-                if progress is not None:
-                    progress(done, total)
-            return (out if info.order is None else out[permutation(info.order)]).to(device)
+            held = files[name].tensor()
+            done += _bytes(files[name])
+            if progress is not None:
+                progress(done, total)
+            return held
 
-        return build(infos, make, how)
+        return build(infos, lambda _, info: assembled(info, get, dtype).to(device), how)
 
 
-def stored_as(info: ArrayInfo, files: dict[str, Stored]) -> ArrayInfo:
+def assembled(info: ArrayInfo, get: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
+    """The array from its parts in a checkpoint, where parameters are kept in `dtype`."""
+    out = torch.empty(info.shape, dtype=info.kept_in(dtype))
+    flat, row = out.view(-1, *info.shape[2:]) if len(info.shape) == 3 else out, 0
+    for name, rows in info.parts:
+        flat[row : row + rows].copy_(taken(info, get(name)).reshape(rows, *flat.shape[1:]))
+        row += rows
+    return out if info.order is None else out[permutation(info.order)]
+
+
+def stored_as(info: ArrayInfo, files: Container[str]) -> ArrayInfo:
     """The array with the one form that these files have it in: its parts, or its fused tensor as the only part."""
     if info.fused is None:
         return info
@@ -295,32 +335,36 @@ def dummy(
 
 def outline(spec: ModelSpec, dtype: torch.dtype, how: Packing) -> dict[str, Any]:
     """A params tree on the meta device: the shapes and dtypes that `load` and `dummy` give, and no values."""
-    return build(abstract(spec), lambda _path, info: torch.empty(info.shape, dtype=dtype, device="meta"), how)
+    return build(abstract(spec), lambda _, info: torch.empty(info.shape, dtype=info.kept_in(dtype), device="meta"), how)
 
 
 def build(infos: dict[str, Any], make: Callable[[str, ArrayInfo], Tensor], how: Packing) -> dict[str, Any]:
     """The tree with `make(path, info)` for every array, each multiplied leaf placed as soon as it is whole."""
-
-    def fill_in(path: str, node: Any, how: Packing | None) -> Any:  # None: as it is
-        if isinstance(node, ArrayInfo):
-            return make(path, node)
-        if isinstance(node, Dense):
-            bias = None if node.bias is None else make(f"{path}.bias", node.bias)  # type: ignore[arg-type]
-            leaf = Dense(make(f"{path}.weight", node.weight), bias)  # type: ignore[arg-type]
-            return leaf if how is None else how.place(leaf)
-        if isinstance(node, Experts):
-            bias = None if node.bias is None else make(f"{path}.bias", node.bias)  # type: ignore[arg-type]
-            atom = 0 if how is None else how.experts
-            return experts.place(Experts(make(f"{path}.weight", node.weight), bias), atom)  # type: ignore
-        return None
-
     params = {
-        k: tuple({k: fill_in(f"layers.{i}.{k}", v, how) for k, v in layer.items()} for i, layer in enumerate(part))
+        k: tuple({k: placed(f"layers.{i}.{k}", v, make, how) for k, v in layer.items()} for i, layer in enumerate(part))
         if k == "layers"
-        else fill_in(k, part, None if k in ("embed", "head") else how.ends)  # these two wait: one may serve as both
+        # The ends wait, because a tied one may serve as both.
+        else placed(k, part, make, None if k in ("embed", "head") else how.ends)
         for k, part in infos.items()
     }
     return {**params, **place_ends(params, how)} if "head" in params else params  # else it is looked up only
+
+
+def placed(path: str, node: Any, make: Callable[[str, ArrayInfo], Tensor], how: Packing | None) -> Any:
+    """A node of an abstract tree with its arrays made, stored as `how` says, or as they are."""
+    if isinstance(node, ArrayInfo):
+        return make(path, node)
+    if isinstance(node, dict):
+        return {k: placed(f"{path}.{k}", v, make, how) for k, v in node.items()}
+    if isinstance(node, Dense):
+        bias = None if node.bias is None else make(f"{path}.bias", node.bias)  # type: ignore[arg-type]
+        whole = Dense(make(f"{path}.weight", node.weight), bias)  # type: ignore[arg-type]
+        return whole if how is None else how.place(whole)
+    if isinstance(node, Experts):
+        bias = None if node.bias is None else make(f"{path}.bias", node.bias)  # type: ignore[arg-type]
+        weight = make(f"{path}.weight", node.weight)  # type: ignore[arg-type]
+        return experts.place(Experts(weight, bias), 0 if how is None else how.experts)
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +376,13 @@ class Stored:
     """safetensors.safe_open: memory-mapped"""
     name: str
     """Of the tensor in it."""
+
+    def tensor(self) -> Tensor:
+        """The tensor, read. Raises CheckpointError when it cannot be."""
+        try:
+            return self.handle.get_tensor(self.name)
+        except Exception as e:
+            raise CheckpointError(f"tensor {self.name} cannot be read: {e}", where=str(self.path)) from e
 
 
 @contextmanager
@@ -368,6 +419,28 @@ def open_tensors(folder: Path, beside: tuple[str, ...] = ()) -> Iterator[dict[st
         yield found
 
 
+@contextmanager
+def _opened(folder: Path, spec: ModelSpec, unpickle: bool) -> Iterator[dict[str, Stored]]:
+    """Every tensor of a checkpoint under the name that the spec's arrays have."""
+    if unpickle:
+        held = pickled.opened(folder)
+        yield named(spec, {name: Stored(path, handle, name) for name, (path, handle) in held.items()})
+    elif is_gguf(folder):
+        a, wanted = spec.layers[0].mixer, [name for _, info in arrays(abstract(spec)) for name, _ in info.parts]
+        tensors = gguf_file.opened(folder, wanted, a.heads, a.kv_heads)
+        yield {name: Stored(folder, handle, name) for name, handle in tensors.items()}
+    else:
+        with open_tensors(folder, _folders(spec)) as files:
+            yield named(spec, files)
+
+
+def named(spec: ModelSpec, files: dict[str, Stored]) -> dict[str, Stored]:
+    """The files under the names that the spec's arrays have, where a checkpoint has others."""
+    if spec.upstream is None:
+        return with_prefix(files, prefix(family_of(spec)))
+    return {name: files[stored] for stored, name in fallback.names(spec, files).items()}
+
+
 def with_prefix(files: dict[str, Stored], prefix: str) -> dict[str, Stored]:
     """The files under full names, where a checkpoint was saved without its head and leaves the prefix out (GPT-2)."""
     files = {spelt(name): file for name, file in files.items()}
@@ -395,6 +468,8 @@ def spelt(name: str) -> str:
 
 def _files(folder: Path) -> dict[Path, list[str] | None]:
     """Weight files -> the names to take from each (None: all)."""
+    if is_gguf(folder):
+        return {folder: None}
     index = folder / "model.safetensors.index.json"
     if index.exists():
         table = read_json(index).get("weight_map")
@@ -419,13 +494,14 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
     some = [p for p in every if not p.name.startswith("consolidated")]
     if some:
         return {p: None for p in some}
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+    if pickled.files(folder):
         raise CheckpointError(
-            "holds weights only as pickled PyTorch files, which are not read because loading them can run code",
+            "holds weights only as pickled PyTorch files, which are not read unless asked for",
             where=str(folder),
-            remedy='convert it once where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"",
+            remedy="--load-format pt reads them, tensors alone and no code",
         )
+    if any(folder.glob("*.gguf")):
+        raise CheckpointError("holds weights only as GGUF", where=str(folder), remedy="give the .gguf file itself")
     raise CheckpointError(
         "holds no *.safetensors", where=str(folder), remedy="fetch the model again, or use --load-format dummy"
     )
@@ -459,8 +535,8 @@ def _check(spec: ModelSpec, infos: dict[str, Any], files: dict[str, Stored], fol
                 where=str(file.path),
                 remedy="use the unquantized checkpoint",
             )
-    ignored = FAMILIES[spec.family].ignored + (("lm_head.weight",) if spec.tied else ())
-    apart = FAMILIES[spec.family].apart
+    ignored = family_of(spec).ignored + (("lm_head.weight",) if spec.tied else ())
+    apart = family_of(spec).apart
     unused = [
         name
         for name in files
@@ -479,10 +555,9 @@ def _check(spec: ModelSpec, infos: dict[str, Any], files: dict[str, Stored], fol
 
 
 def _further(spec: ModelSpec, name: str) -> bool:
-    """Whether a tensor is of a layer beyond the config's last one, where a family has such."""
-    begin = FAMILIES[spec.family].further
-    number = name.removeprefix(begin).partition(".")[0]
-    return bool(begin) and name.startswith(begin) and number.isdecimal() and int(number) >= len(spec.layers)
+    """Whether a tensor is of a layer that predicts further tokens, where a family has such."""
+    further = family_of(spec).further
+    return further is not None and further.has(name, len(spec.layers))
 
 
 def _bytes(file: Stored) -> int:

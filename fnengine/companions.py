@@ -25,7 +25,7 @@ from fnengine.processors import Own
 from fnengine.program import Kind, Recorded, compiled_layers, wanted_layers
 from fnengine.settings import Mode, Settings
 from fnengine.spec import ModelSpec, attentions, for_length, recurrents
-from fnengine.step import make_step
+from fnengine.state import Pool
 from fnengine.transforms.companion import Companion, of_model
 
 log = logging.getLogger("fnengine")
@@ -57,6 +57,8 @@ class Ready:
     """Longest sequence that it knows."""
     compiles: bool
     """Something of it is not in the cache of compiled layers."""
+    kinds: int
+    """Of passes that draft, each with graphs of its own where steps are captured."""
     made: Callable[[int, Traces], tuple[Companion, str]]
     """(longest sequence of the engine, where compilations are counted) -> what the device gets, and how it runs."""
 
@@ -111,17 +113,16 @@ class SecondModel:
         def made(max_len: int, traces: Traces) -> tuple[Companion, str]:
             run_layers, how = layers_of(kinds, model, traces, ground.captured)
             spec = for_length(model.spec, min(max_len, model.spec.max_len))
-            step = make_step(spec, ops, run_layers, ground.own)
             mixers = attentions(spec)
-            return of_model(
-                model.params,
-                step,
-                len(target.spec.layers),
-                lambda blocks: make_pool(mixers, ops.kv, blocks, model.dtype, model.device),
-            ), how
+
+            def pool(blocks: int) -> tuple[Pool, ...]:
+                return make_pool(mixers, ops.kv, blocks, model.dtype, model.device)
+
+            layers = len(target.spec.layers)
+            return of_model(spec, model.params, ops, run_layers, layers, pool, ground.own), how
 
         compiles = any(kind.wanted.kept(folder()) is None for kind in kinds)
-        return Ready(memory.beside(shapes, model.name), model.spec.max_len, compiles, made)
+        return Ready(memory.beside(shapes, model.name), model.spec.max_len, compiles, 2, made)
 
 
 def check_pair(target: Model, draft: Model) -> None:

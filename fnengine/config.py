@@ -11,7 +11,7 @@ from typing import Any
 
 from fnengine import environment
 from fnengine.cli.flags import FLAGS
-from fnengine.errors import ConfigError
+from fnengine.errors import ConfigError, RequestError
 from fnengine.settings import Settings
 
 
@@ -26,6 +26,10 @@ class ModelOptions:
     dtype: str = "auto"
     device: str = "auto"
     load_format: str = "auto"
+    model_impl: str = "auto"
+    trust_remote_code: bool = False
+    family: tuple[str, ...] = ()
+    """Modules or files with families of the user's own."""
     quantization: str = "none"
     revision: str | None = None
     download_dir: str | None = None
@@ -33,6 +37,8 @@ class ModelOptions:
     """Path of a Jinja file."""
     chat_template_content_format: str = "auto"
     generation_config: str = "auto"
+    override_generation_config: Mapping[str, Any] | None = None
+    """Sampling defaults that go before the model's."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,14 @@ class ServeOptions:
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     enable_auto_tool_choice: bool = True
+    logits_processors: tuple[str, ...] = ()
+    """module:function of each; requests know it by the function's name."""
     strategy: tuple[str, ...] = ()
     """Names of strategies that requests may ask for, or module:function."""
     speculative_config: Mapping[str, Any] | None = None
     strict: bool = False
+    return_tokens_as_token_ids: bool = False
+    enable_force_include_usage: bool = False
     metrics_compat: str | None = None
     metrics_open: bool = False
     enable_log_requests: bool = False
@@ -82,6 +92,35 @@ ALIASES = {"half": "float16", "float": "float32"}
 """vLLM's other names of dtypes."""
 
 
+DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
+DEFAULTS += ("no_repeat_ngram_size", "typical_p")
+"""Sampling fields that may have a default of the server's."""
+
+
+def overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling defaults that go before the model's.
+
+    Raises:
+        ConfigError: one of them is none, or out of range.
+    """
+    from fnengine.host.request import Sampling
+
+    where, known = "--override-generation-config", (*DEFAULTS, "max_new_tokens")
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigError(f"{name!r} is no sampling default", where=where, remedy=f"one of {', '.join(known)}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{name} must be a number, got {value!r}", where=where)
+    most = given.get("max_new_tokens", 1)
+    if not isinstance(most, int) or most < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, got {most}", where=where)
+    try:
+        Sampling(**{name: value for name, value in given.items() if name in DEFAULTS})
+    except RequestError as e:
+        raise ConfigError(str(e), where=where) from None
+    return dict(given)
+
+
 def resolve(args: argparse.Namespace) -> Options:
     """The options of a parsed command line; the environment fills what it leaves open.
 
@@ -100,11 +139,12 @@ def resolve(args: argparse.Namespace) -> Options:
         if name:
             value = given[flag.dest]
             parts[part][name] = tuple(_flat(value)) if flag.many else value
-        origins[flag.name] = "command line"
+        origins[flag.name] = given.get("origins", {}).get(flag.name, "command line")
     name, same = given.get("model"), given.get("model_flag")
     if name is not None and same is not None and name != same:
         raise ConfigError(f"two models are given, {name} and {same}", where="--model", remedy="give one of them")
     model = ModelOptions(model=name if same is None else same, **parts["model"])
+    overrides(model.override_generation_config or {})
     if model.dtype in ALIASES:
         model = dataclasses.replace(model, dtype=ALIASES[model.dtype])
     if "api_key" not in parts["serve"] and (keys := environment.api_keys()):

@@ -1,8 +1,9 @@
 """A device that runs steps: rows, pool and the compiled step behind `host.step.Device`.
 
 It owns the one mutable thing, the `State`, and turns a host-side `StepInput` into a staged `Batch`. Order within a
-step: swap out, swap in, row edits, copies of blocks, then the step itself (KV writes, attention, sampling), directly or
-through a captured graph. The edits come seldom and in any number, so they stay outside of graphs.
+step: swap out, swap in, states kept, row edits, copies of blocks, then the step itself (KV writes, attention,
+sampling), directly or through a captured graph. The edits come seldom and in any number, so they stay outside of
+graphs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fnengine.host.request import MAX_BIAS
 from fnengine.host.step import BLOCK, NEWEST, Admission, Ask, Scores, StepInput, StepOutput, Ticket
 from fnengine.kernels import KVLayout, Ops, memory
 from fnengine.kernels.layout import movable
-from fnengine.spec import Attention, ModelSpec, Recurrent
+from fnengine.spec import Attending, Mixer, ModelSpec, Recurrent
 from fnengine.state import (
     Carry,
     LayerState,
@@ -42,6 +43,7 @@ from fnengine.state import (
     common_columns,
     empty_rows,
     packed_parts,
+    pool_shapes,
     rare_columns,
 )
 from fnengine.step import Step
@@ -64,8 +66,8 @@ def make_state(
     """Empty state: `blocks` (N) blocks a layer laid out as `kv` says, `rows` (M) rows and the null row, with arguments
     for `own` processors and vectors for `steer` layers; in recurrent layers `kept` places beside those of the rows."""
 
-    def of_layer(mixer: Attention | Recurrent) -> LayerState:
-        if isinstance(mixer, Attention):
+    def of_layer(mixer: Mixer) -> LayerState:
+        if not isinstance(mixer, Recurrent):
             return make_pool([mixer], kv, blocks, dtype, device)[0]
         shapes = ((mixer.taps - 1, mixer.channels), mixer.memory)
         return Memory(*(_zeros((rows + 1 + kept, *shape), torch.float32, device) for shape in shapes))
@@ -84,12 +86,11 @@ def beside(state: State, companion: Companion, blocks: int, dtype: torch.dtype) 
 
 
 def make_pool(
-    mixers: Sequence[Attention], kv: KVLayout, blocks: int, dtype: torch.dtype, device: torch.device
+    mixers: Sequence[Attending], kv: KVLayout, blocks: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Pool, ...]:
     """Empty KV of each of these layers."""
     return tuple(
-        Pool(*(_zeros(shape, kv.element(dtype), device) for shape in kv.shapes(blocks, BLOCK, a.kv_heads, a.width)))
-        for a in mixers
+        Pool(*(_zeros(shape, kv.element(dtype), device) for shape in pool_shapes(kv, a, blocks))) for a in mixers
     )
 
 
@@ -134,9 +135,10 @@ class Launched:
 
 
 def _places(step: StepInput) -> np.ndarray:
-    """[R, W] which picked token decides the w-th choice of each row; beyond what a row may choose, any."""
+    """[R, W] which picked token decides the w-th choice of each row, and the last of a row that chooses nothing; beyond
+    what a row may choose, any."""
     W = max(int(step.emit.max(initial=0)), 1)
-    place = (step.picked()[1:] - step.emit)[:, None] + np.arange(W)
+    place = (step.picked()[1:] - np.maximum(step.emit, 1))[:, None] + np.arange(W)
     return place.clip(0, step.ask.picks - 1)
 
 
@@ -187,6 +189,7 @@ class TorchDevice:
         companion: what drafts beside the model, whose part of a step `step` does already, with both their params.
         depth: steps the host may have in flight beside the one it reads; by default 1 where steps are captured or run
             on a GPU.
+        kept: places of states beside those of the rows; None where no layer has a state.
     """
 
     def __init__(
@@ -207,9 +210,11 @@ class TorchDevice:
         capturing: Capturing[Ask] | None = None,
         companion: Companion | None = None,
         depth: int | None = None,
+        kept: int | None = None,
     ):
         self.spec, self.params, self.step, self.ops = spec, params, step, ops
         self.blocks, self.rows, self.max_len, self.host_slots = blocks, rows, max_len, host_slots
+        self.kept = kept
         self.device, self.processors, self.steer = device, tuple(processors), tuple(steer)
         self.depth = int(capturing is not None or device.type != "cpu") if depth is None else depth
         self.state = make_state(
@@ -222,6 +227,7 @@ class TorchDevice:
             device=device,
             own=len(processors),
             steer=len(steer),
+            kept=kept or 0,
         )
         self.companion = companion
         if companion is not None:
@@ -232,6 +238,8 @@ class TorchDevice:
         """States of the recurrent layers."""
         self._rare: set[int] = set()
         """Rows that hold parameters of rare processors."""
+        self._biased: set[int] = set()
+        """Rows that hold a bias."""
         self._steered: set[int] = set()
         """Rows that hold a vector."""
         self._pinned = device.type == "cuda"
@@ -248,9 +256,7 @@ class TorchDevice:
         self.drafting: tuple[Steps, ...] = ()
         """How the first pass of a round of drafts is run, and all later ones."""
         if companion is not None:
-            kinds = dict.fromkeys((companion.first, companion.later))
-            made = {step: self._passes(step, capturing) for step in kinds}
-            self.drafting = made[companion.first], made[companion.later]
+            self.drafting = self._passes(companion.first, capturing), self._passes(companion.later, capturing)
 
     def _graphs(self, capturing: Capturing[Ask] | None, usage: Usage) -> Graphs[Ask] | None:
         return None if capturing is None else Graphs(self._forward, capturing, self._idle, usage.capture)
@@ -268,8 +274,11 @@ class TorchDevice:
         if self.graphs is None:
             return
         wanted = [(self.graphs, key) for key in self.graphs.wanted()]
-        for passes in {id(steps): steps for steps in self.drafting if isinstance(steps, Graphs)}.values():
-            wanted += [(passes, key) for key in passes.wanted() if key.bucket.tokens == key.bucket.rows]
+        for j, passes in enumerate(self.drafting):
+            assert isinstance(passes, Graphs) and self.companion is not None
+            any_shape = self.companion.catches_up and not j
+            each = [key for key in passes.wanted() if any_shape or key.bucket.tokens == key.bucket.rows]
+            wanted += [(passes, key) for key in each]
         with self._current():
             for i, (graphs, key) in enumerate(wanted):
                 graphs.capture(key, self.params, self.state)
@@ -318,11 +327,15 @@ class TorchDevice:
             _move(pool, step.swap_out[:, 0], self._host, step.swap_out[:, 1])
         if step.swap_in is not None and len(step.swap_in):
             _move(self._host, step.swap_in[:, 0], pool, step.swap_in[:, 1])
+        if step.keep is not None:
+            self._move_states(step.keep)
         if step.admit:
             self._admit(step.admit)
+            if begun := [(a.state, a.row) for a in step.admit if a.state >= 0]:
+                self._move_states(np.array(begun, np.int32))
         self._grow(step.grow)
         if len(step.copy):
-            self.ops.copy_blocks([t for p in pool for t in (p.k, p.v)], self._stage(step.copy))
+            self.ops.copy_blocks([t for p in pool for t in (p.k, p.v) if t.numel()], self._stage(step.copy))
         choice = self.steps.choose(len(step.token), len(step.row), step.ask)
         out = self.steps.run(choice, self.params, self.state, self._packed(step, choice.bucket, choice.ask))
         done = None
@@ -345,25 +358,26 @@ class TorchDevice:
         with self._current():
             self._grow(round.grow)
             rows, none, chosen = self.state.rows, np.zeros((0, 3), np.int32), []
-            began = time.perf_counter()
+            began, row = time.perf_counter(), self._stage(round.row).long()
+            rows.length[row] = self._stage(round.begin)
+            ones = np.ones(len(round.row), np.int32)
             for j, n in enumerate(round.passes):
                 steps = self.drafting[min(j, 1)]
                 step = StepInput(
                     row=round.row[:n],
-                    start=np.arange(n + 1, dtype=np.int32),
-                    token=np.full(n, NEWEST, np.int32),
-                    emit=np.ones(n, np.int32),
+                    start=np.arange(n + 1, dtype=np.int32) if j else round.start,
+                    token=NEWEST * ones[:n] if j else round.token,
+                    emit=ones[:n] if j else np.minimum(round.count, 1),
                     copy=none[:, :2],
                     grow=none,
                     ask=round.ask,
                 )
-                choice = steps.choose(n, n, round.ask)
+                choice = steps.choose(len(step.token), n, round.ask)
                 steps.run(choice, self.params, self.state, self._packed(step, choice.bucket, choice.ask))
                 chosen.append(choice)
-            row, count = self._stage(round.row).long(), self._stage(round.count)
-            rows.length[row] -= count
+            rows.length[row] = length = self._stage(round.length)
             behind = torch.arange(1, int(round.count[0]) + 1, device=self.device)
-            at = (rows.length[row].long()[:, None] + behind).clamp_(max=rows.history.shape[1] - 1)
+            at = (length.long()[:, None] + behind).clamp_(max=rows.history.shape[1] - 1)
             tokens = rows.history[row[:, None], at].cpu().numpy()
             if self.draft_usage is not None:
                 for choice in chosen:
@@ -375,6 +389,13 @@ class TorchDevice:
         if len(added):
             grow = self._stage(added).long()
             self.state.rows.table[grow[:, 0], grow[:, 1]] = grow[:, 2].int()
+
+    def _move_states(self, pairs: np.ndarray) -> None:
+        """Copies states of all recurrent layers, (from, to) places: all are read before any is written."""
+        source, target = self._stage(pairs).long().unbind(1)
+        for m in self.memories:
+            for t in (m.tail, m.matrix):
+                t.index_copy_(0, target, t.index_select(0, source))
 
     def _stage(self, array: np.ndarray) -> Tensor:
         """The array on the device, some time after this."""
@@ -440,27 +461,37 @@ class TorchDevice:
                     vectors[i, self.steer.index(name)] = vector
             rows.steer[self._stage(np.array([a.row for a in edited], np.int64))] = self._stage(vectors)
             self._steered = self._steered - {a.row for a in edited} | {a.row for a in edited if a.steer}
-        bias = [_bias(a) for a in admissions]
-        put("bias_id", np.int32, [b[0] for b in bias])
-        put("bias", np.float32, [b[1] for b in bias])
-        put("bias_until", np.int32, [b[2] for b in bias])
-        for a in admissions:
-            rows.table[a.row].zero_()
-            rows.table[a.row, : len(a.blocks)] = self._stage(a.blocks.astype(np.int32))
-            if len(a.tokens):
-                rows.history[a.row, : len(a.tokens)] = self._stage(a.tokens.astype(np.int32))
+        biased = {a.row for a in admissions if a.sampling.logit_bias or a.suppress}
+        if edited := [a for a in admissions if a.row in biased or a.row in self._biased]:
+            at = self._stage(np.array([a.row for a in edited], np.int64))
+            for name, values in _biases(edited).items():
+                getattr(rows, name)[at] = self._stage(values)
+            self._biased = self._biased - {a.row for a in edited} | biased
+        # One write for all rows; what is put behind a row's tokens is written over before it is read.
+        rows.table[index] = self._stage(_ragged([a.blocks for a in admissions], rows.table.shape[1]))
+        if most := max(len(a.tokens) for a in admissions):
+            rows.history[index, :most] = self._stage(_ragged([a.tokens for a in admissions], most))
 
 
-def _bias(a: Admission) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The row's sparse (id, bias, until) list: logit_bias without end, suppressed ids until their position."""
-    ids, value = np.full(MAX_BIAS, -1, np.int32), np.zeros(MAX_BIAS, np.float32)
-    until = np.zeros(MAX_BIAS, np.int32)
-    entries = [(i, min(max(b, -100.0), 100.0), np.iinfo(np.int32).max) for i, b in a.sampling.logit_bias]
-    entries += [(i, -np.inf, a.suppress_until) for i in a.suppress]
-    assert len(entries) <= MAX_BIAS, f"{len(entries)} bias entries, a row holds {MAX_BIAS}"
-    for j, (i, b, u) in enumerate(entries):
-        ids[j], value[j], until[j] = i, b, u
-    return ids, value, until
+def _ragged(arrays: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """[n, width] int32: the arrays as rows, filled up with 0."""
+    out = np.zeros((len(arrays), width), np.int32)
+    for row, array in zip(out, arrays, strict=True):
+        row[: len(array)] = array
+    return out
+
+
+def _biases(admissions: Sequence[Admission]) -> dict[str, np.ndarray]:
+    """Columns of the rows' sparse (id, bias, until) lists: logit_bias without end, suppressed ids until their place."""
+    shape = len(admissions), MAX_BIAS
+    ids, value, until = np.full(shape, -1, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    for r, a in enumerate(admissions):
+        entries = [(i, min(max(b, -100.0), 100.0), np.iinfo(np.int32).max) for i, b in a.sampling.logit_bias]
+        entries += [(i, -np.inf, a.suppress_until) for i in a.suppress]
+        assert len(entries) <= MAX_BIAS, f"{len(entries)} bias entries, a row holds {MAX_BIAS}"
+        for j, (i, b, u) in enumerate(entries):
+            ids[r, j], value[r, j], until[r, j] = i, b, u
+    return {"bias_id": ids, "bias": value, "bias_until": until}
 
 
 def _signed(seed: int) -> int:

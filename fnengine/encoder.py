@@ -25,7 +25,7 @@ from fnengine.kernels.rope import apply_rope
 from fnengine.layers import ACTS, Angles, block, normed, normed_heads, rope_angles
 from fnengine.leaves import matmul
 from fnengine.model import embed, final_norm
-from fnengine.spec import Attention, Layer, ModelSpec, Rope
+from fnengine.spec import Attention, Layer, ModelSpec, Turning
 
 Attend = Callable[..., Tensor]
 """See `kernels.whole.WHOLE_ATTENTION`."""
@@ -106,7 +106,7 @@ def encode(
         x_TD = x_TD + (types[torch.zeros_like(token_T) if type_T is None else type_T])
     if whole.norm is not None:
         x_TD = normed(whole.norm, params, "embed_norm", spec.eps, x_TD)
-    angles: dict[Rope | None, Angles] = {}
+    angles: dict[Turning, Angles] = {}
     for kind, p in zip(spec.layers, params["layers"], strict=True):
         rope = kind.mixer.rope
         if rope not in angles:

@@ -24,8 +24,8 @@ from fnengine.build import Built, build, fingerprint, policy_of
 from fnengine.companions import Beside, SecondModel
 from fnengine.decoding.live import Bounds
 from fnengine.decoding.strategy import Strategy
-from fnengine.drafting import Drafting, Jointly, Maker
-from fnengine.errors import DeviceFault, FnError, QueueFull, RequestError
+from fnengine.drafting import CANNOT_CUT, Drafting, Jointly, Maker
+from fnengine.errors import ConfigError, DeviceFault, FnError, QueueFull, RequestError
 from fnengine.graphs.report import as_json
 from fnengine.host import ahead
 from fnengine.host import commit as committing
@@ -39,6 +39,7 @@ from fnengine.host.output import Delta, Finished, Gauges, StepFacts, Usage
 from fnengine.host.plan import Host, Planned, Policy, Run
 from fnengine.host.pooling import DEFAULT, declared, embedding
 from fnengine.host.request import Request, Speculate
+from fnengine.host.states import states_of
 from fnengine.host.step import BLOCK, Device, Ticket
 from fnengine.host.survey import Survey, survey, told
 from fnengine.host.text import Piece, TextStream
@@ -47,7 +48,7 @@ from fnengine.model import Model
 from fnengine.processors import Own
 from fnengine.runtime import Runtime
 from fnengine.settings import Settings
-from fnengine.spec import tap_names
+from fnengine.spec import recurrents, tap_names
 from fnengine.strategies import Strategies, named
 from fnengine.stream import Stream
 
@@ -114,7 +115,7 @@ class Engine:
         self.max_logprobs = policy.vocab if max_logprobs < 0 else max_logprobs
         self.answer_bytes = answer_bytes
         self.guides = Guides(tokenizer, policy.vocab, policy.eos)
-        ledger = Ledger(device.blocks, BLOCK, caching=policy.caching)
+        ledger = Ledger(device.blocks, BLOCK, caching=policy.caching, states=states_of(device))
         self.host = Host(policy, ledger, rows=device.rows, host_slots=device.host_slots, seed=seed)
         self.on_step: list[Callable[[StepFacts], None]] = []
         self.on_finish: list[Callable[[Finished], None]] = []
@@ -161,13 +162,16 @@ class Engine:
             strategies: that requests may name; `bounds` says how long one may keep to itself.
             speculate: drafts for requests that say nothing about them.
             proposers: name -> (how -> a proposer for one run), for `Speculate(method=name)`.
-            companion: a draft model that computes what the model computes, on the same blocks, and drafts for many
-                sequences at once, for `Speculate(method="draft_model")`.
+            companion: a draft model or head, which drafts for many sequences at once on the model's rows and blocks;
+                its method in `Speculate` is `draft_model`, or the head's, such as `eagle`.
             generation_config: `vllm` ignores the model's own sampling defaults.
             processors: name -> function of logits that requests may ask for, `Sampling(processors=...)`.
         """
         settings = settings or Settings(**options)
         beside = SecondModel(companion) if isinstance(companion, Model) else companion
+        whole = not recurrents(model.spec)
+        if (speculate is not None or beside is not None) and not whole:
+            raise ConfigError(CANNOT_CUT.format(model.spec.architecture), where="speculate", remedy="run it without")
         built = build(model, settings, lazy=False, processors=processors, companion=beside)
         device, made = built.device, dict(proposers or {})
         if beside is not None:
@@ -186,18 +190,36 @@ class Engine:
             max_logprobs=settings.max_logprobs,
             answer_bytes=settings.answer_bytes,
             built=built,
-            drafting=Drafting(speculate, made, tap_names(model.spec)),
+            drafting=Drafting(
+                speculate,
+                made,
+                tap_names(model.spec),
+                refused="" if whole else CANNOT_CUT.format(model.spec.architecture),
+            ),
             strategies={s.name: s for s in strategies},
             bounds=bounds,
             pooling=declared(model.folder),
             runtime=lambda ledger, books: Runtime.over(model, settings, built, ledger, books),
         )
-        engine.drafting.jointly = lambda wishes: ahead.drafts(engine.host, wishes, device.draft, built.drafts_to)
+        follows = device.companion is not None and device.companion.catches_up
+        engine.drafting.jointly = lambda wishes: ahead.drafts(
+            engine.host, wishes, device.draft, built.drafts_to, follows=follows
+        )
         return engine
+
+    tasks = ("generate", "embed", "pool", "score")
+    """What may be asked of it; scores are cosines."""
+    head = None
+    """Labels are a `Reader`'s."""
 
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def most(self) -> int:
+        """Sequences that are computed at once."""
+        return self.policy.rows
 
     @property
     def width(self) -> int:
@@ -582,11 +604,14 @@ class Engine:
         return survey(self.host, blocks)
 
     def graphs(self) -> dict[str, Any] | None:
-        """What ran in which captured graph, and what padding cost; None where nothing is captured."""
+        """What ran in which captured graph, and what padding cost, and of passes that draft the same under `drafts`;
+        None where nothing is captured."""
         usage = None if self.built is None else self.built.device.usage
         if usage is None or self.built is None:
             return None
-        return {"about": self.built.capture, **as_json(replace(usage, recompiles=self.gauges().recompiles))}
+        found = {"about": self.built.capture, **as_json(replace(usage, recompiles=self.gauges().recompiles))}
+        passes = self.built.device.draft_usage
+        return found if passes is None else {**found, "drafts": as_json(passes)}
 
     def reset_prefix_cache(self) -> None:
         """Forgets cached blocks that no sequence holds."""

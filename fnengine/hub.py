@@ -23,11 +23,19 @@ DEMOS = {DEMO: BUNDLED, "demo-draft": BUNDLED / "draft", "demo-eagle": BUNDLED /
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.tiktoken")
 """What a model needs of its repository: weights, configs, chat templates, tokenizers."""
 
-CONFIG = ("config.json", "generation_config.json")
+CONFIG = ("config.json", "generation_config.json", "modules.json", "sentence_bert_config.json", "[0-9]_*/config.json")
+CONFIG += ("model.safetensors.index.json",)
 """What says which shapes a model has."""
 
-LEFT_OUT = ("consolidated*", "original/*", "onnx/*", "*/*")
-"""Second copies of the weights in other formats, which would double the download."""
+PICKLED = ("pytorch_model*.bin",)
+"""Weights that are fetched only to be unpickled."""
+
+CODE = ("*.py",)
+"""What defines a model that neither this engine nor transformers has; fetched only to be run."""
+
+LEFT_OUT = ("consolidated*", "original/*", "onnx/*", "[!0-9]*/*")
+"""Second copies of the weights in other formats, which would double the download; but not what sentence-transformers
+keeps beside a model, in folders with a number (1_Pooling, 2_Dense)."""
 
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -37,6 +45,8 @@ def display_name(name_or_path: str | Path | None) -> str:
     if name_or_path is None or str(name_or_path) in DEMOS:
         return str(name_or_path or DEMO)
     path = Path(name_or_path).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return path.stem
     return path.resolve().name if path.is_dir() else str(name_or_path)
 
 
@@ -77,8 +87,10 @@ def resolve(
             )
         return path
     name = str(name_or_path)
+    if path.is_file() and path.suffix == ".gguf":
+        return path
     if path.exists():
-        raise CheckpointError("is a file", where=name, remedy="give the folder that holds config.json")
+        raise CheckpointError("is a file", where=name, remedy="give the folder that holds config.json, or a .gguf file")
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
     if looks_local or not _NAME.fullmatch(name):
         raise CheckpointError("no such directory", where=name, remedy="give a folder, owner/name, or demo")
@@ -146,6 +158,6 @@ def _snapshot(
         raise CheckpointError(
             "the repository (or its cached part) holds no config.json" + ("; offline mode is on" if offline else ""),
             where=at,
-            remedy="it may not be a transformers model; GGUF and original formats are not read",
+            remedy="it may not be a transformers model; of GGUF give a downloaded file, original formats are not read",
         )
     return folder

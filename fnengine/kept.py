@@ -96,6 +96,8 @@ def identity(model: Model, built: Built) -> keys.Key:
 def _maths(spec: ModelSpec) -> str:
     """Digest of what a spec computes."""
     parts = {"layers": repr(spec.layers), "eps": repr(spec.eps), "tied": str(spec.tied), "ends": repr(spec.ends)}
+    if spec.upstream is not None:
+        parts["upstream"] = repr(spec.upstream)
     return keys.digest(parts)
 
 
@@ -245,7 +247,7 @@ class Opened:
 
         with torch.inference_mode():
             for p in pool:
-                for x in (movable(p.k), movable(p.v)):
+                for x in (movable(x) for x in (p.k, p.v) if x.numel()):
                     new = torch.from_numpy(take(len(blocks) * x[0].nbytes)).view(x.dtype)
                     x[index.to(x.device)] = new.view(len(blocks), *x.shape[1:]).to(x.device)
         tokens = take(4 * self.length).view(np.int32)

@@ -18,6 +18,7 @@ from torch import Tensor
 from fnengine import experts
 from fnengine.activations import ACTS, sigmoid, silu, softmax
 from fnengine.host.step import BLOCK
+from fnengine.kernels.attention import Heads
 from fnengine.kernels.rope import rms_norm
 from fnengine.leaves import matmul
 from fnengine.recurrent import delta_net, mamba2
@@ -25,15 +26,19 @@ from fnengine.spec import (
     RMS,
     Attention,
     DeltaNet,
+    Latent,
     Layer,
     LinearScaling,
     Llama3Scaling,
     LongScaling,
     Mamba2,
+    Mixer,
     Mlp,
     MoE,
     Norm,
     Rope,
+    Tempered,
+    Turning,
     YarnScaling,
 )
 from fnengine.state import LayerState, Memory, Pool, Where
@@ -43,6 +48,20 @@ if TYPE_CHECKING:
 
 Angles = tuple[Tensor, Tensor]
 """cos and sin, each [T, width / 2] float32."""
+
+
+def asked_of_attention(mixer: Mixer) -> Heads:
+    """What a layer's mixer needs of whoever does attention."""
+    match mixer:
+        case Attention():
+            return Heads(mixer.width, sight(mixer), mixer.soft_cap, mixer.sinks)
+        case Latent():
+            return Heads(mixer.width, shares=True)
+
+
+def sight(a: Attention) -> int:
+    """How far back a layer's tokens see, as attention's contract has it."""
+    return -a.chunk or a.window or 0
 
 
 def layer(
@@ -87,9 +106,10 @@ def mix(
 ) -> Tensor:
     """What the first half of a layer makes of x_TD, as its spec says. Donates `state`."""
     match kind.mixer:
-        case Attention() as a:
+        case Attention() | Latent() as a:
             assert isinstance(state, Pool)
-            return attention(a, params, state, where, angles, ops, x_TD, kind.eps)
+            q_THC, gate_TE = queries(a, params, state, where, angles, ops, x_TD, kind.eps)
+            return attended(a, params, state, where, ops, q_THC, gate_TE)
         case DeltaNet() as d:
             assert isinstance(state, Memory)
             return delta_net(d, params, state, where, x_TD, kind.eps)
@@ -121,8 +141,8 @@ def normed(n: Norm, params: dict[str, Any], name: str, eps: float, x: Tensor) ->
     return x32.to(x.dtype)
 
 
-def attention(
-    a: Attention,
+def queries(
+    a: Attention | Latent,
     params: dict[str, Any],
     pool: Pool,
     where: Where,
@@ -130,9 +150,12 @@ def attention(
     ops: Ops,
     x_TD: Tensor,
     eps: float,
-) -> Tensor:
-    """Causal softmax attention of the new tokens over their rows' KV, projected back to [T, D]. Donates `pool`."""
-    qkv_TE = matmul(params["qkv"], x_TD)
+) -> tuple[Tensor, Tensor | None]:
+    """(q_THC, what the new tokens ask, rotated; what the answers are gated by, if anything). Donates `pool`, to which
+    their keys and values are written."""
+    if isinstance(a, Latent):
+        return latent_queries(a, params, pool, where, angles, ops, x_TD), None
+    qkv_TE, gate_TE = matmul(params["qkv"], x_TD), None
     if a.gated:
         qkv_TE, gate_TE = qkv_TE.split(((a.heads + 2 * a.kv_heads) * a.width, a.heads * a.width), dim=-1)
     norms = (None, None)
@@ -142,15 +165,55 @@ def attention(
         qkv_TE = normed_heads(a, params, eps, qkv_TE)
     if a.clip:
         qkv_TE = qkv_TE.clamp(-a.clip, a.clip)
-    q_THC = ops.rope_write(qkv_TE, *norms, *angles, pool.k, pool.v, where.slot, eps)
-    window = 0 if a.window is None else a.window
-    sinks = params["sinks"] if a.sinks else None
+    if not isinstance(a.rope, Tempered):
+        return ops.rope_write(qkv_TE, *norms, *angles, pool.k, pool.v, where.slot, eps), gate_TE
+    still = (x_T2[:, :1].contiguous() for x_T2 in angles)
+    q_THC = ops.rope_write(qkv_TE, *norms, *still, pool.k, pool.v, where.slot, eps)
+    return (q_THC.float() * angles[0][:, 1, None, None]).to(q_THC.dtype), gate_TE
+
+
+def attended(
+    a: Attention | Latent,
+    params: dict[str, Any],
+    pool: Pool,
+    where: Where,
+    ops: Ops,
+    q_THC: Tensor,
+    gate_TE: Tensor | None = None,
+) -> Tensor:
+    """Causal softmax attention of queries over their rows' KV, gated, projected back to [T, D]."""
     at = (where.table, where.row, where.start, where.length)
-    o_THC = ops.paged_attention(q_THC, pool.k, pool.v, *at, a.scale, window, a.soft_cap, sinks)
-    o_TE = o_THC.flatten(1)
-    if a.gated:
-        o_TE = (o_TE.float() * sigmoid(gate_TE)).to(x_TD.dtype)
+    if isinstance(a, Latent):
+        o_THC = ops.paged_attention(q_THC, pool.k, pool.v, *at, a.scale, 0, 0.0, None)
+        return matmul(params["o"], each_head(params["v_up"], o_THC[..., a.turning :]).flatten(1))
+    sinks = params["sinks"] if a.sinks else None
+    o_TE = ops.paged_attention(q_THC, pool.k, pool.v, *at, a.scale, sight(a), a.soft_cap, sinks).flatten(1)
+    if gate_TE is not None:
+        o_TE = (o_TE.float() * sigmoid(gate_TE)).to(o_TE.dtype)
     return matmul(params["o"], o_TE)
+
+
+def latent_queries(
+    a: Latent, params: dict[str, Any], pool: Pool, where: Where, angles: Angles, ops: Ops, x_TD: Tensor
+) -> Tensor:
+    """q_THC: what the new tokens ask of latents. Donates `pool`, to which their own are written."""
+    if a.query_rank:
+        q_TE = matmul(params["q_up"], rms_norm(matmul(params["q_down"], x_TD), params["q_norm"], a.eps))
+    else:
+        q_TE = matmul(params["q"], x_TD)
+    still_THC, turning_THC = q_TE.unflatten(1, (a.heads, -1)).split((a.still, a.turning), dim=-1)
+    latent_TE, key_TE = matmul(params["kv_down"], x_TD).split((a.rank, a.turning), dim=-1)
+    heads_THC = torch.cat([turning_THC, each_head(params["k_up"], still_THC)], dim=-1)
+    qk_TE = torch.cat([heads_THC.flatten(1), key_TE, rms_norm(latent_TE, params["kv_norm"], a.eps)], dim=-1)
+    return ops.rope_write(qk_TE, None, None, *angles, pool.k, pool.v, where.slot, a.eps)
+
+
+def each_head(leaf: experts.Experts | experts.TiledExperts, x_THC: Tensor) -> Tensor:
+    """y_THC: the rows of each head times a matrix of its own, as experts are multiplied."""
+    T, H, _ = x_THC.shape
+    offsets_H1 = torch.arange(H + 1, device=x_THC.device, dtype=torch.int32) * T
+    y_SC = experts.grouped_matmul(leaf, x_THC.transpose(0, 1).flatten(0, 1), offsets_H1)
+    return y_SC.unflatten(0, (H, T)).transpose(0, 1)
 
 
 def normed_heads(a: Attention, params: dict[str, Any], eps: float, qkv_TE: Tensor) -> Tensor:
@@ -190,7 +253,11 @@ def moe(m: MoE, params: dict[str, Any], slot_T: Tensor, x_TD: Tensor) -> Tensor:
     T, S = x_TD.shape[0], x_TD.shape[0] * m.chosen
     chosen_TJ = torch.where((slot_T < BLOCK)[:, None], chosen_TJ[:1], chosen_TJ)
     offsets_E1, order_S, place_S = experts.arrange(chosen_TJ.reshape(S), m.experts)
-    gate_up_SF = experts.grouped_matmul(params["experts_gate_up"], x_TD[order_S // m.chosen], offsets_E1)
+    x_SD = x_TD[order_S // m.chosen]
+    if m.early:
+        x_SD = (x_SD.float() * weight_TJ.reshape(S, 1)[order_S]).to(x_TD.dtype)
+        weight_TJ = torch.ones_like(weight_TJ)
+    gate_up_SF = experts.grouped_matmul(params["experts_gate_up"], x_SD, offsets_E1)
     y_SD = experts.grouped_matmul(params["experts_down"], expert_act(m, gate_up_SF).to(x_TD.dtype), offsets_E1)
     place_TJ = place_S.view(T, m.chosen)
     y_TD = y_SD[place_TJ[:, 0]].float() * weight_TJ[:, :1]
@@ -207,13 +274,13 @@ def moe(m: MoE, params: dict[str, Any], slot_T: Tensor, x_TD: Tensor) -> Tensor:
 def route(m: MoE, params: dict[str, Any], x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """(experts of each token, best first, int32; their weights, float32), both [T, J]. Logits are rounded to the
     model's dtype where upstream's are, because that is what makes them equal or not."""
-    logits_TE = matmul(params["router"], x_TD, wide=m.scores == "sigmoid").float()
+    logits_TE = matmul(params["router"], x_TD, wide=m.wide or m.scores == "sigmoid").float()
     if m.scores == "sigmoid":
         score_TE = sigmoid(logits_TE)
     elif m.scores == "softmax":
         score_TE = softmax(logits_TE)
     else:
-        assert m.scores in ("logits", "near"), m.scores
+        assert m.scores in ("logits", "near", "gates"), m.scores
         score_TE = logits_TE
     chosen_TJ = experts.top(eligible(m, params, score_TE), m.chosen)
     if m.scores == "near":
@@ -221,6 +288,8 @@ def route(m: MoE, params: dict[str, Any], x_TD: Tensor) -> tuple[Tensor, Tensor]
     weight_TJ = score_TE.gather(1, chosen_TJ.long())
     if m.scores == "logits":
         weight_TJ = softmax(weight_TJ)
+    elif m.scores == "gates":
+        weight_TJ = sigmoid(weight_TJ)
     elif m.normalized:
         weight_TJ = weight_TJ / (weight_TJ.sum(1, keepdim=True) + (1e-20 if m.scores == "sigmoid" else 0.0))
     return chosen_TJ, weight_TJ * m.factor
@@ -245,11 +314,11 @@ def near_weights(m: MoE, score_TE: Tensor, chosen_TJ: Tensor) -> Tensor:
 def eligible(m: MoE, params: dict[str, Any], score_TE: Tensor) -> Tensor:
     """What experts are chosen by: scores with their correction, -inf in groups that are not kept."""
     if m.correction:
-        score_TE = score_TE + params["correction"].float()
+        score_TE = score_TE + params["correction"]
     if m.kept == m.groups:
         return score_TE
     each_Gn = score_TE.view(-1, m.experts // m.groups)
-    best_TG = each_Gn.gather(1, experts.top(each_Gn, 2).long()).sum(1).view(-1, m.groups)
+    best_TG = each_Gn.gather(1, experts.top(each_Gn, m.best).long()).sum(1).view(-1, m.groups)
     group_G = torch.arange(m.groups, device=score_TE.device, dtype=torch.int32)
     kept_TG = (experts.top(best_TG, m.kept)[:, :, None] == group_G).any(1)
     return score_TE.masked_fill(~kept_TG.repeat_interleave(m.experts // m.groups, 1), -math.inf)
@@ -294,18 +363,26 @@ def inverse_frequencies(rope: Rope, device: torch.device) -> Tensor:
             stretched = ramp.clamp(0, 1)
             return freq / factor * stretched + freq * (1 - stretched)
         case LongScaling(short, long, original, _, longest):
-            return freq / torch.tensor(long if longest > original else short, device=device, dtype=torch.float32)
+            factors = torch.tensor(long if longest > original else short, device=device, dtype=torch.float32)
+            return 1.0 / (factors * rope.theta**exponent)  # rounded as upstream: an ulp is 0.006 rad at 100,000 tokens
     raise AssertionError(f"not a scaling: {rope.scaling}")
 
 
-def rope_angles(rope: Rope | None, position_T: Tensor) -> Angles:
+def rope_angles(rope: Turning, position_T: Tensor) -> Angles:
     """(cos, sin) of every token's rotary angles, [T, width / 2] float32; once a step for each distinct Rope.
 
     Where nothing rotates one pair of channels turns by 0, which leaves its bits, so that kernels need no second form.
+    A temperature stands beside the 1 of its cosine.
     """
     if rope is None:
         still = torch.zeros(len(position_T), 1, device=position_T.device)
         return still + 1, still
+    if isinstance(rope, Tempered):
+        times_T = torch.floor((position_T.float() + 1) / rope.every)
+        temperature_T = torch.log1p(times_T) * rope.scale + 1
+        return torch.stack([torch.ones_like(temperature_T), temperature_T], 1), torch.zeros(
+            len(position_T), 2, device=position_T.device
+        )
     gain = rope.scaling.gain if isinstance(rope.scaling, (YarnScaling, LongScaling)) else 1.0
     angle = position_T.float()[:, None] * inverse_frequencies(rope, position_T.device)
     return (angle.cos(), angle.sin()) if gain == 1 else (angle.cos() * gain, angle.sin() * gain)

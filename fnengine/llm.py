@@ -1,4 +1,5 @@
-"""The offline convenience that people know: `LLM(...).generate(prompts)` and `.chat(messages)`."""
+"""The offline convenience that people know: `LLM(...).generate(prompts)` and `.chat(messages)`, and of models that read
+texts `.embed(texts)`, `.classify(texts)` and `.score(text, texts)`."""
 
 from __future__ import annotations
 
@@ -10,23 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fnengine import decoding
+from fnengine import decoding, vectors
 from fnengine.companions import Beside
 from fnengine.decoding.rounds import Job
 from fnengine.decoding.strategy import Strategy
 from fnengine.drafting import Maker
 from fnengine.engine import Engine
-from fnengine.errors import DeviceFault, RequestError
+from fnengine.errors import ConfigError, DeviceFault, RequestError
 from fnengine.host.output import Delta, TokenLogprob, Usage
 from fnengine.host.request import Request, Sampling, Speculate, Stop, fold_in
 from fnengine.host.text import TextStream
 from fnengine.load import load
 from fnengine.model import Model
 from fnengine.processors import Own
+from fnengine.reader import Reader
 from fnengine.runtime import Runtime
 from fnengine.sequence import as_arrays
 from fnengine.settings import Settings
-from fnengine.strategies import Answer
+from fnengine.strategies import Answer, refuse_beside
+from fnengine.vectors import Text, Verdict
 
 if TYPE_CHECKING:
     from fnengine.host.grammar import Grammar
@@ -100,13 +103,71 @@ class LLM:
             )
         self.model = model
         settings = Settings(**options)
-        self.engine = Engine.build(
+        self._numbers = itertools.count()
+        self._reader: Reader | None = None
+        if model.spec.whole is not None:
+            if processors or speculate or proposers or companion:
+                raise ConfigError(f"{model.name} writes no text that processors or drafts could be for", where="LLM")
+            self._reader = Reader.build(model, settings)
+            return
+        self._engine = Engine.build(
             model, settings, processors=processors, speculate=speculate, proposers=proposers, companion=companion
         )
-        assert self.engine.built is not None
+        assert self._engine.built is not None
         # Over the engine's own pool and prefix cache: between two calls of `generate` the engine is at rest.
-        self._runtime = Runtime.over(model, settings, self.engine.built, self.engine.host.ledger)
-        self._numbers = itertools.count()
+        self._runtime = Runtime.over(model, settings, self._engine.built, self._engine.host.ledger)
+
+    @property
+    def engine(self) -> Engine:
+        """What generates. Raises RequestError for a model that writes nothing."""
+        if self._reader is not None:
+            vectors.check_task(self._reader, "generate", "reads texts and writes none")
+        return self._engine
+
+    def _reads(self) -> Engine | Reader:
+        """What gives vectors."""
+        if self._reader is not None:
+            return self._reader
+        self._runtime.drain()
+        return self._engine
+
+    def embed(
+        self,
+        texts: Text | Iterable[Text],
+        *,
+        pooling: str | None = None,
+        normalize: bool = True,
+        dimensions: int | None = None,
+    ) -> np.ndarray:
+        """[n, D] float32, embeddings of texts in order. A text is a string or token ids; a lone one gives [1, D].
+
+        `pooling` is last, mean or cls; None takes the checkpoint's own. `dimensions` keeps the first so many numbers,
+        before they are normalised.
+
+        Raises:
+            RequestError, ContextLengthError: nothing was embedded; or the model labels texts.
+        """
+        return vectors.embed(self._reads(), texts, pooling, normalize, dimensions)
+
+    def classify(self, texts: Text | Iterable[Text], *, use_activation: bool = True) -> list[Verdict]:
+        """A `Verdict` on each text, in order; without `use_activation` its shares are the labels' bare numbers.
+
+        Raises:
+            RequestError, ContextLengthError: nothing was classified; or the model has no labels.
+        """
+        return vectors.classify(self._reads(), texts, use_activation)
+
+    def score(
+        self, first: str | Iterable[str], second: str | Iterable[str], *, use_activation: bool = True
+    ) -> list[float]:
+        """How well one text goes with each of many, or texts pair by pair: what a classifier with one label says of the
+        pair, or the cosine of two embeddings.
+
+        Raises:
+            RequestError, ContextLengthError: nothing was scored; or the model has several labels.
+        """
+        one, two = (x if isinstance(x, str) else list(x) for x in (first, second))
+        return vectors.score(self._reads(), one, two, use_activation)
 
     def generate(
         self,
@@ -140,14 +201,18 @@ class LLM:
         many = [prompts] if isinstance(prompts, str) else list(prompts)
         if many and isinstance(many[0], int):
             many = [many]  # type: ignore[list-item]
+        vectors.check_task(self._reader or self._engine, "generate", "reads texts and writes none")
         self._runtime.drain()
         if strategy is not None:
-            given = {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs, "steer": steer or None}
-            given["grammar"] = grammar
-            given["speculate"] = None if speculate is None or not speculate.k else speculate
-            given["min_tokens"] = None if stop is None else stop.min_tokens or None
-            for name in [name for name, value in given.items() if value is not None]:
-                raise RequestError(f"{name} cannot be asked of a strategy", param=name)
+            refuse_beside(
+                n=n,
+                stop=stop,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+                steer=steer,
+                grammar=grammar,
+                speculate=speculate,
+            )
             how = sampling or self.default_sampling()
             ids = [self.engine.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in many]  # type: ignore[arg-type]
             return self._follow(many, ids, strategy, strategy_args or {}, how, stop or Stop(max_tokens=16), n, on_delta)  # type: ignore[arg-type]
@@ -216,8 +281,6 @@ class LLM:
         on_delta: Callable[[int, Delta], None] | None,
     ) -> list[Completion]:
         """Completions by way of `decoding.run`, each prompt n times with n seeds."""
-        if n < 1:
-            raise RequestError(f"n must be at least 1, got {n}", param="n")
         eos = self.engine.policy.eos
         ends = frozenset((*stop.ids, *(() if stop.ignore_eos else eos)))
         deltas: list[list[Delta]] = [[] for _ in range(len(ids) * n)]

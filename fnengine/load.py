@@ -25,16 +25,22 @@ def load(
     offline: bool = False,
     seed: int = 0,
     progress: bool | checkpoint.Progress = False,
+    impl: str = "auto",
+    trust_remote_code: bool = False,
 ) -> Model:
     """The model called `name_or_path`: a local folder, a Hugging Face name, or `demo` (also None): the bundled model.
 
     Args:
         dtype: auto, bfloat16, float16 or float32.
         device: auto (cuda where there is one), cpu or cuda.
-        load_format: auto, safetensors, or dummy (random weights from a config.json, drawn from `seed`).
+        load_format: auto, safetensors, gguf, pt (pickled .bin files, tensors alone), or dummy (random weights from a
+            config.json, drawn from `seed`).
         quantization: none, int8, int4, int8-dynamic, int4-dynamic or fp8; see `model.load`.
         revision: branch, tag or commit of a Hugging Face repository.
         offline: use only what is in the cache already.
+        impl: auto, native or transformers: who computes the forward; auto takes a family where one knows the
+            architecture, else the fallback.
+        trust_remote_code: Python files of the repository may be run, where they define what the fallback runs.
         progress: True draws a bar on stderr; a function is called with (bytes done, bytes in all).
 
     Raises:
@@ -42,7 +48,14 @@ def load(
         CheckpointError: the model is not found, or its weights are missing, damaged or of the wrong shape.
         ConfigError: an argument has no meaning.
     """
-    folder = hub.resolve(name_or_path, revision=revision, cache_dir=cache_dir, offline=offline, progress=bool(progress))
+    folder = hub.resolve(
+        name_or_path,
+        revision=revision,
+        cache_dir=cache_dir,
+        offline=offline,
+        progress=bool(progress),
+        files=(*hub.FILES, *(hub.CODE if trust_remote_code else ()), *(hub.PICKLED if load_format == "pt" else ())),
+    )
     with _report(progress) as report:
         model = models.load(
             folder,
@@ -52,6 +65,8 @@ def load(
             quantization=quantization,
             seed=seed,
             progress=report,
+            impl=impl,
+            trust=trust_remote_code,
         )
     return dataclasses.replace(model, name=hub.display_name(name_or_path))
 

@@ -24,9 +24,9 @@ from fnengine.errors import ConfigError
 from fnengine.graphs.bucket import fit
 from fnengine.graphs.ladder import MIXED
 from fnengine.host.answers import most_logprobs
-from fnengine.host.runs import PICKS
+from fnengine.host.runs import picks_of
 from fnengine.host.step import BLOCK
-from fnengine.kernels.layout import KVLayout, Tokens, block_bytes
+from fnengine.kernels.layout import KVLayout, Tokens
 from fnengine.kernels.memory import HUGE
 from fnengine.kernels.quantized import GROUP
 from fnengine.kernels.recording import RECORDED_TOKENS
@@ -36,7 +36,8 @@ from fnengine.params import memory_plan, products
 from fnengine.program import PROGRAMS
 from fnengine.sampling import AT_ONCE, rows_at_once
 from fnengine.settings import Mode, PoolSize, Settings, size_pool, wanted_len
-from fnengine.spec import Attention, Layer, Mlp, ModelSpec, MoE, Recurrent, angle_pairs, attentions
+from fnengine.spec import Latent, Layer, Mixer, Mlp, ModelSpec, MoE, Recurrent, angle_pairs, attentions, state_bytes
+from fnengine.state import pool_bytes
 from fnengine.step import SCORED_AT_ONCE
 
 MIB = 1 << 20
@@ -128,6 +129,8 @@ class Shapes:
     """Layers that may be steered."""
     extra: Extra | None = None
     """What drafts beside the model."""
+    kept: int = 0
+    """States of recurrent layers beside those of the rows."""
 
     @property
     def kinds(self) -> set[str]:
@@ -142,8 +145,23 @@ class Shapes:
     @property
     def per_block(self) -> int:
         """Bytes of a block of KV, all layers, and a companion's."""
-        own = sum(block_bytes(self.kv, BLOCK, a.kv_heads, a.width, self.dtype) for a in attentions(self.spec))
-        return own + (0 if self.extra is None else self.extra.per_block)
+        return block_of(self.spec, self.kv, self.dtype) + (0 if self.extra is None else self.extra.per_block)
+
+    @property
+    def states(self) -> int:
+        """Bytes of the states of recurrent layers: those of the rows, the null row's, and the kept ones."""
+        return (self.mode.rows + 1 + self.kept) * state_bytes(self.spec)
+
+
+def block_of(spec: ModelSpec, kv: KVLayout, dtype: torch.dtype) -> int:
+    """Bytes of a block of KV, all layers.
+
+    Raises:
+        ConfigError: no layer has KV.
+    """
+    if not attentions(spec):
+        raise ConfigError("a model without any layer of attention is not implemented", where=spec.architecture)
+    return pool_bytes(kv, spec, dtype)
 
 
 @dataclass(frozen=True)
@@ -216,7 +234,7 @@ def account(s: Shapes) -> Account:
     workspace = max(workspace + x.beside, x.workspace)
     narrow = item if item != 4 and s.head in ("packed", "dense") else 0
     ranked = max(V, RANKED_AT_ONCE) * RANKED if isinstance(s.kv, Tokens) else 0  # the reference's layout
-    picks = max(b.rows, PICKS)
+    picks = picks_of(b.rows, V, s.extra is not None)
     sampled = _sampling(picks, V, narrow, min(k, most_logprobs(picks)), s.max_len, ranked)
     scored = b.rows * V * 4 + _scoring(b.tokens, V, narrow, min(k, most_logprobs(b.tokens)))
     programs = 0
@@ -234,6 +252,7 @@ def account(s: Shapes) -> Account:
         Line("weights", plan.weights, f"{s.how.name}, {'the embedding is the head' if spec.tied else 'own head'}"),
         *second,
         Line("rows", rows + x.rows, f"{s.mode.rows} + 1 rows of {s.max_len:,} tokens"),
+        *([Line("states", s.states, f"{s.mode.rows} + 1 of rows, {s.kept} kept")] if s.states else []),
         Line("swap space", s.host_slots * per_block, f"{s.host_slots} blocks of host memory"),
         Line("recorded steps", programs + x.recorded, f"up to {RECORDED_TOKENS} tokens, at most {PROGRAMS} sizes"),
         Line("workspace", workspace, f"one layer of {b.tokens:,} tokens, {s.threads} threads"),
@@ -276,7 +295,15 @@ GRAPH = 4 * MIB
 
 
 def on_card(
-    spec: ModelSpec, dtype: torch.dtype, mode: Mode, max_len: int, *, graphs: int, compiled: bool, steer: int = 0
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    mode: Mode,
+    max_len: int,
+    *,
+    graphs: int,
+    compiled: bool,
+    steer: int = 0,
+    drafting: bool = False,
 ) -> int:
     """Bytes that an engine takes on a GPU beside weights and KV: rows, the buffers of the largest step run directly and
     those of the largest one in a graph, which are kept apart, and what libraries and graphs hold. On paper: it keeps
@@ -286,18 +313,19 @@ def on_card(
     def step(T: int) -> int:
         layer = 0
         for kind in spec.layers:
-            m = kind.mlp
-            half = max(half_width(m, D) - D, mixed_width(kind.mixer))
+            a, m = kind.mixer, kind.mlp
+            half = max(half_width(m, D), mixer_widths(a, D)[0]) - D
             live = (
                 item * (4 * D + half)
-                + angle_pairs(kind.mixer.rope) * 8
-                + recurrent_bytes(kind.mixer)
+                + angle_pairs(a.rope) * 8
+                + recurrent_bytes(a)
                 + (routed_bytes(m, D) if isinstance(m, MoE) else 0)
             )
             layer = max(layer, T * (live if compiled else live + 16 * activated(m)))  # float32, operator by operator
         # Logits, in both dtypes; what a bias, penalties and truncation each make of them; a row's tokens for penalties:
         # ids of 4 and 8 bytes, twice, and five values.
-        return layer + R * V * (16 + item) + R * max_len * 44
+        picks = picks_of(R, V, drafting) if drafting else R
+        return layer + picks * (V * (16 + item) + max_len * 44)
 
     captured = step(min(mode.budget, MIXED)) + graphs * GRAPH if graphs else 0
     return _rows(spec, dtype, R, max_len, steer=steer) + step(mode.budget) + captured + LIBRARIES
@@ -323,9 +351,9 @@ def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
     """
     a, m = kind.mixer, kind.mlp
     q = a.heads * a.width
-    kv = a.kv_heads * a.width if isinstance(a, Attention) else 0
-    widths = (D + mixed_width(a), 2 * D + fused_width(a), half_width(m, D))
+    kv = 0 if isinstance(a, Recurrent) else a.kv_heads * a.width
     deepest = max(D, q, m.width, m.shared if isinstance(m, MoE) else 0)
+    widths = (*mixer_widths(a, D), half_width(m, D))
     scratch = T * deepest * 4  # widened to float32
     if s.how.kind in QUANTIZED:
         size, group = 1 if s.how.kind.endswith("dynamic") else 2, GROUP[QUANTIZED[s.how.kind]]
@@ -341,28 +369,32 @@ def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
         live += T * routed_bytes(m, D)
     live += T * recurrent_bytes(a)
     if not s.compiled:  # SiLU in float32, and all scores of a row at once in the reference
-        scores = a.heads * s.max_len if isinstance(a, Attention) else 0
+        scores = 0 if isinstance(a, Recurrent) else a.heads * s.max_len
         live += T * (2 * activated(m) * 4 + 2 * scores * 4) + 2 * s.max_len * kv * 4
     return live + scratch + angles
 
 
-def fused_width(a: Attention | Recurrent) -> int:
-    """Elements of a token that a mixer projects it to."""
+def mixer_widths(a: Mixer, D: int) -> tuple[int, int]:
+    """Elements of a token alive at once in the first half of a layer: where the mixer runs, and before it.
+
+    Of latents: x; queries before and after they meet the matrices of their heads, once more in the order of heads; all
+    that is written, and queries as they come back; what attention gives, twice, and what heads make of it.
+    """
     q = a.heads * a.width
-    if isinstance(a, Attention):
-        return (1 + a.gated) * q + 2 * a.kv_heads * a.width
-    return a.channels + q + 2 * a.heads
+    if isinstance(a, Latent):
+        own = a.heads * (a.still + a.turning)
+        return D + 3 * q + a.heads * a.values, 2 * D + max(a.query_rank, 2 * own) + 2 * q + 2 * a.width
+    if isinstance(a, Recurrent):
+        fused = a.channels + q + 2 * a.heads
+        return D + fused, 2 * D + fused
+    fused = (1 + a.gated) * q + 2 * a.kv_heads * a.width
+    return D + fused + 2 * q, 2 * D + fused
 
 
-def mixed_width(a: Attention | Recurrent) -> int:
-    """Most elements of a token alive at once in a mixer, beside what it reads."""
-    return fused_width(a) + (2 * a.heads * a.width if isinstance(a, Attention) else 0)
-
-
-def recurrent_bytes(a: Attention | Recurrent) -> int:
+def recurrent_bytes(a: Mixer) -> int:
     """Bytes of a token that a mixer with a state takes in float32: what passes the convolution, before, after and as
     what the recurrence reads, and what that gives, its square and its gate."""
-    return 0 if isinstance(a, Attention) else 4 * (4 * a.channels + 4 * a.heads * a.width)
+    return 4 * (4 * a.channels + 4 * a.heads * a.width) if isinstance(a, Recurrent) else 0
 
 
 def half_width(m: Mlp | MoE, D: int) -> int:
@@ -382,7 +414,9 @@ def activated(m: Mlp | MoE) -> int:
 def widest(kind: Layer, D: int) -> int:
     """Elements of a token in the largest buffer of a layer."""
     rows = kind.mlp.chosen if isinstance(kind.mlp, MoE) else 1
-    return max(2 * activated(kind.mlp), fused_width(kind.mixer), rows * D)
+    a = kind.mixer
+    fused = mixer_widths(a, D)[1] - 2 * D if not isinstance(a, Latent) else (a.heads + 2) * a.width
+    return max(2 * activated(kind.mlp), fused, rows * D)
 
 
 def routed_bytes(m: MoE, D: int) -> int:
@@ -391,17 +425,18 @@ def routed_bytes(m: MoE, D: int) -> int:
     return 2 * D * 4 + 4 * m.experts * 4 + m.chosen * 24
 
 
-def attention_bytes(a: Attention, T: int, R: int, threads: int) -> int:
+def attention_bytes(a: Mixer, T: int, R: int, threads: int) -> int:
     """Scratch memory of native attention, for T tokens in R rows. Sums of a (query, head) pair are a running softmax of
     two cache lines and C floats; they exist twice, for the parts of KV that were merged and for the one that goes on.
 
     A thread goes over a tile of 64 tokens with 96 pairs, or with all heads of four queries, each with its query, scores
     and weights; its 11 buffers begin on lines of their own. Rows that share a prefix keep their sums, of four queries
-    each at most, until they go on alone.
+    each at most, until they go on alone. Latents of a tile are laid out once more, as values.
     """
     C = -(-a.width // 16) * 16
     sums = 2 * (128 + C * 4)
     each = max(96, 4 * a.heads) * (C * 4 + 2 * 64 * 4 + 12 + sums) + C * 4 + 11 * 128
+    each += 64 * C * 4 * isinstance(a, Latent)
     return threads * (each + PARTIALS) + min(T, 4 * R) * a.heads * sums
 
 

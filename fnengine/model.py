@@ -5,23 +5,24 @@ The step puts its own work between the parts: it picks the rows whose logits som
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 import torch
 from torch import Tensor
 
-from fnengine import checkpoint, environment, kernels
+from fnengine import checkpoint, environment, fallback, kernels
 from fnengine.activations import soft_capped
 from fnengine.graphs import compile
 from fnengine.host.tokenizer import Tokenizer
 from fnengine.layers import Angles, layer, normed, rope_angles
 from fnengine.leaves import Packing, lookup, matmul
-from fnengine.spec import Layer, ModelSpec, Rope
+from fnengine.spec import Layer, ModelSpec, Turning
 from fnengine.state import LayerState, Where
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 RunLayer = Callable[[Layer, Any, LayerState, Where, Angles, "Ops", Tensor], Tensor]
 """`layers.layer`, or anything that computes the same: a compiled form of it."""
 RunLayers = Callable[
-    [Sequence[Layer], Sequence[Any], Sequence[LayerState], Where, dict[Rope | None, Angles], "Ops", Tensor], Tensor
+    [Sequence[Layer], Sequence[Any], Sequence[LayerState], Where, dict[Turning, Angles], "Ops", Tensor], Tensor
 ]
 """(layers in a row, their params, their pools, where, angles, ops, x_TD) -> x_TD after them: `one_by_one`, or a
 recorded form of it, whose x_TD the next call overwrites."""
@@ -91,18 +92,21 @@ def load(
     quantization: str = "none",
     seed: int = 0,
     progress: checkpoint.Progress | None = None,
+    impl: str = "auto",
+    trust: bool = False,
 ) -> Model:
     """The model in a local folder (see `hub.resolve` for names).
 
     Args:
         dtype: auto (the checkpoint's own, see `checkpoint.pick_dtype`), bfloat16, float16 or float32.
         device: auto (cuda where torch finds one, else cpu), cpu, cuda or cuda:N.
-        load_format: auto or safetensors read the weights; dummy draws random ones from `seed` and needs only a
-            config.json.
+        load_format: auto or safetensors read the weights, pt those of pickled .bin files; dummy draws random ones
+            from `seed` and needs only a config.json.
         quantization: none, int8 or int4: weights are rounded to so many bits as they are read; with int8-dynamic and
             int4-dynamic the rows they are multiplied by are rounded to 8 bits as well. fp8 (GPUs of compute capability
             8.9 or later): both are rounded to 8-bit floats.
         progress: called with (bytes done, bytes in all) while weights are read.
+        impl, trust: see `checkpoint.read_spec`.
 
     Raises:
         SpecError: the config cannot be built.
@@ -111,7 +115,7 @@ def load(
     """
     before = psutil.Process().memory_info().rss
     device = checkpoint.pick_device(device)
-    spec = checkpoint.read_spec(folder)
+    spec = checkpoint.read_spec(folder, impl, trust)
     torch_dtype, why = checkpoint.pick_dtype(spec, dtype, device)
     if kernels.start(device, torch_dtype, quantization != "none"):  # built while the weights are read
         compile.start_in_background()  # a first start on this machine will compile layers, too
@@ -122,6 +126,8 @@ def load(
         )
     finally:
         environment.allocate(environment.SERVING)
+    if spec.upstream is not None:
+        notes = (*notes, fallback.said(spec), fallback.check(spec, params, torch_dtype, device))
     return Model(
         spec,
         params,
@@ -134,6 +140,39 @@ def load(
         quantization=quantization,
         before=before,
     )
+
+
+class Forward(Protocol):
+    """The parts of a forward, between which a step puts its own work: this module's, or a fallback's."""
+
+    def embed(self, spec: ModelSpec, params: Any, token_T: Tensor, position_T: Tensor) -> Tensor: ...
+
+    def body(
+        self,
+        spec: ModelSpec,
+        params: Any,
+        pool: tuple[LayerState, ...],
+        where: Where,
+        ops: Ops,
+        x_TD: Tensor,
+        run_layers: RunLayers,
+        after: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]: ...
+
+    def final_norm(self, spec: ModelSpec, params: Any, hidden_nD: Tensor) -> Tensor: ...
+
+    def head_logits(self, spec: ModelSpec, params: Any, hidden_nD: Tensor) -> Tensor: ...
+
+
+def forward_of(model: Model) -> Forward:
+    """The forward of a model: this module, which interprets its spec, or what runs a class of transformers.
+
+    Raises:
+        SpecError: that class cannot be run.
+    """
+    if model.spec.upstream is None:
+        return sys.modules[__name__]  # type: ignore[return-value]
+    return fallback.parts(model.spec, model.params, model.dtype, model.device)
 
 
 def embed(spec: ModelSpec, params: dict[str, Any], token_T: Tensor, position_T: Tensor) -> Tensor:
@@ -163,7 +202,7 @@ def body(
         after: number of a layer -> a function of x_TD after it, whose result, a new tensor, the next layer reads.
             Layers between two of them are one call of `run_layers`.
     """
-    angles: dict[Rope | None, Angles] = {}
+    angles: dict[Turning, Angles] = {}
     for kind in spec.layers:
         if kind.mixer.rope not in angles:
             angles[kind.mixer.rope] = rope_angles(kind.mixer.rope, where.position)
@@ -185,7 +224,7 @@ def one_by_one(run_layer: RunLayer = layer) -> RunLayers:
         params: Sequence[Any],
         pool: Sequence[LayerState],
         where: Where,
-        angles: dict[Rope | None, Angles],
+        angles: dict[Turning, Angles],
         ops: Ops,
         x_TD: Tensor,
     ) -> Tensor:

@@ -36,6 +36,10 @@ _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", to
 """safetensors' names of the dtypes that leaves have."""
 
 
+LONGEST_HEADER = 1 << 24
+"""Bytes of a checkpoint file that are looked at: a GGUF file does not begin with the length of its header."""
+
+
 def folder() -> Path:
     """Where they are kept."""
     return cache_dir() / "weights"
@@ -44,7 +48,7 @@ def folder() -> Path:
 def key(files: list[Path], spec: ModelSpec, dtype: torch.dtype, how: Packing) -> keys.Key:
     """What packed weights are made from: these checkpoint files, by size, time and header, laid out so by this code."""
     here = Path(__file__).parent
-    made_by = [here / f"{name}.py" for name in ("checkpoint", "experts", "leaves", "packed", "params")]
+    made_by = [here / f"{name}.py" for name in ("checkpoint", "experts", "gguf_file", "leaves", "packed", "params")]
     made_by += [Path(str(module.__file__)) for module in (linear, quantized)]
     made_by += [native.SOURCE / name for name in ("linear.cpp", "quantized.cpp")]
     return {
@@ -134,7 +138,7 @@ def _identity(file: Path) -> str:
     """Of a checkpoint file, without reading it whole: size, time of its last change, digest of its header."""
     stat = file.stat()
     with file.open("rb") as opened:
-        size = min(int.from_bytes(opened.read(8), "little"), stat.st_size)
+        size = min(int.from_bytes(opened.read(8), "little"), stat.st_size, LONGEST_HEADER)
         head = keys.digest({"header": opened.read(size).hex()}, 16)
     return f"{stat.st_size} bytes, {stat.st_mtime_ns} ns, header {head}"
 

@@ -10,7 +10,8 @@ A model that reads texts whole has no head, but what its `Whole` asks for: {"typ
 
 A layer with experts has {"router", "correction", "experts_gate_up", "experts_down", "shared_gate_up", "shared_down",
 "shared_gate"} in place of the last two, None where its spec has no such thing. A recurrent layer has {"mix", "conv",
-"conv_bias", "decay", "step_bias", "skip", "gate_norm", "o"} in place of attention's.
+"conv_bias", "decay", "step_bias", "skip", "gate_norm", "o"} in place of attention's. One with latent attention has
+{"q_down", "q_norm", "q_up"} or {"q"}, and {"kv_down", "kv_norm", "k_up", "v_up"}, in place of what goes before "o".
 """
 
 from __future__ import annotations
@@ -26,12 +27,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnengine import experts, tree
+from fnengine import experts, fallback, tree
 from fnengine.experts import Experts
 from fnengine.families import FAMILIES
-from fnengine.families.names import Family, Grouped, Interleaved, Names, Order, Sorted
+from fnengine.families.names import Family, Further, Grouped, Interleaved, Names, Order, Sorted
 from fnengine.leaves import Dense, Packing, Shape
-from fnengine.spec import RMS, Attention, DeltaNet, Layer, Mamba2, Mlp, ModelSpec, MoE, Norm, Recurrent, Whole
+from fnengine.spec import (
+    RMS,
+    Attention,
+    DeltaNet,
+    Latent,
+    Layer,
+    Mamba2,
+    Mlp,
+    ModelSpec,
+    MoE,
+    Norm,
+    Recurrent,
+    Whole,
+)
 
 TABLES = ("positions", "types")
 """Arrays that are looked up and never multiplied, beside the embedding."""
@@ -45,6 +59,8 @@ class Fused:
     shape: tuple[int, ...]
     transposed: bool = False
     """Its last two dimensions are the array's, swapped."""
+    rows: tuple[int, int, int] | None = None
+    """(groups, first, end): its rows stand in so many groups, of each of which the array has these."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,12 @@ class ArrayInfo:
     """The checkpoint has [columns, rows]."""
     fused: Fused | None = None
     """What holds all of it in some checkpoints, or in every one where there are no parts."""
+    exact: bool = False
+    """Kept in float32 whatever the parameters' dtype."""
+
+    def kept_in(self, dtype: torch.dtype) -> torch.dtype:
+        """Its own dtype, where parameters are kept in this one."""
+        return torch.float32 if self.exact else dtype
 
     @property
     def size(self) -> int:
@@ -72,6 +94,8 @@ class ArrayInfo:
 
 def abstract(spec: ModelSpec) -> dict[str, Any]:
     """The params tree of a spec with an `ArrayInfo` in place of every tensor."""
+    if spec.upstream is not None:
+        return fallback.abstract(spec)
     family, ends, D = FAMILIES[spec.family], spec.ends, spec.width
     names = family.names
     embed = _linear(names["embed"], (spec.vocab,), D, False)
@@ -110,6 +134,19 @@ def _whole(names: Names, w: Whole, D: int) -> dict[str, Any]:
     return found
 
 
+def further(spec: ModelSpec, layout: Further, number: int, kind: Layer) -> dict[str, Any]:
+    """The abstract arrays of a layer that predicts further tokens: those of a decoder layer of this kind, `token_norm`,
+    `hidden_norm`, `project` and `norm`."""
+    D, at = spec.width, layout.at.format(i=number, n=len(spec.layers) + number)
+    return {
+        **_layer(FAMILIES[spec.family], number, kind, D, at),
+        **_norm("token_norm", f"{at}{layout.token_norm}", D),
+        **_norm("hidden_norm", f"{at}{layout.hidden_norm}", D),
+        "project": _linear(f"{at}{layout.project}", (D,), 2 * D, False),
+        **_norm("norm", f"{at}{layout.norm}", D),
+    }
+
+
 def stored_shape(info: ArrayInfo, rows: int) -> tuple[int, ...]:
     """Of a part in the checkpoint; a vector may be stored in any shape of as many elements (head by head, say)."""
     if info.fused is not None:
@@ -118,11 +155,20 @@ def stored_shape(info: ArrayInfo, rows: int) -> tuple[int, ...]:
     return shape[::-1] if info.transposed else shape
 
 
+def taken(info: ArrayInfo, held: Tensor) -> Tensor:
+    """What an array has of a tensor of the checkpoint, in the array's order of dimensions."""
+    if info.fused is not None and info.fused.rows is not None:
+        groups, first, end = info.fused.rows
+        held = held.unflatten(0, (groups, -1))[:, first:end]
+    return held.mT if info.transposed or (info.fused is not None and info.fused.transposed) else held
+
+
 def permutation(order: Order) -> Tensor:
     """Index of a checkpoint's row for every row of ours."""
     match order:
-        case Interleaved(turning, still, C, pairs):
-            head = torch.cat([torch.arange(2 * pairs).view(pairs, 2).T.flatten(), torch.arange(2 * pairs, C)])
+        case Interleaved(turning, still, C, pairs, first):
+            turned = first + torch.arange(2 * pairs).view(pairs, 2).T.flatten()
+            head = torch.cat([torch.arange(first), turned, torch.arange(first + 2 * pairs, C)])
             turned = torch.arange(turning)[:, None] * C + head
             return torch.cat([turned.flatten(), torch.arange(turning * C, (turning + still) * C)])
         case Grouped(groups, queries, C):
@@ -168,7 +214,7 @@ def memory_plan(spec: ModelSpec, dtype: torch.dtype, how: Packing) -> MemoryPlan
         if len(info.shape) == 3:
             return experts.size(*info.shape, how.experts) * dtype.itemsize
         if len(info.shape) != 2 or path in TABLES or (path == "embed.weight" and looked_up):
-            return info.size * dtype.itemsize
+            return info.size * info.kept_in(dtype).itemsize
         placed = how if path.startswith("layers.") else how.ends
         return placed.nbytes(*info.shape, dtype)
 
@@ -200,7 +246,7 @@ def dummy_array(
     It is repeated where the array is to lie: a card copies its own memory at terabytes a second, and would else wait
     for every byte to come over the bus.
     """
-    out = torch.empty(info.shape, dtype=dtype, device=device)
+    out = torch.empty(info.shape, dtype=info.kept_in(dtype), device=device)
     if info.std is None:
         return out.fill_(info.fill)
     start = int.from_bytes(hashlib.blake2b(path.encode(), digest_size=6).digest(), "little") % NOISE
@@ -239,12 +285,16 @@ def products(spec: ModelSpec) -> Products:
     return Products(layers, len(spec.layers), head, spec.tied)
 
 
-def _layer(family: Family, i: int, kind: Layer, D: int) -> dict[str, Any]:
+def _layer(family: Family, i: int, kind: Layer, D: int, at: str = "") -> dict[str, Any]:
+    """The abstract arrays of layer i, whose tensors begin with `at` if they do not with what the family says."""
     mixer, m, names = kind.mixer, kind.mlp, {**family.names, **family.renamed(kind)}
+
+    def put(n: str) -> str:
+        return (n.replace("model.layers.{i}.", at) if at else n).replace("{i}", str(i))
 
     def name(key: str) -> Any:
         n = names[key]
-        return n.replace("{i}", str(i)) if isinstance(n, str) else tuple(part.replace("{i}", str(i)) for part in n)
+        return put(n) if isinstance(n, str) else tuple(map(put, n))
 
     def linear(key: str, rows: tuple[int, ...], K: int, bias: bool) -> dict[str, Any]:
         order = family.orders[key](mixer) if key in family.orders else None
@@ -297,9 +347,36 @@ def _layer(family: Family, i: int, kind: Layer, D: int) -> dict[str, Any]:
             **linear("o", (D,), inner, biased),
         }
 
+    def latent(a: Latent) -> dict[str, Any]:
+        both = f"{name('kv_up')}.weight"  # of each head first what keys are made by, then values
+        rows = a.still + a.values
+        k_up = Fused(both, (a.heads * rows, a.rank), transposed=True, rows=(a.heads, 0, a.still))
+        v_up = Fused(both, (a.heads * rows, a.rank), rows=(a.heads, a.still, rows))
+        asked = a.heads * (a.still + a.turning)
+        down = {}
+        if a.query_rank:
+            down = {**linear("q_down", (a.query_rank,), D, False), **_norm("q_norm", name("q_norm"), a.query_rank)}
+        return {
+            **down,
+            **(linear("q_up", (asked,), a.query_rank, False) if a.query_rank else linear("q", (asked,), D, False)),
+            **linear("kv_down", (a.rank + a.turning,), D, False),
+            **_norm("kv_norm", name("kv_norm"), a.rank),
+            "k_up": Experts(ArrayInfo((a.heads, a.rank, a.still), (), 0.02, fused=k_up)),  # type: ignore[arg-type]
+            "v_up": Experts(ArrayInfo((a.heads, a.values, a.rank), (), 0.02, fused=v_up)),  # type: ignore[arg-type]
+            **linear("o", (D,), a.heads * a.values, False),
+        }
+
+    def mixed() -> dict[str, Any]:
+        match mixer:
+            case Attention():
+                return attention(mixer)
+            case Latent():
+                return latent(mixer)
+        return recurrent(mixer)
+
     return {
         **norm("norm1", kind.before and not kind.bare),
-        **(attention(mixer) if isinstance(mixer, Attention) else recurrent(mixer)),
+        **mixed(),
         **norm("after1", kind.after),
         **norm("norm2", kind.before and kind.parallel != "one norm"),
         **(_moe(names, name, m, D) if isinstance(m, MoE) else mlp(m)),
@@ -323,13 +400,14 @@ def _moe(names: dict[str, Any], name: Callable[[str], Any], m: MoE, D: int) -> d
         bias = ArrayInfo((m.experts * N,), (), None, fused=Fused(f"{fused}_bias", (m.experts, N))) if m.bias else None
         return Experts(weight, bias)  # type: ignore[arg-type]
 
+    correction = ArrayInfo((m.experts,), ((name("correction"), m.experts),), None, exact=True) if m.correction else None
     router = _linear(name("router"), (m.experts,), D, m.router_bias)
     if "fused.router" in names:
         other = Fused(f"{name('fused.router')}.weight", (m.experts, D))
         router = replace(router, weight=replace(router.weight, fused=other))
     return {
         "router": router,
-        "correction": ArrayInfo((m.experts,), ((name("correction"), m.experts),), None) if m.correction else None,
+        "correction": correction,
         "experts_gate_up": stacked("experts_gate_up", (m.width, m.width), D),
         "experts_down": stacked("experts_down", (D,), m.width),
         "shared_gate_up": _linear(name("shared_gate_up"), (F, F), D, False) if F else None,

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 import fnengine
-from fnengine import activations, experts, kernels, keys, layers, leaves, recurrent, tree
+from fnengine import activations, experts, fallback, kernels, keys, layers, leaves, recurrent, tree
 from fnengine.experts import Experts
 from fnengine.graphs import compile, replay
 from fnengine.graphs.compile import Artifact, Traces, Wanted, make, wanted
-from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops
 from fnengine.kernels.recording import (
     RECORDED_TOKENS,
@@ -34,8 +33,8 @@ from fnengine.kernels.recording import (
 )
 from fnengine.layers import Angles
 from fnengine.model import RunLayers, one_by_one
-from fnengine.spec import Attention, Layer, ModelSpec, Rope, angle_pairs
-from fnengine.state import LayerState, Memory, Pool, Where
+from fnengine.spec import Layer, ModelSpec, Recurrent, Turning, angle_pairs
+from fnengine.state import LayerState, Memory, Pool, Where, pool_shapes
 
 log = logging.getLogger("fnengine")
 
@@ -102,7 +101,7 @@ class Recorded:
         params: Sequence[Any],
         pool: Sequence[LayerState],
         where: Where,
-        angles: dict[Rope | None, Angles],
+        angles: dict[Turning, Angles],
         ops: Ops,
         x_TD: Tensor,
     ) -> Tensor:
@@ -122,16 +121,17 @@ class Recorded:
         return self._record(key, everything, inputs)
 
     def _record(self, key: Any, everything: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+        restore = _restorable(everything[2], everything[3])
         try:
             if not all(t.is_contiguous() for t in inputs):
                 raise NotRecordable("an input is not contiguous")
-            restore = _restorable(everything[2], everything[3])
             program = record(lambda *_: self.run(*everything), inputs, self.arena, everything[1:3])
             first = program.output.clone()
             restore()
             if not torch.equal(program.run(inputs), first):  # writing the same KV twice changes nothing
                 raise NotRecordable("the recording computes something else than what was recorded")
         except NotRecordable as e:
+            restore()
             log.warning("small steps run without a recording: %s", e)
             self.why_not = str(e)
             return self.run(*everything)
@@ -156,6 +156,15 @@ def _restorable(states: Sequence[LayerState], where: Where) -> Callable[[], None
             t[at] = was
 
     return restore
+
+
+def wanted_kinds(
+    spec: ModelSpec, params: Any, ops: Ops, dtype: torch.dtype, device: torch.device
+) -> tuple[list[Any], str]:
+    """(what a model's layers want compiled, why nothing): the layers of a spec, or the blocks of a fallback."""
+    if spec.upstream is None:
+        return wanted_layers(spec, params, ops, dtype, device), ""
+    return fallback.wanted_blocks(spec, params, ops, dtype, device)
 
 
 def wanted_layers(spec: ModelSpec, params: Any, ops: Ops, dtype: torch.dtype, device: torch.device) -> list[Kind]:
@@ -185,10 +194,10 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
         return torch.empty(shape, dtype=dt, device="meta")
 
     angles = [floats(_T, angle_pairs(a.rope), dt=torch.float32) for _ in range(2)]
-    if isinstance(a, Attention):
-        shapes, element = ops.kv.shapes(_N, BLOCK, a.kv_heads, a.width), ops.kv.element(dtype)
-    else:
+    if isinstance(a, Recurrent):
         shapes, element = ((_N, a.taps - 1, a.channels), (_N, *a.memory)), torch.float32
+    else:
+        shapes, element = pool_shapes(ops.kv, a, _N), ops.kv.element(dtype)
     kept = [floats(*shape, dt=element) for shape in shapes]
     fixed = [floats(_T, width), *angles, ints(_T), ints(_R), ints(_R + 1), ints(_R), ints(_M, _P), *kept]
     dynamic: list[tuple[int, ...]] = [(0,), (0,), (0,), (0,), (0,), (0,), (0,), (0, 1), (0,), (0,)]
@@ -210,7 +219,7 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
         rest = iter(flat)
         params = tree.map_with_path(lambda _path, _leaf: next(rest), p)
         where = Where(row=row, start=start, row_T=row, position=slot, slot=slot, length=length, table=table)
-        state = Pool(k, v) if isinstance(a, Attention) else Memory(k, v)
+        state = Memory(k, v) if isinstance(a, Recurrent) else Pool(k, v)
         return layers.layer(kind, params, state, where, (cos, sin), ops, x)
 
     return wanted(

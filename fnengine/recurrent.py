@@ -67,6 +67,11 @@ def unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
+def backends(device: torch.device) -> tuple[kernels.Backend, ...]:
+    """What runs the recurrences on a device."""
+    return tuple(_chosen(op, device).backend for op in ("causal_conv", "gated_scan"))
+
+
 @cache
 def _chosen(op: str, device: torch.device) -> kernels.Chosen:
     return kernels.choose(kernels.BACKENDS[op], device, torch.float32)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,15 +29,16 @@ from torch import Tensor
 
 from fnengine import kept, keys
 from fnengine.build import Built, build
-from fnengine.errors import ContextLengthError, OutOfBlocks, RequestError
+from fnengine.errors import ContextLengthError, KeptError, OutOfBlocks, RequestError
 from fnengine.host.ask import pipeline_of
 from fnengine.host.blocks import Extension, Ledger, Path, Salt
-from fnengine.host.request import Sampling, check_sampling, fold_in
+from fnengine.host.request import PLAIN, Sampling, check_sampling, fold_in
+from fnengine.host.states import NOWHERE, States, states_of
 from fnengine.host.steer import Steering, salted, steerings
 from fnengine.host.step import BLOCK, Admission, Ask, StepInput
 from fnengine.model import Model
 from fnengine.processors import Own
-from fnengine.sequence import CLOSED, Logits, Sequence, Tokens, as_arrays, wishes
+from fnengine.sequence import CLOSED, Likeliest, Logits, Sequence, Tokens, as_arrays, wishes
 from fnengine.settings import Settings
 from fnengine.spec import tap_names
 from fnengine.state import Pool
@@ -64,6 +66,13 @@ class _Part:
     steer: Steering | None
     done: int = 0
     admitted: bool = False
+    """The row holds it already."""
+    state: int = NOWHERE
+    """The place of the state that a row which does not begins from."""
+    again: int = 0
+    """Of the tokens those that the sequence has already: their state is lost, so they are computed once more."""
+    entered: bool = False
+    """The row has been given what it begins with."""
     holds: tuple[Salt, Sampling | None, int] = ("", None, 0)
     """The steering, sampling and seed that the row has, also when nothing is drawn now."""
 
@@ -91,7 +100,8 @@ class Runtime:
     ):
         settings = settings or Settings(**options)
         built = build(model, settings, processors=processors)
-        self._begin(model, settings, built, Ledger(built.device.blocks, BLOCK, caching=settings.enable_prefix_caching))
+        caching, states = settings.enable_prefix_caching, states_of(built.device)
+        self._begin(model, settings, built, Ledger(built.device.blocks, BLOCK, caching=caching, states=states))
 
     @classmethod
     def over(
@@ -122,6 +132,8 @@ class Runtime:
         self._books: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         # Row -> (stamp, length, salt of the steering, sampling, seed) of what it holds.
         self._rows: OrderedDict[int, tuple[int, int, Salt, Sampling | None, int] | None] = OrderedDict()
+        self._holders: dict[int, weakref.ref[Sequence]] = {}
+        """Row -> the sequence whose state it holds, where layers have states."""
         self._stamps = itertools.count()
         self.forget_rows()
         self._unseeded = 0
@@ -129,6 +141,7 @@ class Runtime:
     def forget_rows(self) -> None:
         """Takes no row for the cache of a sequence any more. What sequences own, blocks, is not touched."""
         self._rows = OrderedDict((r, None) for r in range(self._device.rows))
+        self._holders = {}
 
     @property
     def empty(self) -> Sequence:
@@ -169,6 +182,7 @@ class Runtime:
         sample: Sampling | list[Sampling] | None = None,
         taps: Iterable[str] = (),
         steer: Mapping[str, Any] | list[Mapping[str, Any] | None] | None = None,
+        likeliest: int = 0,
     ) -> Any:
         """The sequence(s) with `tokens` computed, and what comes after them.
 
@@ -177,6 +191,10 @@ class Runtime:
         token), `None` none; float32 on the device, unprocessed. With `sample` each result is `(seq, token)`, the token
         drawn inside the step for position `len(seq)`; with both, `(seq, token, logits)`. Tokens computed by the first
         extend of `empty` are the prompt, later ones count as generated for penalties.
+
+        With `likeliest=k` each result has a `Likeliest` behind the token and the logits: the k likeliest next tokens
+        and their log-probabilities, as arrays of the host's, and no logits unless they are asked for by name. It is
+        found inside the step, so [V] numbers never leave it.
 
         With `taps`, names of `spec.tap_names`, each result ends with a dict, name -> [n, D]: the model's inside at each
         new token, on the device, in the model's dtype. `(seq, taps)` with `logits=None`. As with `logits="all"`,
@@ -195,17 +213,18 @@ class Runtime:
         """
         single = tokens is not None
         pairs = [(seq, tokens)] if single else list(seq)  # type: ignore[arg-type]
-        want, samplings, names = wishes(len(pairs), logits, sample, taps, tap_names(self.model.spec))
+        want, samplings, names = wishes(len(pairs), logits, sample, taps, likeliest, self.model.spec)
         steers = steerings(as_arrays(steer), len(pairs), self._device.steer, self.model.spec.width)
         results = []
         step = self._device.rows
         if len(pairs) <= step:
-            results = self._extend(pairs, want, samplings, names, steers)  # type: ignore[arg-type]
+            results = self._extend(pairs, want, samplings, names, steers, likeliest)  # type: ignore[arg-type]
         else:
             # More pairs than rows: groups, made all or nothing by letting the finished ones go on failure.
             for i in range(0, len(pairs), step):
                 part = slice(i, i + step)
-                results += self._extend(pairs[part], want, samplings[part], names, steers[part])  # type: ignore[arg-type]
+                some = pairs[part], want, samplings[part], names, steers[part]
+                results += self._extend(*some, likeliest)  # type: ignore[arg-type]
         return results[0] if single else results
 
     def save(self, seq: Sequence, path: str | FilePath) -> None:
@@ -217,6 +236,7 @@ class Runtime:
             KeptError: it cannot be written.
         """
         self._need_open(seq)
+        self._need_no_states(path)
         tokens, blocks = seq._buffer.data[: len(seq)], self._ledger.blocks_of(seq._path)
         pool, kv = self._pool, self.built.ops.kv
         salt, pure = seq._path.salt, seq._pure
@@ -232,6 +252,7 @@ class Runtime:
             ContextLengthError: it is longer than `max_len`.
             OutOfBlocks: the pool has too few free blocks. After any of these nothing was changed.
         """
+        self._need_no_states(path)
         pool = self._pool
         with kept.opened(FilePath(path), self._identity, pool) as file:
             n = file.length
@@ -255,6 +276,14 @@ class Runtime:
         """KV of the model; that of a companion is not kept."""
         return tuple(p for p in self._device.state.pool[: len(self.model.spec.layers)] if isinstance(p, Pool))
 
+    def _need_no_states(self, path: str | FilePath) -> None:
+        if self._ledger.states is not None:
+            raise KeptError(
+                f"a file holds KV, but no states of recurrent layers, which {self.model.spec.architecture} has",
+                where=str(path),
+                remedy="compute the sequence from its tokens",
+            )
+
     @cached_property
     def _identity(self) -> keys.Key:
         return kept.identity(self.model, self.built)
@@ -275,21 +304,27 @@ class Runtime:
         samplings: list[Sampling | None],
         taps: tuple[str, ...],
         steers: list[Steering | None],
+        likeliest: int,
     ) -> list[Any]:
         parts = self._plan(pairs, want, samplings, taps, steers)
         if not parts:
             return []
-        asked = tuple(name for name in tap_names(self.model.spec) if name in taps)  # in one order: fewer traces
+        asked = tuple(name for name in tap_names(self.model.spec) if name in taps) if taps else ()  # fewer traces
         inside: list[list[tuple[Tensor, ...]]] = [[] for _ in parts]
         tokens: list[int] = [0] * len(parts)
         logits: list[list[Tensor]] = [[] for _ in parts]
+        found: list[Likeliest | None] = [None] * len(parts)
+        states = self._ledger.states
+        begun = 0 if states is None else states.stamp
         try:
             while any(p.done < len(p.tokens) for p in parts):
-                self._step(parts, want, tokens, logits, asked, inside)
+                self._step(parts, want, tokens, logits, asked, inside, likeliest, found)
         except BaseException:
             for p in parts:
                 self._ledger.free(p.extension.path)
                 self._rows[p.row] = None
+            if states is not None:
+                states.forget_since(begun)
             raise
         finally:
             for p in parts:
@@ -302,11 +337,15 @@ class Runtime:
             stamp = next(self._stamps)
             new = Sequence(self, path, p.buffer, p.prompt_len, p.pure, (p.row, stamp))
             self._rows[p.row] = (stamp, path.length, *p.holds)
+            if states is not None:
+                self._holders[p.row] = weakref.ref(new)
             told: list[Any] = [] if p.sampling is None else [tokens[i]]
             if want:
-                told.append(torch.cat(logits[i]) if want == "all" else logits[i][-1])
+                told.append(torch.cat(logits[i])[p.again :] if want == "all" else logits[i][-1])
+            if likeliest:
+                told.append(found[i])
             if taps:
-                joined = dict(zip(asked, map(torch.cat, zip(*inside[i], strict=True)), strict=True))
+                joined = {n: torch.cat(x)[p.again :] for n, x in zip(asked, zip(*inside[i], strict=True), strict=True)}
                 told.append({name: joined[name] for name in taps})
             results.append((new, *(told or [None])))
         return results
@@ -328,7 +367,9 @@ class Runtime:
                 check_sampling(sampling, vocab, self._device.processors)
         self.affordable(sum(map(len, arrays)), want, taps)
         self.drain()
-        ledger = self._ledger
+        ledger, states = self._ledger, self._ledger.states
+        if states is not None:
+            states.settle()
         bases = []
         for (seq, _), array, steer in zip(pairs, arrays, steers, strict=True):
             if len(seq):
@@ -336,7 +377,13 @@ class Runtime:
             else:
                 salt, fresh = salted("", steer), want != "all" and not taps
                 bases.append(ledger.match(array, salt) if fresh else ledger.empty(salt))
-        todo = [array[base.length - len(seq) :] for (seq, _), array, base in zip(pairs, arrays, bases, strict=True)]
+        places = [NOWHERE] * len(pairs)
+        if states is not None:
+            places = [self._begin_from(states, seq, bases, i) for i, (seq, _) in enumerate(pairs)]
+        todo = []
+        for (seq, _), array, base in zip(pairs, arrays, bases, strict=True):
+            again = seq._buffer.data[base.length : len(seq)]
+            todo.append(np.concatenate([again, array]) if len(again) else array[base.length - len(seq) :])
         ask = [(base, len(t)) for base, t in zip(bases, todo, strict=True)]
         try:
             extensions = self._extensions(ask)
@@ -345,8 +392,8 @@ class Runtime:
                 ledger.free(base)
             raise
         parts, taken, cuts = [], set(), {}
-        for (seq, _), array, base, rest, ext, sampling, steer in zip(
-            pairs, arrays, bases, todo, extensions, samplings, steers, strict=True
+        for (seq, _), array, base, rest, ext, sampling, steer, place in zip(
+            pairs, arrays, bases, todo, extensions, samplings, steers, places, strict=True
         ):
             seed = 0
             if sampling is not None:
@@ -370,12 +417,31 @@ class Runtime:
                     pure=ext.path.length if same else seq._pure,
                     steer=steer,
                     admitted=admitted,
+                    state=place,
+                    again=max(len(seq) - base.length, 0),
                     holds=holds[1:],
                 )
             )
         if cuts:
             self._shorten(cuts)
         return parts
+
+    def _begin_from(self, states: States, seq: Sequence, bases: list[Path], i: int) -> int:
+        """The place whose state pair i begins from: the row that holds it, or a kept one, to which its base is cut."""
+        held = self._rows.get(seq._row[0])
+        if len(seq) and held is not None and held[:2] == (seq._row[1], len(seq)):
+            return seq._row[0]
+        length, place = states.find(bases[i])
+        whole, bases[i] = bases[i], self._ledger.cut(bases[i], length)
+        self._ledger.free(whole)
+        return place
+
+    def _leave(self, states: States, row: int) -> None:
+        """Keeps the state of a row that somebody else is about to take, if it is anybody's."""
+        held, holder = self._rows[row], self._holders.pop(row, None)
+        seq = None if holder is None else holder()
+        if held is not None and seq is not None and seq._path is not CLOSED and held[:2] == (seq._row[1], len(seq)):
+            states.keep(seq._path, len(seq), row)
 
     def _row_for(
         self, seq: Sequence, steer: Salt, sampling: Sampling | None, seed: int, taken: set[int]
@@ -385,10 +451,15 @@ class Runtime:
         row, stamp = seq._row
         held = self._rows.get(row) if row not in taken else None
         same = held is not None and held[0] == stamp and held[2] == steer
+        states = self._ledger.states
+        if states is not None:  # which cannot be cut
+            same = held is not None and same and held[1] == len(seq)
         if held is not None and same and (sampling is None or held[3:] == (sampling, seed)):
             self._rows.move_to_end(row)
             return row, True, held[1:]
         row = next(r for r in self._rows if r not in taken)
+        if states is not None:
+            self._leave(states, row)
         self._rows.move_to_end(row)
         return row, False, (len(seq), steer, sampling, seed if sampling is not None else 0)
 
@@ -408,20 +479,29 @@ class Runtime:
         logits: list[list[Tensor]],
         taps: tuple[str, ...],
         inside: list[list[tuple[Tensor, ...]]],
+        likeliest: int,
+        found: list[Likeliest | None],
     ) -> None:
         """One device step: as many tokens of unfinished parts as the budget allows, at least one each."""
-        budget = max(self.built.mode.budget, 1)
+        budget, states = max(self.built.mode.budget, 1), self._ledger.states
         live, sizes = [], []
         for i, p in enumerate(parts):
             n = min(len(p.tokens) - p.done, budget)
             if n > 0:
+                if states is not None:
+                    at, whole = p.base.length + p.done, p.extension.path.length
+                    n = states.chunk(at, n, whole)
+                    if (p.done or p.admitted) and states.wanted(at, whole):
+                        states.keep(p.extension.path, at, p.row)
                 live.append(i)
                 sizes.append(n)
                 budget -= n
-        first = [i for i in live if parts[i].done == 0]
+        # Where layers have states, all begin in the first step: what a row begins from may be another's to go on from.
+        first = [i for i, p in enumerate(parts) if not p.entered and (i in live or states is not None)]
         admit, grow, copy = [], [], []
         for i in first:
             p = parts[i]
+            p.entered = True
             copy += p.extension.copy
             if p.admitted:
                 grow += [(p.row, column, block) for column, block in p.extension.grown]
@@ -433,13 +513,14 @@ class Runtime:
                         blocks=self._ledger.blocks_of(p.extension.path),
                         tokens=p.buffer.data[: p.base.length + len(p.tokens)],
                         prompt_len=p.prompt_len,
-                        sampling=p.sampling or Sampling(),
+                        sampling=p.sampling or PLAIN,
                         seed=p.seed,
+                        state=p.state,
                         steer=() if p.steer is None else p.steer.vectors,
                     )
                 )
         last = [parts[i].done + n == len(parts[i].tokens) for i, n in zip(live, sizes, strict=True)]
-        T = sum(sizes)
+        T, keep = sum(sizes), [] if states is None else states.drain()
         emit = [end and parts[i].sampling is not None for i, end in zip(live, last, strict=True)]
         chosen = [parts[i].sampling for i, e in zip(live, emit, strict=True) if e]
         names, noise = pipeline_of([(s, False) for s in chosen if s is not None])
@@ -454,10 +535,12 @@ class Runtime:
                 copy=np.array(copy, np.int32).reshape(-1, 2),
                 grow=np.array(grow, np.int32).reshape(-1, 3),
                 admit=tuple(admit),
+                keep=np.array(keep, np.int32) if keep else None,
                 ask=Ask(
                     pipeline=names,
                     noise=noise,
                     sample=any(emit),
+                    logprobs=likeliest if likeliest and any(last) else None,
                     logits=want is not None,
                     picks=T if want == "all" else 0,
                     taps=taps,
@@ -474,6 +557,9 @@ class Runtime:
                 logits[i].append(out.logits[offset : offset + n])
             elif want == "last" and last[r]:
                 logits[i].append(out.logits[r])
+            if likeliest and last[r]:
+                assert out.logprobs is not None
+                found[i] = Likeliest(out.logprobs.top_ids[r, :likeliest], out.logprobs.top[r, :likeliest])
             if taps:
                 inside[i].append(tuple(x[offset : offset + n] for x in out.taps))
             offset += n

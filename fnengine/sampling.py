@@ -108,6 +108,8 @@ def logprobs(logits_nV: Tensor, chosen_n: Tensor, k: int) -> Top:
         logp = logits.float().log_softmax(1)
         value, id = leading(logp, k)
         parts.append((logp.gather(1, chosen.long()[:, None])[:, 0], id.int(), value))
+    if len(parts) == 1:
+        return Top(*parts[0])
     return Top(*(torch.cat(p) for p in zip(*parts, strict=True)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -12,11 +12,25 @@ from torch import Tensor
 from fnengine.errors import RequestError
 from fnengine.host.blocks import Path
 from fnengine.host.request import Sampling
+from fnengine.spec import ModelSpec, tap_names
 
 if TYPE_CHECKING:
     from fnengine.runtime import Runtime
 
 Logits = Literal["last", "all"] | None
+
+MOST_LIKELIEST = 1024
+"""Most tokens that `likeliest` may ask for: as many as a partial sort finds in a memory that log-probabilities take
+anyway."""
+
+
+class Likeliest(NamedTuple):
+    """The likeliest next tokens, in falling order; of equals the lowest id comes first."""
+
+    ids: np.ndarray
+    """[k] int32"""
+    logprobs: np.ndarray
+    """[k] float32, log_softmax of the raw logits"""
 
 
 class Tokens:
@@ -128,25 +142,27 @@ def as_arrays(steer: Any) -> Any:
 
 
 def wishes(
-    pairs: int, logits: Any, sample: Any, taps: Any, known: tuple[str, ...]
+    pairs: int, logits: Any, sample: Any, taps: Any, likeliest: Any, spec: ModelSpec
 ) -> tuple[Logits, list[Sampling | None], tuple[str, ...]]:
-    """(the logits wanted, a sampling or None for each pair, the taps) of the arguments of an `extend` of so many pairs,
-    where `known` are the taps that there are.
+    """(the logits wanted, a sampling or None for each pair, the taps) of the arguments of an `extend` of so many pairs.
 
     Raises:
         RequestError: they mean nothing, or are not as many.
     """
-    want: Logits = ("last" if sample is None else None) if logits == "default" else logits
+    want: Logits = ("last" if sample is None and not likeliest else None) if logits == "default" else logits
     if want not in ("last", "all", None):
         raise RequestError(f"logits must be 'last', 'all' or None, got {want!r}", param="logits")
+    if type(likeliest) is not int or not 0 <= likeliest <= MOST_LIKELIEST:
+        raise RequestError(f"likeliest must be 0 to {MOST_LIKELIEST}, got {likeliest!r}", param="likeliest")
     samplings = list(sample) if isinstance(sample, (list, tuple)) else [sample] * pairs
     if len(samplings) != pairs:
         raise RequestError(f"{pairs} pairs but {len(samplings)} samplings", param="sample")
     names = (taps,) if isinstance(taps, str) else tuple(taps)
-    for name in names:
-        if name not in known:
+    if names:  # 29 strings for a model of 27 layers, which every token of every strategy would make
+        known = tap_names(spec)
+        if unknown := [name for name in names if name not in known]:
             raise RequestError(
-                f"there is no tap {name!r}",
+                f"there is no tap {unknown[0]!r}",
                 param="taps",
                 remedy=f"{known[0]}, {known[1]} to {known[-2]}, or {known[-1]}",
             )

@@ -65,6 +65,9 @@ class Settings:
     gpu_memory_utilization: float = 0.9
     swap_space: float = 0.0
     """GiB of host memory for KV of preempted sequences."""
+    kept_states: int | None = None
+    """States of recurrent layers that are kept of beginnings, beside those of the sequences in a step; None: as many as
+    those are."""
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     enforce_eager: bool = False
@@ -117,6 +120,14 @@ class Settings:
                 )
             rows, budget = (min(rows, budget), budget) if self.max_num_seqs is None else (rows, rows)
         return Mode(budget=budget, rows=rows)
+
+
+def kept_states(settings: Settings, rows: int) -> int:
+    """How many states are kept beside those of so many rows. Raises ConfigError if that is no number of them."""
+    kept = rows if settings.kept_states is None else settings.kept_states
+    if kept < 0:
+        raise ConfigError(f"must be at least 0, got {kept}", where="--kept-states")
+    return kept
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ A new kind of layer is one dataclass here, one pure function in `layers`, one te
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
@@ -105,6 +105,19 @@ RMS = Norm()
 
 
 @dataclass(frozen=True)
+class Tempered:
+    """Nothing rotates, and the query at position p is multiplied by 1 + scale * ln(1 + floor((p + 1) / every)).
+
+    Source: Nakanishi 2025 (arXiv 2501.19399), as in Llama 4.
+    """
+
+    every: int
+    """floor_scale"""
+    scale: float
+    """attn_scale"""
+
+
+@dataclass(frozen=True)
 class Attention:
     """Softmax attention with grouped heads over the paged pool."""
 
@@ -114,7 +127,7 @@ class Attention:
     """K"""
     width: int
     """C"""
-    rope: Rope | None
+    rope: Rope | Tempered | None
     """None: nothing rotates."""
     scale: float
     """Multiplies q.k before softmax, normally C ** -0.5."""
@@ -138,6 +151,47 @@ class Attention:
     texts that are read whole can be seen so (`Whole`)."""
     gated: bool = False
     """The output is multiplied by the sigmoid of a projection of its own, which lies behind v's."""
+    chunk: int = 0
+    """A token sees nothing before the last multiple of so many positions; 0: it does."""
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Softmax attention over latents: of a token the pool keeps `rank` normed channels, of which each head's key and
+    value are linear functions, and `turning` rotated ones, which belong to every head's key.
+
+    Those functions are applied to queries and to what attention gives back, not to the pool. So it sees one KV head for
+    all query heads, whose keys are the rotated channels and the latent, and whose values are its keys.
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
+    """
+
+    heads: int
+    """H"""
+    rank: int
+    """Channels of the latent."""
+    still: int
+    """Channels of a head's query that meet the latent, and do not rotate ..."""
+    turning: int
+    """... and those that rotate."""
+    values: int
+    """Channels of a head's value."""
+    rope: Rope
+    scale: float
+    """Multiplies q.k before softmax."""
+    query_rank: int = 0
+    """Queries are made of so many normed channels; 0: of x."""
+    eps: float = 1e-6
+    """of the norms of latents, whatever the layer's is"""
+
+    @property
+    def kv_heads(self) -> int:
+        """K that attention sees."""
+        return 1
+
+    @property
+    def width(self) -> int:
+        """C that attention sees."""
+        return self.turning + self.rank
 
 
 @dataclass(frozen=True)
@@ -219,6 +273,10 @@ class Mamba2:
 Recurrent = DeltaNet | Mamba2
 """Mixers with a state of one size for any number of tokens."""
 
+Attending = Attention | Latent
+"""Mixers that keep KV of every token."""
+Mixer = Attention | Latent | DeltaNet | Mamba2
+
 
 @dataclass(frozen=True)
 class Mlp:
@@ -244,7 +302,10 @@ class MoE:
     scores: str = "softmax"
     """By what of the router's logits experts are chosen and weighed: their `softmax`; the `sigmoid` of each, of logits
     in float32; the `logits` themselves, which weigh by their softmax over the chosen ones; or the logits that are
-    `near`, which weigh each chosen one by a softmax of its own (`layers.near_weights`)."""
+    `near`, which weigh each chosen one by a softmax of its own (`layers.near_weights`); or logits that weigh by the
+    sigmoids of the chosen ones, `gates`."""
+    early: bool = False
+    """Weights multiply what experts read, and not what they give."""
     normalized: bool = True
     """Weights of the chosen ones are divided by their sum."""
     factor: float = 1.0
@@ -253,10 +314,14 @@ class MoE:
     """How far below the best a logit may lie, relative to the larger of itself and the best, to share its softmax."""
     correction: bool = False
     """The parameter `correction` [E] is added to scores for the choice, not for the weights."""
+    wide: bool = False
+    """The router's logits are not rounded to the model's dtype; those of sigmoids never are."""
     groups: int = 1
     """Experts stand in so many groups, and ..."""
     kept: int = 1
-    """... only those of so many groups, whose best two have the largest sums, can be chosen."""
+    """... only those of so many groups, ..."""
+    best: int = 2
+    """... whose so many best ones have the largest sums, can be chosen."""
     router_bias: bool = False
     bias: bool = False
     """of experts"""
@@ -277,7 +342,7 @@ class Layer:
     `before` and `after` say where norms stand: of what a part reads, and of what it gives back.
     """
 
-    mixer: Attention | Recurrent
+    mixer: Mixer
     mlp: Mlp | MoE
     eps: float
     """of the norms"""
@@ -369,6 +434,19 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Upstream:
+    """A class of transformers that computes the forward of a model that no family knows (`fallback`)."""
+
+    config: str
+    """config.json, as text"""
+    architecture: str
+    code: str = ""
+    """Folder whose own Python files define the class, if transformers does not."""
+    where: str = field(default="config.json", compare=False, repr=False)
+    """For errors."""
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     family: str
     architecture: str
@@ -392,6 +470,8 @@ class ModelSpec:
     ends: Ends = Ends()
     whole: Whole | None = None
     """None: a language model, which has a head over its vocabulary."""
+    upstream: Upstream | None = None
+    """What runs instead of `model.body`; layers then say what each asks of attention and of memory."""
 
     @property
     def vector(self) -> int:
@@ -403,10 +483,12 @@ class ModelSpec:
 def features(spec: ModelSpec) -> tuple[str, ...]:
     """What sets a model apart from Llama, in words, from its spec alone."""
     layer, ends = spec.layers[0], spec.ends
-    mixers = attentions(spec)
-    turning = {m.rope for m in mixers} - {None}
+    every = [kind.mixer for kind in spec.layers]
+    mixers = [m for m in every if isinstance(m, Attention)]
+    turning = {m.rope for m in every if isinstance(m.rope, Rope)}
     norms = {"one norm": "one norm for both", "two norms": "a norm for each", "": ""}[layer.parallel]
     said = {
+        "transformers' own module": spec.upstream is not None,
         "LayerNorm": layer.norm.centred,
         "weights of norms from 1": layer.norm.plus == 1,
         "reads texts whole": any(not m.causal for m in mixers),
@@ -415,27 +497,30 @@ def features(spec: ModelSpec) -> tuple[str, ...]:
         "norms before and after each part": layer.after and layer.before,
         f"parts side by side, {norms}": bool(layer.parallel),
         "learned positions": ends.positions > 0,
-        "layers without rope": len(turning) > 0 and any(m.rope is None for m in mixers),
+        "layers without rope": len(turning) > 0 and any(not isinstance(m.rope, Rope) for m in mixers),
+        "a temperature by position": any(isinstance(m.rope, Tempered) for m in mixers),
         "a rope for each kind of layer": len(turning) > 1,
-        "part of a head rotates": any(r.width < m.width for m in mixers if (r := m.rope)),
+        "part of a head rotates": any(r.width < m.width for m in mixers if isinstance(r := m.rope, Rope)),
         "q and k normed": any(m.qk_norm for m in mixers),
         "biases": any(m.qkv_bias or m.out_bias for m in mixers),
         "sliding window": any(m.window for m in mixers),
+        "attention in chunks": any(m.chunk for m in mixers),
         "soft caps": any(m.soft_cap for m in mixers) or ends.logit_cap > 0,
         "multipliers": (layer.scale, ends.embed_scale, ends.logit_scale) != (1, 1, 1),
         "sinks": any(m.sinks for m in mixers),
         "q, k and v clamped": any(m.clip for m in mixers),
         "gated attention": any(m.gated for m in mixers),
-        "gated delta rule": any(isinstance(kind.mixer, DeltaNet) for kind in spec.layers),
-        "Mamba 2": any(isinstance(kind.mixer, Mamba2) for kind in spec.layers),
+        "gated delta rule": any(isinstance(m, DeltaNet) for m in every),
+        "Mamba 2": any(isinstance(m, Mamba2) for m in every),
+        "latent attention": any(isinstance(m, Latent) for m in every),
         **said_of_mlps([kind.mlp for kind in spec.layers]),
     }
     return tuple(name for name, holds in said.items() if holds)
 
 
-def attentions(spec: ModelSpec) -> list[Attention]:
+def attentions(spec: ModelSpec) -> list[Attending]:
     """The mixers that keep KV, layer by layer."""
-    return [kind.mixer for kind in spec.layers if isinstance(kind.mixer, Attention)]
+    return [kind.mixer for kind in spec.layers if isinstance(kind.mixer, Attending)]
 
 
 def recurrents(spec: ModelSpec) -> list[Recurrent]:
@@ -465,10 +550,10 @@ def for_length(spec: ModelSpec, longest: int) -> ModelSpec:
     """The spec for sequences of at most so many tokens: what a `LongScaling` divides by depends on it."""
 
     def fitted(kind: Layer) -> Layer:
-        mixer = kind.mixer
-        if not isinstance(mixer, Attention) or mixer.rope is None or not isinstance(mixer.rope.scaling, LongScaling):
+        mixer, rope = kind.mixer, kind.mixer.rope
+        if isinstance(mixer, Recurrent) or not isinstance(rope, Rope) or not isinstance(rope.scaling, LongScaling):
             return kind
-        rope = replace(mixer.rope, scaling=replace(mixer.rope.scaling, longest=longest))
+        rope = replace(rope, scaling=replace(rope.scaling, longest=longest))
         return replace(kind, mixer=replace(mixer, rope=rope))
 
     return replace(spec, layers=tuple(fitted(kind) for kind in spec.layers))
@@ -482,19 +567,33 @@ def residual(layer: int) -> str:
 def tap_names(spec: ModelSpec) -> tuple[str, ...]:
     """Where a step can be tapped, in the order in which it passes: `embedding`, the residual stream after each layer,
     `final` (after the last norm, what the head reads)."""
+    if spec.upstream is not None:
+        return ("final",)
     return ("embedding", *(residual(i) for i in range(len(spec.layers))), "final")
 
 
 def steerable(spec: ModelSpec) -> tuple[str, ...]:
     """Layers after which a vector can be added to the residual stream."""
+    if spec.upstream is not None:
+        return ()
     return tuple(f"layers.{i}" for i in range(len(spec.layers)))
 
 
 def kv_bytes_per_token(spec: ModelSpec, itemsize: int) -> int:
     """Bytes of KV a token takes over all layers: the k of the performance formulas."""
-    return sum(2 * a.kv_heads * a.width * itemsize for a in attentions(spec))
+    return sum((1 if shares(m) else 2) * m.kv_heads * m.width * itemsize for m in attentions(spec))
 
 
-def angle_pairs(rope: Rope | None) -> int:
-    """Pairs of channels that a mixer is given angles for: one, which stands still, where nothing rotates."""
-    return 1 if rope is None else rope.width // 2
+def shares(mixer: Mixer) -> bool:
+    """Whether values are keys, so that the pool keeps a token's once."""
+    return isinstance(mixer, Latent)
+
+
+Turning = Rope | Tempered | None
+"""What a mixer is given angles by."""
+
+
+def angle_pairs(rope: Turning) -> int:
+    """Pairs of channels that a mixer is given angles for: one, which stands still, where nothing rotates, and beside it
+    the temperature where there is one."""
+    return rope.width // 2 if isinstance(rope, Rope) else 1 if rope is None else 2

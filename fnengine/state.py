@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from fnengine.graphs.bucket import Bucket
 from fnengine.host.request import MAX_ARGUMENTS, MAX_BAD, MAX_BIAS, MAX_BREAKERS, Sampling
-from fnengine.host.step import Ask
+from fnengine.host.step import BLOCK, Ask
+from fnengine.kernels.layout import KVLayout, Shape, shapes_of
+from fnengine.spec import Attending, ModelSpec, attentions, shares
 from fnengine.tree import static
 
 
@@ -212,7 +215,22 @@ class Pool:
     k: Tensor
     """[N, ...]"""
     v: Tensor
-    """[N, ...]"""
+    """[N, ...]; [N, 0] where values are keys"""
+
+
+def pool_shapes(kv: KVLayout, mixer: Attending, N: int) -> tuple[Shape, Shape]:
+    """Shapes of the two tensors of a layer's pool of N blocks."""
+    return shapes_of(kv, N, BLOCK, mixer.kv_heads, mixer.width, shares(mixer))
+
+
+def pool_bytes(kv: KVLayout, spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of one block of the pools of all layers, of KV computed in `dtype`."""
+    return sum(block_bytes(kv, mixer, dtype) for mixer in attentions(spec))
+
+
+def block_bytes(kv: KVLayout, mixer: Attending, dtype: torch.dtype) -> int:
+    """Bytes of one block of the pool of a layer."""
+    return sum(prod(shape) for shape in pool_shapes(kv, mixer, 1)) * kv.element(dtype).itemsize
 
 
 @dataclass(frozen=True)

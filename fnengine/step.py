@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fnengine import model as interpreted
 from fnengine import sampling
 from fnengine.host.step import BLOCK
 from fnengine.kernels import Ops
-from fnengine.model import RunLayers, body, embed, final_norm, head_logits
+from fnengine.model import Forward, RunLayers
 from fnengine.processors import PROCESSORS, Own, in_turn
 from fnengine.spec import ModelSpec, residual, steerable
 from fnengine.state import Batch, Out, State, Top, Where, locate
@@ -28,10 +29,16 @@ SCORED_AT_ONCE = 64
 
 
 def make_step(
-    spec: ModelSpec, ops: Ops, run_layers: RunLayers, own: Sequence[Own] = (), steer: Sequence[str] = ()
+    spec: ModelSpec,
+    ops: Ops,
+    run_layers: RunLayers,
+    own: Sequence[Own] = (),
+    steer: Sequence[str] = (),
+    forward: Forward = interpreted,
 ) -> Step:
     """The step of a model. `run_layers` is `model.one_by_one()`, or a compiled and recorded form of it; `own` are
-    logits processors that rows may ask for beside the usual ones, `steer` the layers that rows may steer."""
+    logits processors that rows may ask for beside the usual ones, `steer` the layers that rows may steer, `forward`
+    what makes logits of tokens."""
     processors = {**PROCESSORS, "own": in_turn(own)}
     layer_of = {residual(i): i for i in range(len(spec.layers))}
     steered = [steerable(spec).index(name) for name in steer]
@@ -44,17 +51,18 @@ def make_step(
         token_T = torch.where(batch.token < 0, rows.history[where.row_T, at], batch.token)
         rows.history[where.row_T, at] = token_T
 
-        embedding_TD = embed(spec, params, token_T, where.position)
+        embedding_TD = forward.embed(spec, params, token_T, where.position)
         after: dict[int, Callable[[Tensor], Tensor]] = {
             layer_of[name]: torch.clone for name in ask.taps if name in layer_of
         }
         for s, i in enumerate(steered):
             after[i] = partial(steered_by, rows.steer[:, s], where.row_T)
-        x_TD, inside = body(spec, params, state.pool, where, ops, embedding_TD, run_layers, after)
+        x_TD, inside = forward.body(spec, params, state.pool, where, ops, embedding_TD, run_layers, after)
 
         row_R, length_R = batch.row.long(), where.length
         at_E, row_E, position_E = _picked(batch, where)
-        logits_EV = head_logits(spec, params, x_TD[at_E]) if ask.sample or ask.logits else None
+        wanted = ask.sample or ask.logits or ask.logprobs is not None
+        logits_EV = forward.head_logits(spec, params, x_TD[at_E]) if wanted else None
         count_R = batch.emit
         token_E = torch.zeros_like(position_E)
         logprobs = None
@@ -66,17 +74,18 @@ def make_step(
                 length_R = length_R - (batch.emit - count_R)
             at_R = length_R.long().clamp(max=rows.history.shape[1] - 1)
             rows.history[row_R, at_R] = torch.where(count_R > 0, newest_R, rows.history[row_R, at_R])
-            if ask.logprobs is not None:
-                logprobs = sampling.logprobs(logits_EV, token_E, ask.logprobs)
+        if ask.logprobs is not None:
+            assert logits_EV is not None
+            logprobs = sampling.logprobs(logits_EV, token_E, ask.logprobs)
         rows.length[row_R] = length_R
         rows.length[-1:] = 0  # the null row stays empty, whatever padding did to it
         score = None
         if ask.score is not None:
             assert batch.target is not None
-            score = _score(spec, params, x_TD, batch.target, ask.score)
+            score = _score(forward, spec, params, x_TD, batch.target, ask.score)
         seen = {"embedding": embedding_TD, **{residual(i): x for i, x in inside.items()}}
         if "final" in ask.taps:
-            seen["final"] = final_norm(spec, params, x_TD)
+            seen["final"] = forward.final_norm(spec, params, x_TD)
         taps = tuple(seen[name] for name in ask.taps)
         return state, Out(token_E, count_R, logprobs, score, logits_EV if ask.logits else None, taps)
 
@@ -118,9 +127,10 @@ def _kept(batch: Batch, token_T: Tensor, chosen_E: Tensor) -> tuple[Tensor, Tens
     return count_R, chosen_T[(first_R + count_R - 1).clamp(min=0).long()]
 
 
-def _score(spec: ModelSpec, params: Any, x_TD: Tensor, target_T: Tensor, k: int) -> Top:
+def _score(forward: Forward, spec: ModelSpec, params: Any, x_TD: Tensor, target_T: Tensor, k: int) -> Top:
     """Log-probabilities of `target_T` (or of token 0 where it is -1), a bounded number of rows at a time."""
     parts = []
     for x, target in zip(x_TD.split(SCORED_AT_ONCE), target_T.split(SCORED_AT_ONCE), strict=True):
-        parts.append(sampling.logprobs(head_logits(spec, params, x), target.clamp(min=0), k))
+        logits = forward.head_logits(spec, params, x)
+        parts.append(sampling.logprobs(logits, target.clamp(min=0), k))
     return Top(*(torch.cat([getattr(p, f) for p in parts]) for f in ("chosen", "ids", "values")))

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -44,10 +44,15 @@ from fnengine.host import plan as planning
 from fnengine.host.commit import Event
 from fnengine.host.output import Delta, TokenLogprob, Usage
 from fnengine.host.plan import Host, Policy, Run
-from fnengine.host.request import Request, Stop, check_sampling, fold_in
+from fnengine.host.request import Request, Speculate, Stop, check_sampling, fold_in
 from fnengine.host.text import Piece, TextStream
+from fnengine.host.thinking import Budget
+from fnengine.kernels import team
 from fnengine.runtime import Runtime
-from fnengine.sequence import Sequence, Tokens
+from fnengine.sequence import Likeliest, Sequence, Tokens
+
+if TYPE_CHECKING:
+    from fnengine.host.grammar import Grammar
 
 PAUSE, LONGEST_PAUSE = 0.1, 0.005
 """Share of the last step's time, and seconds, that a step waits at most for strategies that were just answered."""
@@ -71,22 +76,37 @@ class Audience(Protocol):
         ...
 
 
-def refuse_beside(request: Request) -> None:
-    """Raises `RequestError` for what a request may not ask of a strategy, which decides about it itself."""
+def refuse_beside(
+    *,
+    n: int,
+    stop: Stop | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    steer: Mapping[str, Any] | None,
+    grammar: Grammar | None,
+    speculate: Speculate | None,
+    thinking: Budget | None = None,
+    drafts: str = "speculate",
+) -> None:
+    """Raises `RequestError` for what nobody may ask of a strategy, which decides about it itself. The only list.
+
+    Args:
+        drafts: what whoever asks knows `speculate` as.
+    """
     asked = {
-        "logprobs": request.logprobs is not None,
-        "prompt_logprobs": request.prompt_logprobs is not None,
-        "min_tokens": request.stop.min_tokens > 0,
-        "prediction": request.speculate is not None and bool(request.speculate.prediction),
-        "speculative": request.speculate is not None and request.speculate.k > 0,
-        "steer": bool(request.steer),
-        "thinking_token_budget": request.thinking is not None,
-        "grammar" if request.grammar is None else request.grammar.field: request.grammar is not None,
+        "logprobs": logprobs is not None,
+        "prompt_logprobs": prompt_logprobs is not None,
+        "min_tokens": stop is not None and stop.min_tokens > 0,
+        "prediction": speculate is not None and bool(speculate.prediction),
+        drafts: speculate is not None and speculate.k > 0,
+        "steer": bool(steer),
+        "thinking_token_budget": thinking is not None,
+        "grammar" if grammar is None else grammar.field: grammar is not None,
     }
     for name in (name for name, is_asked in asked.items() if is_asked):
         raise RequestError(f"{name} cannot be asked of a strategy", param=name, remedy="leave it out")
-    if request.n < 1:
-        raise RequestError(f"n must be at least 1, got {request.n}", param="n")
+    if n < 1:
+        raise RequestError(f"n must be at least 1, got {n}", param="n")
 
 
 def named(request: Request, known: Mapping[str, Strategy] | None, policy: Policy) -> Strategy:
@@ -109,7 +129,17 @@ def named(request: Request, known: Mapping[str, Strategy] | None, policy: Policy
             param="strategy",
             remedy=f"one of {', '.join(known)}" if known else "--strategy enables some",
         )
-    refuse_beside(request)
+    refuse_beside(
+        n=request.n,
+        stop=request.stop,
+        logprobs=request.logprobs,
+        prompt_logprobs=request.prompt_logprobs,
+        steer=request.steer,
+        grammar=request.grammar,
+        speculate=request.speculate,
+        thinking=request.thinking,
+        drafts="speculative",
+    )
     check_sampling(request.sampling, policy.vocab, policy.processors)
     known[name].check(args)
     return known[name]
@@ -220,6 +250,17 @@ def _ended(run: Run, on_end: Callable[[Run], None], delta: Delta) -> None:
     on_end(run)
 
 
+def _told(replies: list[tuple[Ask, Any]]) -> None:
+    """Answers asks, on the strategies' thread."""
+    for ask, given in replies:
+        if ask.future.done():
+            continue
+        if isinstance(given, BaseException):
+            ask.future.set_exception(given)
+        else:
+            ask.future.set_result(given)
+
+
 @dataclass(eq=False, slots=True)
 class _Guest:
     """A strategy that runs, as the engine's thread knows it."""
@@ -276,7 +317,6 @@ class Strategies:
         """Begins the ids of extensions, which no client's id may be taken for."""
         self._numbers = itertools.count()
         self._looked = 0.0
-        self._answers = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -284,6 +324,8 @@ class Strategies:
         self.watch = Watch(self.bounds.turn, time.monotonic)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._replies: list[tuple[Ask, Any]] = []
+        """Of asks that have been answered and not told yet: they are told when the engine turns to strategies again."""
         self._sent = self._seen = self._rested = 0
         self._quiet = threading.Condition()
 
@@ -336,7 +378,7 @@ class Strategies:
         ]
         audiences: Iterable[Audience] = answers
         if strategy.choices is not None:
-            audiences, args = (Answers(tuple(answers)),), {**args, strategy.choices: request.n}
+            audiences, args = [Answers(tuple(answers))], {**args, strategy.choices: request.n}
         ways: list[Live] = []
         try:
             for i, audience in enumerate(audiences):
@@ -378,17 +420,18 @@ class Strategies:
         Args:
             step_seconds: of the last step; if strategies were answered after it, they get a share of that to think.
         """
-        if self._answers:
-            self._answers = 0
+        if self._replies:
+            self._hand_over()
             self._wait(min(step_seconds * PAUSE, LONGEST_PAUSE))
         self._look()
         while True:
             try:
                 what, who, value = self._inbox.get_nowait()
             except queue.Empty:
-                return
+                break
             with self.books:
                 getattr(self, f"_on_{what}")(who, value)
+        self._hand_over()
 
     def waits(self) -> bool:
         """Whether there is something to hear."""
@@ -403,6 +446,7 @@ class Strategies:
             return
         with self.books:
             getattr(self, f"_on_{message[0]}")(*message[1:])
+        self._hand_over()
 
     def _wait(self, timeout: float) -> None:
         with self._quiet:
@@ -450,6 +494,7 @@ class Strategies:
                 seed=seed,
                 wish=ask.want,  # pyright: ignore[reportArgumentType]
                 taps=ask.taps,
+                likeliest=ask.likeliest,
                 priority=guest.priority,
                 arrival=guest.arrival,
             )
@@ -485,6 +530,8 @@ class Strategies:
         told: list[Any] = list(event.tokens)
         if run.wish is not None:
             told.append(torch.cat(run.logits) if run.wish == "all" else run.logits[-1][0])
+        if run.found is not None:
+            told.append(Likeliest(*run.found))
         if run.taps:
             joined = map(torch.cat, zip(*run.inside, strict=True))
             told.append(dict(zip(run.taps, joined, strict=True)))
@@ -521,17 +568,14 @@ class Strategies:
 
     def _reply(self, guest: _Guest, ask: Ask, given: Any) -> None:
         guest.asking -= 1
-        self._answers += 1
+        self._replies.append((ask, given))
 
-        def tell() -> None:
-            if ask.future.done():
-                return
-            if isinstance(given, BaseException):
-                ask.future.set_exception(given)
-            else:
-                ask.future.set_result(given)
-
-        self._send(tell)
+    def _hand_over(self) -> None:
+        """Gives the strategies what they were waiting for, all of it at once: each call wakes their thread, which then
+        wants the interpreter while this one has more to say."""
+        if self._replies:
+            replies, self._replies = self._replies, []
+            self._send(_told, replies)
 
     # --- the engine's thread: answers, ends, stalls ------------------------------------------------------------------
 
@@ -585,6 +629,7 @@ class Strategies:
         loop, watch = self._loop, self.watch
         assert loop is not None
         watch.thread = threading.get_ident()
+        team.alone()
         asyncio.set_event_loop(loop)
         loop.set_task_factory(watch.task)
         self._gate = asyncio.Semaphore(self.runtime.rows)
@@ -615,7 +660,9 @@ class Strategies:
 
     def _tell(self, what: str, who: Any, value: Any) -> None:
         self._inbox.put((what, who, value))
-        self.wake()
+        # Whoever wakes for one message hears all that have come, and sleeps only where there is none.
+        if self._inbox.qsize() <= 1:
+            self.wake()
 
     # --- the port of each strategy -----------------------------------------------------------------------------------
 

@@ -327,18 +327,30 @@ def _only(artifact: Any) -> Callable[..., Any]:
 
 
 def trace(
-    fn: Callable[..., Tensor], example: Sequence[Tensor], dynamic: Sequence[tuple[int, ...]]
+    fn: Callable[..., Tensor],
+    example: Sequence[Tensor],
+    dynamic: Sequence[tuple[int, ...]],
+    *,
+    constants: bool = False,
 ) -> tuple[torch.fx.GraphModule, list[Tensor]]:
-    """The aten graph of `fn` over fake tensors whose dynamic dims are symbols; equal sizes share one."""
+    """The aten graph of `fn` over fake tensors whose dynamic dims are symbols; equal sizes share one.
+
+    Args:
+        constants: whether `fn` may use tensors that it was not given; they are attributes of the graph.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=True), allow_non_fake_inputs=False)
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=True), allow_non_fake_inputs=constants)
     fakes = []
     for x, dyn in zip(example, dynamic, strict=True):
         sizes = [DimDynamic.DUCK if d in dyn else DimDynamic.STATIC for d in range(x.dim())]
         fakes.append(mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
     with torch.no_grad(), mode:
-        graph = make_fx(fn, tracing_mode="real", _allow_non_fake_inputs=False)(*fakes)
+        graph = make_fx(fn, tracing_mode="real", _allow_non_fake_inputs=constants)(*fakes)
+    for i, (x, dyn) in enumerate(zip(fakes, dynamic, strict=True)):
+        for d in dyn:  # there are no guards, so an artifact for the example's size would be called with any other
+            if isinstance(x.shape[d], int) or x.shape[d].node.maybe_as_int() is not None:
+                raise CannotCompile(f"size {d} of input {i} of a layer is taken for a constant")
     return graph, fakes

@@ -24,8 +24,11 @@ class Heads:
     width: int
     """C"""
     window: int = 0
+    """As in the contract: of chunks it is negative."""
     soft_cap: float = 0.0
     sinks: bool = False
+    shares: bool = False
+    """A token's values are its keys."""
 
 
 def _attend(
@@ -54,6 +57,8 @@ def _attend(
     seen = kv <= position_Rn[..., None]
     if window > 0:
         seen &= kv > position_Rn[..., None] - window
+    if window < 0:
+        seen &= kv >= (position_Rn // -window * -window)[..., None]
     score = score.masked_fill_(~seen[:, None, None], -torch.inf)
     if sink_H is not None:
         score = torch.cat([score, sink_H.float().view(K, G, 1, 1).expand(R, K, G, n, 1)], -1)
@@ -96,7 +101,8 @@ def paged_attention(
 
     single = [r for r in range(len(length)) if start[r + 1] - start[r] == 1 and length[r] > 0]
     longest = max((length[r] for r in single), default=1)
-    together = max(1, AT_ONCE // (longest * prod(heads_of(v_NBKC)))) if q_THC.device.type == "cpu" else len(single)
+    each = longest * prod(heads_of(k_NBKC, v_NBKC))
+    together = max(1, AT_ONCE // each) if q_THC.device.type == "cpu" else len(single)
     for i in range(0, len(single), together or 1):
         rows = single[i : i + together]
         go(rows, torch.tensor([start[r] for r in rows], device=q_THC.device), 1)
@@ -147,13 +153,16 @@ PAGED_ATTENTION = Contract(
 
     Ragged causal attention. Batch row r owns the queries start[r]:start[r+1]; query t stands at position
     length[r] - (start[r+1] - t) and sees the KV positions up to and including its own; with window > 0 only the last
-    `window` of those. KV position p of batch row r lies in block table[row[r], p // B] at offset p % B (beyond the
-    table, where only padding goes, its last column stands for the missing ones); the pool already holds the new tokens'
-    KV (the write of *all* rows comes first). Query head h reads KV head h // (H // K). Softmax in float32, output in
-    the dtype of q. start[r] == start[r+1] is legal: the row has no queries.
+    `window` of those, with window < 0 those from the last multiple of -window on (chunks). KV position p of batch row r
+    lies in block table[row[r], p // B] at offset p % B (beyond the table, where only padding goes, its last column
+    stands for the missing ones); the pool already holds the new tokens' KV (the write of *all* rows comes first). Query
+    head h reads KV head h // (H // K). Softmax in float32, output in the dtype of q. start[r] == start[r+1] is legal:
+    the row has no queries.
 
     A score is q.k * scale, and with soft_cap > 0 then soft_cap * tanh(score / soft_cap) (Gemma 2, arXiv 2408.00118).
     Pools may be rounded to 8 bits (`layout.Rounded`); a backend may then round queries and weights to 16.
+
+    Where v_NBKC is empty, [N, 0], a token's values are its keys: C channels, however many of them a caller wants.
 
     A sink is a logit of a query head that takes part in the softmax's sum, but has no value (GPT-OSS): with it weights
     add up to less than 1.

@@ -19,7 +19,7 @@ from fnengine.kernels import native
 from fnengine.kernels.attention import PAGED_ATTENTION
 from fnengine.kernels.contract import Backend, Contract
 from fnengine.kernels.grouped import GROUPED_TILES
-from fnengine.kernels.layout import KVLayout, Lanes, Rounded, heads_of
+from fnengine.kernels.layout import KVLayout, Lanes, Rounded, heads_of, shapes_of, shared
 from fnengine.kernels.library import register
 from fnengine.kernels.linear import LINEAR, PANEL, atom_of
 from fnengine.kernels.memory import zeros
@@ -69,9 +69,9 @@ def _pools(k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[ctypes.CDLL, int, 
     rounded = k.dtype == torch.int8
     library = native.load(native.KV8[ELEMENT[dtype]] if rounded else ELEMENT[dtype]).library
     assert library is not None, "the cpu backend was called without having been chosen"
-    K, C = heads_of(v)
+    K, C = heads_of(k, v)
     layout = Rounded() if rounded else Lanes(library.fn_atom())
-    assert (k.shape, v.shape) == layout.shapes(len(v), BLOCK, K, C), (k.shape, v.shape, layout)
+    assert (k.shape, v.shape) == shapes_of(layout, len(v), BLOCK, K, C, shared(v)), (k.shape, v.shape, layout)
     assert k.dtype == v.dtype == layout.element(dtype) and k.is_contiguous() and v.is_contiguous()
     assert not rounded or C <= WIDEST, f"{C} channels would overflow 32 bits"
     return library, len(v), K, C
@@ -103,7 +103,7 @@ def _paged_attention(
         library.fn_paged_attention,
         q.data_ptr(),
         k_pool.data_ptr(),
-        v_pool.data_ptr(),
+        None if shared(v_pool) else v_pool.data_ptr(),
         None if sink is None else sink.data_ptr(),
         out.data_ptr(),
         table.data_ptr(),
@@ -145,7 +145,7 @@ def _rope_write(
     T, W = cos.shape
     qkv, slot = (qkv if qkv.stride(1) == 1 else qkv.contiguous()), _int32(slot)
     cos, sin = cos.contiguous(), sin.contiguous()
-    q = empty((T, qkv.shape[1] // C - 2 * K, C), qkv.dtype)
+    q = empty((T, qkv.shape[1] // C - (1 if shared(v_pool) else 2) * K, C), qkv.dtype)
     bad = invoke(
         library.fn_rope_write,
         qkv.data_ptr(),
@@ -154,7 +154,7 @@ def _rope_write(
         cos.data_ptr(),
         sin.data_ptr(),
         k_pool.data_ptr(),
-        v_pool.data_ptr(),
+        None if shared(v_pool) else v_pool.data_ptr(),
         slot.data_ptr(),
         q.data_ptr(),
         qkv.stride(0),
@@ -368,7 +368,8 @@ def _gated_scan(
     (_, G, C), (T, H, P) = q.shape, v.shape
     assert k.shape == (T, G, C) and decay.shape == (T, H) and memory.shape[1:] == (H, C, P) and H % G == 0
     assert memory.is_contiguous() and memory.dtype == torch.float32
-    q, k, v, decay = (_float32(t).contiguous() for t in (q, k, v, decay))
+    q, k, v = (_packed(_float32(t)) for t in (q, k, v))
+    decay = _float32(decay).contiguous()
     beta = None if beta is None else _float32(beta).contiguous()
     row, start, length = _int32(row), _int32(start), _int32(length)
     out = empty(v.shape, torch.float32)
@@ -390,6 +391,9 @@ def _gated_scan(
         H,
         C,
         P,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
         torch.get_num_threads(),
         checked=True,
     )

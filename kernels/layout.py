@@ -2,6 +2,7 @@
 
 It is two tensors whose first dimension is the block; whoever copies or swaps blocks needs to know no more. What a block
 looks like inside is the business of the backend that writes and reads it, so a backend says it and `Ops` carries it.
+Where a token's values are its keys (latent attention), the tensor of V is empty: [N, 0].
 Dimension letters: N blocks, B tokens a block, K KV heads, C head width.
 """
 
@@ -118,15 +119,21 @@ class Lanes:
 
     def pack(self, k_NBKC: Tensor, v_NBKC: Tensor) -> tuple[Tensor, Tensor]:
         k = F.pad(k_NBKC, (0, -k_NBKC.shape[3] % self.atom)).unflatten(3, (-1, self.atom)).permute(0, 2, 3, 1, 4)
+        if shared(v_NBKC):
+            return k.contiguous(), v_NBKC.clone()
         v = v_NBKC.unflatten(1, (-1, self.atom)).permute(0, 3, 1, 4, 2)
         return k.contiguous(), v.contiguous()
 
     def unpack(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if shared(v):
+            return k.permute(0, 3, 1, 2, 4).flatten(3).contiguous(), v
         tokens = k.permute(0, 3, 1, 2, 4).flatten(3)[..., : v.shape[3]], v.permute(0, 2, 4, 1, 3).flatten(1, 2)
         return tokens[0].contiguous(), tokens[1].contiguous()
 
     def clear(self, k: Tensor, v: Tensor, n: int) -> None:
         k[:, :, :, n:] = 0
+        if shared(v):
+            return
         v[:, :, -(-n // self.atom) :] = 0
         if within := n % self.atom:
             v[:, :, n // self.atom, :, within:] = 0
@@ -172,7 +179,7 @@ class Rounded:
     def codes(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the codes as `Lanes` of 2."""
         B = ROUNDED_BLOCK
-        _, C = heads_of(v)
+        _, C = heads_of(k, v)
         return k[..., 4 * B :].unflatten(2, (-1, B, 2)), v[..., 4 * B :].unflatten(2, (B // 2, C, 2))
 
     def scales(self, x: Tensor) -> Tensor:
@@ -241,16 +248,29 @@ def round_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, torch.where(some, most / 127, 0.0)
 
 
-def heads_of(v: Tensor) -> tuple[int, int]:
-    """(K, C) of a layer, from its tensor of V in any layout."""
+def shared(v: Tensor) -> bool:
+    """Whether this tensor of V is the empty one of a layer whose values are its keys."""
+    return v.dim() == 2
+
+
+def heads_of(k: Tensor, v: Tensor) -> tuple[int, int]:
+    """(K, C) of a layer, from its tensors in any layout. C is even where values are keys."""
+    if shared(v):
+        return (k.shape[1], k.shape[2] * k.shape[4]) if k.dim() == 5 else (k.shape[2], k.shape[3])
     if v.dim() == 3:
         return v.shape[1], v.shape[2] // ROUNDED_BLOCK - 4
     return (v.shape[1], v.shape[3]) if v.dim() == 5 else (v.shape[2], v.shape[3])
 
 
+def shapes_of(layout: KVLayout, N: int, B: int, K: int, C: int, shares: bool = False) -> tuple[Shape, Shape]:
+    """Shapes of a layer's two tensors; `shares`: its values are its keys."""
+    k, v = layout.shapes(N, B, K, C)
+    return k, (N, 0) if shares else v
+
+
 def block_bytes(layout: KVLayout, B: int, K: int, C: int, dtype: torch.dtype) -> int:
-    """Bytes of a block of one layer."""
-    return sum(map(prod, layout.shapes(1, B, K, C))) * layout.element(dtype).itemsize
+    """Bytes of a block of one layer whose values are its own."""
+    return sum(map(prod, shapes_of(layout, 1, B, K, C))) * layout.element(dtype).itemsize
 
 
 def movable(x: Tensor) -> Tensor:
@@ -263,6 +283,8 @@ def gather(k: Tensor, v: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
     if k.dtype == torch.float8_e4m3fn:
         k, v = (movable(x)[block].view(x.dtype) for x in (k, v))
         return k, v
+    if shared(v):
+        return k[block], k[block]
     if k.dim() == 4:
         return k[block], v[block]
     parts = Rounded().unpack(k[block.flatten()], v[block.flatten()])
@@ -271,6 +293,9 @@ def gather(k: Tensor, v: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
 
 def put(k: Tensor, v: Tensor, slot_T: Tensor, k_TKC: Tensor, v_TKC: Tensor) -> None:
     """Writes tokens to their slots (block x B + offset), as the plain-torch reference does."""
+    if shared(v):
+        k.flatten(0, 1).index_copy_(0, slot_T, k_TKC.to(k.dtype))
+        return
     if k.dim() == 4:
         for pool, new in ((k, k_TKC), (v, v_TKC)):
             movable(pool).flatten(0, 1).index_copy_(0, slot_T, movable(narrow(new, pool.dtype)))

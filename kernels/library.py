@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnengine.kernels.layout import heads_of
+from fnengine.kernels.layout import heads_of, shared
 
 NAMESPACE = "fnengine"
 
@@ -62,8 +62,9 @@ def _shape_of_logits(logits: Tensor, *_: Any) -> Tensor:
 def _shape_of_queries(
     qkv: Tensor, q_norm: Any, k_norm: Any, cos: Tensor, sin: Tensor, k_pool: Tensor, v_pool: Tensor, *_: Any
 ) -> Tensor:
-    K, C = heads_of(v_pool)
-    return torch.empty((qkv.shape[0], qkv.shape[1] // C - 2 * K, C), dtype=qkv.dtype, device=qkv.device)
+    K, C = heads_of(k_pool, v_pool)
+    H = qkv.shape[1] // C - (1 if shared(v_pool) else 2) * K
+    return torch.empty((qkv.shape[0], H, C), dtype=qkv.dtype, device=qkv.device)
 
 
 def _shape_of_linear(x: Tensor, tiles: Tensor, bias: Tensor | None, n: int, wide: bool = False) -> Tensor:
@@ -140,7 +141,7 @@ IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
-OUTSIDE = ("paged_attention",)
+OUTSIDE = ("paged_attention", "gated_scan")
 """Ops that may stay out of a graph which holds everything around them: some of their backends cannot be captured."""
 
 Around = Callable[[Callable[..., Tensor], tuple[Any, ...]], Tensor]

@@ -115,11 +115,13 @@ def _examples_scan(dtype: torch.dtype, seed: int) -> Iterator[dict[str, Any]]:
         BATCHES, ((1, 1, 1, 1), (2, 6, 24, 8), (1, 3, 16, 70), (2, 2, 40, 128)), (True, False, True, True), strict=True
     ):
         T, S = sum(counts), len(counts) + 2
-        k_TGC = torch.randn(T, G, C, generator=g)
+        fused = torch.randn(T, 2 * G * C + H * P, generator=g)  # of which q, k and v are slices
+        q_TE, k_TE, v_TE = fused.split((G * C, G * C, H * P), dim=1)
+        k_TE /= C**0.5 * 2  # with keys longer than 1 the delta rule would not be stable
         yield {
-            "q_TGC": torch.randn(T, G, C, generator=g) / C**0.5,
-            "k_TGC": k_TGC / k_TGC.norm(dim=-1, keepdim=True),  # with longer keys the delta rule would not be stable
-            "v_THP": torch.randn(T, H, P, generator=g),
+            "q_TGC": q_TE.unflatten(1, (G, C)),
+            "k_TGC": k_TE.unflatten(1, (G, C)),
+            "v_THP": v_TE.unflatten(1, (H, P)),
             "decay_TH": torch.rand(T, H, generator=g),
             "beta_TH": torch.rand(T, H, generator=g) if delta else None,
             "memory_SHCP": torch.randn(S, H, C, P, generator=g),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fnengine.kernels.contract import Contract
-from fnengine.kernels.layout import heads_of, put
+from fnengine.kernels.layout import heads_of, put, shared
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -46,9 +46,10 @@ def rope_write(
     eps: float,
 ) -> Tensor:
     """See `ROPE_WRITE.doc`."""
-    K, C = heads_of(v_pool)
+    K, C = heads_of(k_pool, v_pool)
     heads = qkv_TE.unflatten(1, (qkv_TE.shape[1] // C, C))
-    q, k, v = heads[:, : -2 * K], heads[:, -2 * K : -K], heads[:, -K:]
+    v = heads[:, -K:]
+    q, k = (heads[:, :-K], v) if shared(v_pool) else (heads[:, : -2 * K], heads[:, -2 * K : -K])
     if q_norm_C is not None:
         q = rms_norm(q, q_norm_C, eps)
     if k_norm_C is not None:
@@ -92,7 +93,10 @@ ROPE_WRITE = Contract(
     is a weight) and rotated by the token's angles: channel i < W with channel W + i, the rest as they are. Both are
     done in float32 and rounded after each. Token t's k and v go to block slot[t] // B at offset slot[t] % B; pools of 8
     bits (`layout.Rounded`) take what is rounded to them. Padding slots (of the null block) may repeat; any of their
-    values may stay.""",
+    values may stay.
+
+    Where v_pool is empty, [N, 0], a token's values are its keys as they are written: qkv holds H + K heads, those of q
+    and k.""",
     reference=rope_write,
     mutates=("k_pool", "v_pool"),
     examples=_examples,

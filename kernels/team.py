@@ -7,6 +7,8 @@ import os
 import threading
 from collections.abc import Sequence
 
+import torch
+
 from fnengine.kernels.native import openmp_runtime
 
 
@@ -30,6 +32,23 @@ def members(n: int) -> list[int]:
     fork.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     fork(ctypes.cast(say, ctypes.c_void_p), None, n, 0)
     return [found[i] for i in sorted(found)]
+
+
+def alone() -> bool:
+    """Has this thread, and no other, compute by itself from now on; whether it could be had.
+
+    For a thread beside the one that runs steps: torch would give it helpers of its own, and where there are more
+    threads than processors, OpenMP lets all of them, those of a step included, sleep sooner where they wait.
+    """
+    runtime = openmp_runtime()
+    if runtime is None:
+        return False
+    torch.get_num_threads()  # torch sets a thread's number the first time it is asked, and not again
+    try:
+        ctypes.CDLL(runtime).omp_set_num_threads(1)
+    except AttributeError:
+        return False
+    return True
 
 
 def pin(threads: Sequence[int], processors: Sequence[int]) -> dict[int, int]:

@@ -161,6 +161,10 @@ def lacks(device: torch.device, heads: Sequence[Heads]) -> str | None:
     flash = FLASH[torch.cuda.get_device_capability(device)[0]]
     if any(h.soft_cap > 0 for h in heads):
         return "varlen_attn has no soft caps, which this model's scores have"
+    if any(h.shares for h in heads):
+        return "varlen_attn reads values of their own, and this model's are its keys"
+    if any(h.window < 0 for h in heads):
+        return "varlen_attn has windows and no chunks, which this model's layers have"
     if any(h.sinks for h in heads):
         return "varlen_attn has no sinks, which this model's softmax has"
     if wrong := sorted({h.width for h in heads if h.width % 8 or h.width > flash.widest}):

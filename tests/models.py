@@ -20,8 +20,8 @@ from fnengine import model as fn_model
 from fnengine.host.step import BLOCK
 from fnengine.kernels.layout import Tokens
 from fnengine.model import Model, embed, head_logits
-from fnengine.spec import Attention
-from fnengine.state import Batch, LayerState, Memory, Pool, Rows, locate
+from fnengine.spec import Recurrent
+from fnengine.state import Batch, LayerState, Memory, Pool, Rows, locate, pool_shapes
 
 TINY: dict[str, dict[str, Any]] = {
     "llama2": dict(
@@ -166,6 +166,115 @@ TINY: dict[str, dict[str, Any]] = {
             "short_mscale": 1.2,
             "long_mscale": 1.2,
             "original_max_position_embeddings": 512,
+        },
+    ),
+    "deepseek-v2": dict(
+        architecture="DeepseekV2ForCausalLM",
+        num_attention_heads=4,
+        q_lora_rank=28,
+        kv_lora_rank=24,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=8,
+        v_head_dim=10,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        topk_method="group_limited_greedy",
+        n_shared_experts=2,
+        moe_intermediate_size=40,
+        routed_scaling_factor=1.7,
+        first_k_dense_replace=1,
+        tie_word_embeddings=False,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "beta_fast": 8.0,
+            "beta_slow": 1.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.4,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "deepseek-v2-lite": dict(
+        architecture="DeepseekV2ForCausalLM",
+        num_attention_heads=2,
+        q_lora_rank=None,
+        kv_lora_rank=30,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        moe_intermediate_size=40,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "deepseek-v3": dict(
+        architecture="DeepseekV3ForCausalLM",
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=28,
+        kv_lora_rank=24,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        moe_intermediate_size=40,
+        first_k_dense_replace=1,
+        tie_word_embeddings=False,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "beta_fast": 8.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "glm4-moe-lite": dict(
+        architecture="Glm4MoeLiteForCausalLM",
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        q_lora_rank=20,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "llama4": dict(
+        architecture="Llama4ForCausalLM",
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=40,
+        intermediate_size_mlp=96,
+        num_local_experts=4,
+        interleave_moe_layer_step=2,
+        attention_chunk_size=18,
+        floor_scale=7,
+        attn_scale=0.4,
+        tie_word_embeddings=False,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
         },
     ),
     "gpt-oss": dict(
@@ -409,10 +518,100 @@ HYBRID: dict[str, dict[str, Any]] = {
 """Models with recurrent layers, which tests/test_hybrid_families.py looks at."""
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "persimmon": dict(architecture="PersimmonForCausalLM", num_attention_heads=4, rope_parameters=PARTLY),
+    "nemotron": dict(architecture="NemotronForCausalLM", **HEADS, rope_parameters=PARTLY),
+    "exaone4": dict(
+        architecture="Exaone4ForCausalLM",
+        **HEADS,
+        num_hidden_layers=3,
+        sliding_window=9,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters=PLAIN,
+    ),
+    "gptj": dict(
+        architecture="GPTJForCausalLM",
+        n_embd=64,
+        n_head=4,
+        n_layer=2,
+        n_positions=256,
+        rotary_dim=8,
+        drop=("intermediate_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"),
+    ),
+    "gemma4": dict(
+        architecture="Gemma4ForCausalLM",
+        **HEADS,
+        head_dim=16,
+        global_head_dim=32,
+        num_hidden_layers=6,
+        sliding_window=9,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=24,
+        vocab_size_per_layer_input=131,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma4-moe": dict(
+        architecture="Gemma4ForCausalLM",
+        **HEADS,
+        head_dim=16,
+        global_head_dim=32,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        sliding_window=9,
+        layer_types=["sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=6,
+        top_k_experts=2,
+        moe_intermediate_size=40,
+    ),
+    "ministral3": dict(
+        architecture="Ministral3ForCausalLM",
+        **HEADS,
+        head_dim=16,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    ),
+    "ernie-moe": dict(
+        architecture="Ernie4_5_MoeForCausalLM",
+        **HEADS,
+        moe_num_experts=6,
+        moe_k=2,
+        moe_num_shared_experts=1,
+        moe_intermediate_size=40,
+        num_hidden_layers=2,
+        rope_parameters=PLAIN,
+    ),
+}
+"""Of architectures that no family knows, for tests/test_fallback.py."""
+
+
+WRITTEN: dict[str, dict[str, Any]] = {
+    "mixtral-open": {**TINY["mixtral"], "sliding_window": None},
+    "qwen3-moe-all": {**TINY["qwen3-moe"], "mlp_only_layers": []},
+    "gemma2-tied": {**MORE["gemma2"], "tie_word_embeddings": True, "query_pre_attn_scalar": 24},
+    "gemma3-six": {
+        **MORE["gemma3"],
+        "num_hidden_layers": 6,
+        "query_pre_attn_scalar": 24,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+    },
+}
+"""What llama.cpp's files can say, for tests/test_gguf.py."""
+
+
 def _config(name: str) -> tuple[Any, Any]:
     import transformers
 
-    options = {**SHARED, **(TINY.get(name) or MORE.get(name) or HYBRID[name])}
+    options = {**SHARED, **{**TINY, **MORE, **HYBRID, **OTHERS, **WRITTEN}[name]}
     for key in options.pop("drop", ()):
         del options[key]
     if "rope_parameters" in options and int(transformers.__version__.split(".")[0]) < 5:  # the old spelling of the same
@@ -491,9 +690,9 @@ class Paged:
             state, length=z(M, dtype=torch.int32), table=z(M, P, dtype=torch.int32), history=z(M, max_len + 1)
         )
         pool = tuple(
-            Pool(*(z(s, dtype=model.dtype) for s in ops.kv.shapes(blocks, BLOCK, m.kv_heads, m.width)))
-            if isinstance(m := la.mixer, Attention)
-            else Memory(z(M, m.taps - 1, m.channels) + torch.nan, z(M, *m.memory) + torch.nan)
+            Memory(z(M, m.taps - 1, m.channels) + torch.nan, z(M, *m.memory) + torch.nan)
+            if isinstance(m := la.mixer, Recurrent)
+            else Pool(*(z(s, dtype=model.dtype) for s in pool_shapes(ops.kv, m, blocks)))
             for la in model.spec.layers
         )
         # Scattered blocks, so that a table read wrongly shows.
@@ -543,6 +742,8 @@ def dense_ops() -> Any:
     def rope_write(qkv, q_norm, k_norm, cos, sin, k_pool, v_pool, slot, eps):
         K, C = k_pool.shape[2:]
         heads = qkv.unflatten(1, (-1, C))
+        if not v_pool.numel():  # written as well as all others, and never read
+            heads, v_pool = torch.cat([heads, heads[:, -K:]], 1), torch.empty_like(k_pool)
         q_THC = torch.empty_like(heads[:, : -2 * K])
         for t in range(len(slot)):
             at = divmod(int(slot[t]), k_pool.shape[1])
@@ -569,7 +770,7 @@ def dense_ops() -> Any:
                 continue
             blocks = table[int(row[r])].long()
             k = k_pool[blocks].flatten(0, 1)[:n].float()
-            v = v_pool[blocks].flatten(0, 1)[:n].float()
+            v = v_pool[blocks].flatten(0, 1)[:n].float() if v_pool.numel() else k
             if k.shape[0] < n:  # padding tokens beyond the null row's table
                 out[lo:hi] = 0
                 continue
@@ -577,7 +778,9 @@ def dense_ops() -> Any:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
             at = torch.arange(n - (hi - lo), n)[:, None]
             kv = torch.arange(n)[None, :]
-            seen = (kv <= at) & ((kv > at - window) if window else torch.ones_like(kv <= at))
+            seen = (kv <= at) & ((kv > at - window) if window > 0 else torch.ones_like(kv <= at))
+            if window < 0:
+                seen &= kv // -window == at // -window
             score = torch.einsum("thc,shc->hts", q[lo:hi].float(), k) * scale
             if soft_cap:
                 score = soft_cap * (score / soft_cap).tanh()

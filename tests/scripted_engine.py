@@ -168,6 +168,7 @@ class ScriptedEngine:
         self.preempted: list[Preempted] = []
         self.width, self.pooling = 4, "last"
         self.accepted_deep: tuple[int, ...] = ()
+        self.tasks, self.head = ("generate", "embed", "pool", "score"), None
         self.frozen = False
         """No more steps are made."""
         self.task: asyncio.Task | None = None

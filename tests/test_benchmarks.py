@@ -732,8 +732,8 @@ def test_the_engine_benchmark_runs_beside_transformers_and_they_agree(tmp_path, 
     assert f"peer missing: vllm: not installed in {tmp_path / 'vllm'}: python -m benchmarks.install_peers" in printed
 
 
-def test_serving_takes_a_running_server_and_reports_percentiles(monkeypatch, capsys, tmp_path):
-    """Against a server that sends 3 tokens 20 ms apart: known gaps."""
+def served(monkeypatch, flags: str, out: Path, shift: int = 0) -> int:
+    """`benchmarks.serving` against a server that sends tokens 20 ms apart, to whom names a strategy other ones."""
 
     class Slow(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -744,7 +744,8 @@ def test_serving_takes_a_running_server_and_reports_percentiles(monkeypatch, cap
             n = body["max_tokens"]
             for i in range(n):
                 time.sleep(0.02)
-                self.wfile.write(event("a", [i], "length" if i == n - 1 else None))
+                token = i + (shift if "strategy" in body else 0)
+                self.wfile.write(event("a", [token], "length" if i == n - 1 else None))
             self.wfile.write(END)
             self.close_connection = True
 
@@ -756,10 +757,25 @@ def test_serving_takes_a_running_server_and_reports_percentiles(monkeypatch, cap
         thread = threading.Thread(target=listening.serve_forever, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{listening.server_address[1]}"
-        flags = f"--model demo --url {url} --workload w1 --concurrency 2 --repeats 2 --divide 32"
-        code = serving.main([*flags.split(), "--json", str(tmp_path / "out.json")])
+        code = serving.main([*f"--model demo --url {url} --workload w1 {flags}".split(), "--json", str(out)])
         listening.shutdown()
         thread.join()
+    return code
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_serving_compares_a_strategy_with_plain_requests(monkeypatch, capsys, tmp_path, shift):
+    """Law: `sample` gives the tokens of plain requests; another token is exit status 1."""
+    out = tmp_path / "out.json"
+    code = served(monkeypatch, "--strategy sample --concurrency 2 --repeats 1 --divide 32", out, shift)
+    assert code == shift and ("WRONG" in capsys.readouterr().out) == bool(shift)
+    found = json.loads(out.read_text())
+    assert [r["side"] for r in found["results"]] == ["fnengine", "strategy sample"] and len(found["ratios"]) == 1
+
+
+def test_serving_takes_a_running_server_and_reports_percentiles(monkeypatch, capsys, tmp_path):
+    """Against a server that sends 3 tokens 20 ms apart: known gaps."""
+    code = served(monkeypatch, "--concurrency 2 --repeats 2 --divide 32", tmp_path / "out.json")
     (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
     seen = result["latency"]
     assert code == 0 and seen["requests"] == 4 and seen["tokens_an_event"] == 1

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from fnengine import cli
-from fnengine.cli import chat, flags, refused, serve
+from fnengine.cli import chat, files, flags, refused, serve
 from fnengine.cli.client import Server, ServerError
-from fnengine.config import ModelOptions, ServeOptions, resolve, table
+from fnengine.config import ModelOptions, ServeOptions, overrides, resolve, table
 from fnengine.errors import ConfigError
 from fnengine.kernels import describe
 from fnengine.settings import MODES, Settings
@@ -72,7 +72,8 @@ def test_every_flag_reaches_a_field_and_every_field_has_a_flag():
     reached = {tuple(f.to.split(".")) for f in flags.FLAGS if "." in f.to}
     fields = {(part, f.name) for part, kind in homes.items() for f in dataclasses.fields(kind)}
     assert reached == fields - {("model", "model")}
-    assert {f.name for f in flags.FLAGS if "." not in f.to} == {"--block-size", "--threads", "--disable-log-requests"}
+    apart = {"--block-size", "--threads", "--disable-log-requests", "--config"}
+    assert {f.name for f in flags.FLAGS if "." not in f.to} == apart
 
 
 @pytest.mark.parametrize("flag", flags.FLAGS, ids=lambda f: f.name)
@@ -89,6 +90,7 @@ def test_a_given_flag_is_seen_and_says_so(flag):
         "--tool-call-parser": "hermes",
         "--reasoning-parser": "qwen3",
         "--speculative-config": '{"method": "ngram"}',
+        "--override-generation-config": '{"top_k": 3}',
     }
     name = flag.name.replace("--enable-", "--no-enable-") if flag.name in special and not flag.read else flag.name
     value = special.get(flag.name, flag.choices[-1] if flag.choices else "3")
@@ -208,7 +210,9 @@ def test_values_that_say_what_is_done_anyway_pass(words):
         (["serve", "--ssl-keyfile", "k"], r"--ssl-certfile: TLS needs"),
         (["serve", "--stream-interval", "0"], r"--stream-interval"),
         (["serve", "--shutdown-timeout", "-1"], r"--shutdown-timeout"),
-        (["serve", "--config", "f.yaml"], r"--config: is not implemented"),
+        (["serve", "--config", "/no/f.yaml"], r"--config: cannot read /no/f.yaml"),
+        (["serve", "--config"], r"--config: expected a file"),
+        (["serve", "--override-generation-config", '{"top": 1}', "demo"], r"--override-.*'top' is no sampling default"),
         (["sreve"], r"COMMAND: .*'sreve'"),
         (["bench"], r"KIND"),
         (["complete", ""], r"PROMPT: the prompt is empty"),
@@ -468,3 +472,43 @@ def test_the_seed_promise_fails_with_a_kernel_that_is_not_invariant(llm):
     assert not holds and why.startswith("paged_attention")
     gpu = dataclasses.replace(llm.model, device=torch.device("cuda"))
     assert not seed_promise(gpu, llm.engine.built.ops)[0]
+
+
+# --- files of flags ---------------------------------------------------------------------------------------------------
+
+
+def test_a_file_stands_for_its_flags_and_the_command_line_goes_before(tmp_path, capsys):
+    """Oracle: the same flags written out, and the table that --show-config prints."""
+    path = tmp_path / "f.yaml"
+    path.write_text(
+        "model: demo\nmax_model_len: 4K\nenforce-eager: true\nenable_prefix_caching: false\nport: 5\n"
+        "api-key: [a, b]\nspeculative-config: {method: ngram}\nuds: null\nserved-model-name: [x]\nseed: -0\n"
+    )
+    assert cli.main(["serve", "--port", "7", f"--config={path}", "--show-config"]) == 0
+    rows = {line.split()[0]: line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()}
+    assert rows["--port"].split() == ["7", "command", "line"]
+    assert rows["--max-model-len"].split() == ["4096", str(path)]
+    assert rows["--enable-prefix-caching"].split()[0] == "no" and rows["--enforce-eager"].split()[0] == "yes"
+    assert rows["--api-key"].startswith("2 set") and '"ngram"' in rows["--speculative-config"]
+    words, origins = files.expand(["serve", "--config", str(path), "--no-enable-prefix-caching", "--", "x"])
+    assert words[-2:] == ["--", "x"] and "--enable-prefix-caching" not in origins and "--uds" in origins
+    assert words.count("--no-enable-prefix-caching") == 1
+    for text, says in (
+        ("- a", "must be a mapping"),
+        ("a: [", "is no YAML"),
+        ("port: [[1]]", "port must be a text"),
+        ("prot: 1", "did you mean --port"),
+        ("tensor_parallel_size: 2", "--tensor-parallel-size: is not implemented"),
+    ):
+        path.write_text(text)
+        assert cli.main(["serve", "--config", str(path)]) == 2
+        assert re.search(says, capsys.readouterr().err), says
+    path.write_text("")
+    assert files.expand(["serve", "--config", str(path)]) == (["serve"], {})
+
+
+def test_defaults_of_sampling_are_checked():
+    assert overrides({"temperature": 0.5, "max_new_tokens": 7}) == {"temperature": 0.5, "max_new_tokens": 7}
+    for bad in ({"top_k": "5"}, {"temperature": -1}, {"max_new_tokens": 0}, {"seed": 5}, {"top_p": True}):
+        with pytest.raises(ConfigError, match="--override-generation-config"):
+            overrides(bad)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fnengine as fn
-from fnengine import companions, leaves, tree
+from fnengine import leaves, tree
 from fnengine.decoding import sample
 from fnengine.decoding.draft_model import DraftModel
 from fnengine.decoding.heads import Head
@@ -22,13 +22,13 @@ from fnengine.engine import Engine
 from fnengine.errors import ConfigError, DeviceFault
 from fnengine.host import grammar
 from fnengine.host.ahead import Ahead
+from fnengine.host.blocks import Ledger
 from fnengine.host.output import Delta
 from fnengine.host.plan import Run
 from fnengine.host.request import Request, Sampling, Speculate, Stop
+from fnengine.host.runs import picks_of
 from fnengine.host.step import Ask
 from fnengine.spec import kv_bytes_per_token
-from fnengine.state import Batch, Out, State
-from fnengine.step import Step
 from tests.models import tiny_model
 from tests.test_guided import TOKENIZER
 from tests.test_heads import case
@@ -211,22 +211,42 @@ def test_drafts_of_heads_are_those_of_the_head_alone_and_change_no_token(form: s
         assert check_drafts(rounds, partial(by_head, form)) > 20 and e.gauges().prefix_hits > 0
 
 
-def test_a_companion_that_does_not_follow_is_caught(monkeypatch: pytest.MonkeyPatch):
-    """Mutant: it computes nothing of the target's tokens, so that drafts come of empty blocks; tokens stay right."""
-    real = companions.of_model
-    monkeypatch.setattr(companions, "of_model", lambda *a: dataclasses.replace(real(*a), follow=deaf))
+def test_a_companion_that_has_not_seen_everything_is_caught(monkeypatch: pytest.MonkeyPatch):
+    """Mutant: the ledger believes that it has computed all. Drafts come of empty blocks, and tokens stay right."""
+    monkeypatch.setattr(Ledger, "followed", lambda ledger, path: path.length)
     e, rounds = engine()
     assert run(e, *(ask(p, GREEDY, HOW, n=2) for p in PROMPTS)) == plain(GREEDY)
     with pytest.raises(AssertionError):
         check_drafts(rounds)
 
 
-def deaf(step: Step) -> Step:
-    def only(params: Any, state: State, batch: Batch) -> tuple[State, Out]:
-        _, out = step(params[0], State(state.pool[: len(target().spec.layers)], state.rows), batch)
-        return state, out
+def test_what_nobody_wants_drafts_of_is_not_computed_twice():
+    """Counted: tokens of first passes. A prompt is caught up with once for all who share it, and in pieces."""
+    e, _ = engine(max_num_batched_tokens=12)
+    draft, seen = e.device.draft, []
+    e.device.draft = lambda r: seen.append((r.count.tolist(), np.diff(r.start).tolist())) or draft(r)
+    run(e, ask(PROMPTS[3], GREEDY))  # 36 tokens, two blocks full
+    assert not seen
+    run(e, ask(PROMPTS[3], GREEDY, HOW))
+    assert seen[:3] == [([0], [12]), ([0], [12]), ([0], [12])] and seen[3][0] == [3]
+    del seen[:]
+    run(e, ask(PROMPTS[3], SAMPLED, HOW))
+    assert seen[0][1][0] <= 36 + 1 - 32 and all(sum(sizes) <= 12 for _, sizes in seen)
 
-    return only
+
+def test_a_prompt_that_is_caught_up_with_in_pieces_keeps_nobody_from_drafting():
+    e, _ = engine(max_num_batched_tokens=12)
+    draft, seen = e.device.draft, []
+    e.device.draft = lambda r: seen.append(r.count.tolist()) or draft(r)
+    long, short = ask(PROMPTS[3], GREEDY, HOW, 40), ask(PROMPTS[0][:5], GREEDY, HOW, 40)
+    got: list[list[Delta]] = [[], []]
+    for some, r in zip(got, (long, short), strict=True):
+        e.submit_to(r, some.append)
+    while e.turn():
+        pass
+    assert [3, 0] in seen, "one drafts while the other is caught up with"
+    assert all(counts[0] > 0 for counts in seen if len(counts) > 1)
+    assert [t for d in got[0] for t in d.tokens][:24] == plain(GREEDY)[3][0]
 
 
 def test_a_round_for_many_rows_costs_as_many_passes_as_for_one():
@@ -236,14 +256,16 @@ def test_a_round_for_many_rows_costs_as_many_passes_as_for_one():
         asked = []
         draft = e.device.draft
         e.device.draft = lambda round, draft=draft, asked=asked: asked.append(round) or draft(round)
-        passes = e.device.drafting[0]
-        calls, fn_ = [], passes.fn
+        calls: list[int] = []
 
-        def counted(*args: Any, calls: list[int] = calls, fn_: Any = fn_) -> Any:
-            calls.append(args[2].bucket.rows)
-            return fn_(*args)
+        def counting(passes: Any, calls: list[int] = calls) -> Any:
+            def counted(*args: Any) -> Any:
+                calls.append(args[2].bucket.rows)
+                return passes.fn(*args)
 
-        e.device.drafting = (dataclasses.replace(passes, fn=counted),) * 2
+            return dataclasses.replace(passes, fn=counted)
+
+        e.device.drafting = tuple(map(counting, e.device.drafting))
         run(e, *(ask(PROMPTS[0], SAMPLED, HOW, n=n) for _ in range(1)))
         assert len(calls) == sum(len(round.passes) for round in asked)
         assert all(len(round.passes) <= 3 for round in asked)
@@ -253,8 +275,9 @@ def test_a_round_for_many_rows_costs_as_many_passes_as_for_one():
 
 
 def test_rows_that_want_less_leave_the_round_early():
-    round = Ahead(np.array([5, 2, 7]), np.array([4, 2, 1]), np.zeros((0, 3), np.int32), Ask())
-    assert round.passes == [3, 2, 1, 1]
+    some = np.array([5, 2, 7])
+    of = partial(dataclasses.replace, Ahead(some, some, some, some, some, some, np.zeros((0, 3), np.int32), Ask()))
+    assert of(count=np.array([4, 2, 1])).passes == [3, 2, 1, 1] and of(count=np.array([2, 2, 0])).passes == [3, 2]
     e, rounds = engine()
     hows = [dataclasses.replace(HOW, k=k) for k in (1, 3, 2, 6)]
     e.device.draft, draft = lambda r: seen.append(r.count.tolist()) or draft(r), e.device.draft
@@ -343,8 +366,9 @@ def test_the_ledger_counts_weights_and_blocks_of_a_companion(which: str):
     companion: Any = first_layer() if which == "model" else head("eagle")
     model = target() if which == "model" else companion.target
     e, _ = engine(companion=companion, model=model, kv_cache_memory_bytes=None, memory=1 << 31)
-    built, state = e.built, e.built.device.state
+    built = e.built
     assert built is not None and built.account is not None
+    state = built.device.state
     held = [tensor for pool in state.pool for tensor in (pool.k, pool.v)]
     assert len(state.pool) == 3 and built.account.line("KV pool").bytes == sum(x.nbytes for x in held)
     assert built.pool.bytes == sum(x.nbytes for x in held) and built.account.at_worst <= 1 << 31
@@ -365,3 +389,48 @@ def test_the_ledger_counts_weights_and_blocks_of_a_companion(which: str):
 
 def leaf_bytes(leaf: Any) -> int:
     return leaves.weight_bytes(leaf) if isinstance(leaf, leaves.KINDS) else leaf.nbytes
+
+
+def test_no_more_is_drafted_than_a_step_can_verify():
+    """33 choices of one prompt at 40 rows with logits for 50 tokens, and then for as many as a companion wants."""
+    for picks, shares in ((50, [1] * 17), (73, [1] * 33), (None, [3] * 33)):
+        e, rounds = engine(max_num_seqs=40, kv_cache_memory_bytes=1 << 22)
+        assert e.policy.picks == picks_of(40, V, True) == 200
+        if picks:
+            e.host.policy = dataclasses.replace(e.policy, picks=picks)
+        counts: list[list[int]] = []
+        sizes: list[list[int]] = []
+        draft = e.device.draft
+
+        def counting(r: Ahead, draft: Any = draft, counts: Any = counts, sizes: Any = sizes) -> Any:
+            counts.append(r.count.tolist())
+            sizes.append(np.diff(r.start).tolist())
+            return draft(r)
+
+        e.device.draft = counting
+        before = e.gauges().steps
+        run(e, ask(PROMPTS[0], SAMPLED, HOW, 8, n=33))
+        assert counts[0] == shares and e.gauges().steps - before <= 9
+        assert len(sizes[0]) == len(shares) and sorted(sizes[0])[:-1] == [6] * (len(shares) - 1), "one block shared"
+        drafted_ = sum(len(way) for *_, way in rounds.made)
+        assert e.gauges().drafted == drafted_, "what was drafted was verified"
+
+
+def test_the_ledger_notes_what_was_seen_through_cuts_forks_and_faults():
+    """Worked by hand, blocks of 16."""
+    ledger = Ledger(8)
+    long = ledger.extend(ledger.empty(), 40).path
+    assert ledger.followed(long) == 0
+    noted = ledger.follow(long, 35)
+    assert ledger.followed(long) == 35 and len(noted) == 3 and not ledger.follow(long, 20)
+    fork = ledger.extend(ledger.cut(long, 38), 5)  # the tail block is copied, with what was seen of it
+    assert fork.copy and ledger.followed(fork.path) == 35
+    short = ledger.cut(long, 33)
+    assert ledger.followed(short) == 33
+    ledger.free(long)
+    over = ledger.extend(short, 3).path  # in place of three tokens, two of which had been seen
+    assert ledger.followed(over) == 33 and ledger.followed(fork.path) == 35
+    more = ledger.follow(over, 36)
+    ledger.unfollow(more)
+    assert ledger.followed(over) == 33
+    ledger.check()

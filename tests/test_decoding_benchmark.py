@@ -32,7 +32,7 @@ def run(part: str, tmp_path) -> tuple[int, dict]:
     ("part", "sides"),
     [
         ("loop,strategy", {"built in", "own loop", "strategy"}),
-        ("beam", {"four requests", "beam 4"}),
+        ("beam", {"four requests", "one after another", "beam 4"}),
         ("drafts", {"plain", "n-gram, k = 4", "suffix, adapting", "n-gram, 2 ways, k = 4", "always wrong, adapting"}),
     ],
 )

@@ -370,7 +370,7 @@ def test_what_is_no_strategy_is_said_at_the_start(mine, name, words):
 @pytest.mark.parametrize(
     "config, words",
     [
-        ({}, "method is missing.*ngram, suffix, draft_model"),
+        ({}, "method is missing.*ngram, suffix, mtp, draft_model"),
         ({"method": "medusa"}, "no method is called 'medusa'"),
         ({"method": "ngram", "prompt_lookup_max": 3}, "'prompt_lookup_max' is not implemented.*the keys are"),
         ({"method": "ngram", "num_speculative_tokens": "4"}, "num_speculative_tokens must be a int, got '4'"),

@@ -7,15 +7,16 @@ import dataclasses
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fnengine import encoder, leaves, params
+from fnengine import checkpoint, encoder, leaves, params
 from fnengine import model as fn_model
-from fnengine.checkpoint import outline, read_spec
+from fnengine.checkpoint import open_tensors, outline, read_spec
 from fnengine.errors import CheckpointError, SpecError
 from fnengine.families import FAMILIES, spec_from_config
 from fnengine.model import Model
@@ -223,6 +224,30 @@ def test_every_decoder_family_has_its_two_other_names():
     assert {"Qwen3Model", "LlamaForSequenceClassification", "GPT2Model", "Gemma3TextModel"} <= set(names)
 
 
+PUBLISHED = {  # transformers' class, and which of its modules are not loaded
+    "bert-base-uncased": ("BertForMaskedLM", ("cls.",)),
+    "bge-reranker-v2-m3": ("XLMRobertaForSequenceClassification", ()),
+    "ModernBERT-base": ("ModernBertForMaskedLM", ("head.", "decoder.")),
+    "embeddinggemma-300m": ("Gemma3TextModel", ()),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_shapes_have_as_many_parameters_as_upstream(name):
+    """Oracle: transformers' own model of the same config, on the meta device."""
+    import transformers
+
+    config = json.loads((Path(__file__).parent / "configs" / f"{name}.json").read_text())
+    cls = getattr(transformers, PUBLISHED[name][0])
+    with torch.device("meta"):
+        upstream = cls(cls.config_class.from_dict(dict(config)))
+    left_out = [p.numel() for k, p in upstream.named_parameters() if k.startswith(PUBLISHED[name][1])]
+    spec = spec_from_config(config)
+    assert params.count(spec) == sum(p.numel() for p in upstream.parameters()) - sum(left_out)
+    how = leaves.packing(torch.device("cpu"), torch.bfloat16)
+    assert params.memory_plan(spec, torch.bfloat16, how).weights >= 2 * params.count(spec)
+
+
 # --- sentence-transformers --------------------------------------------------------------------------------------------
 
 
@@ -266,6 +291,29 @@ def test_layers_after_pooling_are_read_and_run(tmp_path):
         torch.testing.assert_close(vector, want, rtol=1e-4, atol=1e-4)
 
 
+def test_kept_weights_hold_the_layers_after_pooling_too(tmp_path, monkeypatch):
+    """The second load reads the packed file, in which both folders' weights are; a changed layer is another file."""
+    with_modules(tmp_path / "model")
+    monkeypatch.setenv("FNENGINE_CACHE", str(tmp_path / "cache"))
+    spec, device = read_spec(tmp_path / "model"), torch.device("cpu")
+    kept = checkpoint.keep(tmp_path / "model", spec, torch.float32, device)
+    if isinstance(kept, str):
+        pytest.skip(kept)
+    assert kept[1]
+    model = fn_model.load(tmp_path / "model", dtype="float32", device="cpu")
+    assert any("were kept in this form" in note for note in model.notes)
+    with torch.inference_mode():
+        again = encoder.read(model.spec, model.params, *batch(TEXTS), None, ["mean"] * len(TEXTS))
+        params = checkpoint.load(tmp_path / "model", spec, torch.float32, device, model.how)
+        fresh = encoder.read(spec, params, *batch(TEXTS), None, ["mean"] * len(TEXTS))
+    assert all(map(torch.equal, again, fresh))
+    file = tmp_path / "model" / "3_Dense" / "model.safetensors"
+    save_file({k: v * 2 for k, v in load_file(file).items()}, file, {"format": "pt"})
+    assert checkpoint.packed_key(tmp_path / "model", spec, torch.float32, device, model.how) is not None
+    changed = fn_model.load(tmp_path / "model", dtype="float32", device="cpu")
+    assert not any("were kept in this form" in note for note in changed.notes)
+
+
 def test_what_sentence_transformers_says_otherwise(tmp_path):
     with_modules(tmp_path)
     (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 64}')
@@ -295,9 +343,14 @@ def test_an_embedder_saved_without_its_head_is_one(tmp_path):
         fn_model.load(tmp_path, device="cpu")
     (tmp_path / "modules.json").write_text('[{"type": "sentence_transformers.models.Transformer", "path": ""}]')
     model = fn_model.load(tmp_path, dtype="float32", device="cpu")
-    assert model.spec.whole is not None and torch.equal(
-        encoded(model, TEXTS)[0], encoded(whole_model("qwen3"), TEXTS)[0]
-    )
+    assert model.spec.whole is not None
+    assert torch.equal(encoded(model, TEXTS)[0], encoded(whole_model("qwen3"), TEXTS)[0])
+    with open_tensors(tmp_path) as files:  # as large ones are told by their index, which a plan has and no weights
+        index = {"weight_map": dict.fromkeys(files, "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert read_spec(tmp_path) == model.spec
+    (tmp_path / "model.safetensors").unlink()
+    assert read_spec(tmp_path) == model.spec
 
 
 def test_a_tied_embedder_without_prefix_is_a_language_model(tmp_path):

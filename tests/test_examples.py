@@ -50,6 +50,7 @@ def test_examples_have_under_60_lines():
         "guidance.py",
         "offline_generate.py",
         "openai_client.py",
+        "own_family.py",
         "own_proposer.py",
         "steering.py",
         "tree_search.py",

@@ -25,7 +25,7 @@ from tests.models import TINY, Paged, dense_ops, threads, tiny_folder, tiny_mode
 from tests.test_families import TOLERANCE, oracle, tokens, worst
 
 CPU = torch.device("cpu")
-SPARSE = [name for name in TINY if re.search("moe|mixtral|gpt-oss", name)]
+SPARSE = [name for name in TINY if re.search("moe|mixtral|gpt-oss|deepseek|llama4", name)]
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +84,18 @@ def mutate(name: str, **change: object):
         ("glm4-moe", {"scores": "softmax"}),
         ("glm4-moe", {"groups": 2, "kept": 1}),
         ("phimoe", {"near": 0.02}),
+        ("deepseek-v2", {"best": 2}),
+        ("deepseek-v2", {"kept": 4}),
+        ("deepseek-v2", {"normalized": True}),
+        ("deepseek-v2", {"scale": 20**-0.5}),
+        ("deepseek-v3", {"best": 1}),
+        ("llama4", {"early": False}),
+        ("llama4", {"scores": "logits"}),
+        ("llama4", {"chunk": 0}),
+        ("llama4", {"chunk": 16}),
+        ("llama4", {"rope": None}),
+        ("llama4", {"qk_norm": False}),
+        ("deepseek-v3", {"correction": False}),
         ("phimoe", {"scores": "logits"}),
         ("gpt-oss", {"limit": 7.0}),
         ("gpt-oss", {"scores": "softmax", "normalized": False}),

@@ -194,6 +194,20 @@ def test_yarn_is_that_of_transformers(truncate: bool, factor: float):
     assert float(cos[0, 0]) == pytest.approx(attention)
 
 
+@pytest.mark.parametrize("high", [1.0, 4.0])
+def test_llama3_scaling_is_that_of_transformers(high: float):
+    """Oracle: the table of its own, at the size of Llama 4 Scout, whose factors are equal, and of Llama 3.1."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    given = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 16.0, "low_freq_factor": 1.0}
+    given |= {"high_freq_factor": high, "original_max_position_embeddings": 8192}
+    config = LlamaConfig(hidden_size=5120, num_attention_heads=40, rope_parameters=given)
+    want, _ = ROPE_INIT_FUNCTIONS["llama3"](config, CPU)
+    got = inverse_frequencies(rope(Fields({"rope_parameters": given}, "test"), 128, 131072), CPU)
+    torch.testing.assert_close(got, want)
+
+
 def test_heads_are_normed_before_they_are_clamped():
     """Oracle: transformers, without a clamp; one so wide that it leaves everything takes norms out of the kernel."""
     ids = tokens(41)

@@ -347,3 +347,48 @@ def test_the_loop_goes_on_while_the_vocabulary_is_read():
     guides = guiding.Guides(tokenizer, 8257, (8256,), pause)
     assert asyncio.run(turning()).guide is not None
     assert pauses[0] >= 8257 // 256 and turns[0] >= pauses[0] // 2
+
+
+def test_a_budget_around_the_grammar_of_messages_with_calls():
+    """gpt-oss: what closes reasoning begins the next message, and that is no reasoning. Oracle: the format, by hand."""
+    marks = ("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|call|>", "<|return|>")
+    letters = {v: k for k, v in byte_alphabet().items()}
+    words = {letters[b]: b for b in range(126)} | {m: 130 + i for i, m in enumerate(("<|end|>", *marks))}
+    backend = tokenizers.Tokenizer(models.BPE(words, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([tokenizers.AddedToken(m, special=True) for m in ("<|end|>", *marks)])
+    text = Tokenizer(backend, Decoding("byte_level"), frozenset(range(130, 137)), {"eos_token": "<|return|>"})
+    tools = [{"type": "function", "function": {"name": "go", "parameters": CITY}}]
+    special = {m: text.encode(m, add_special=False)[0] for m in ("<|end|>", *marks)}
+    made = grammar_for(tools, "auto", "gpt-oss", special=special)
+    ids = text.encode("<|end|><|start|>assistant<|channel|>", add_special=False)
+    budget = Budget(
+        3, ("<|channel|>final", "<|channel|>commentary"), tuple(ids), "<|channel|>analysis<|message|>", ord("a")
+    )
+    guides = guiding.Guides(text, 137, (135, 136))  # a call ends the text as well
+    request = guides.prepare(ask(G.written(made["grammar"], "tools"), thinking=budget))
+
+    def walk(said):
+        here, seen = request.guide.fork(), []
+        for token in text.encode(said, add_special=False):
+            while (must := here.forced()) and must[0] != token:
+                here, seen = here.after(must[0]), [*seen, must[0]]
+            assert here.can([token]) == 1, (text.decode(seen, skip_special=False), text.decode([token]))
+            here, seen = here.after(token), [*seen, token]
+        return here, text.decode(seen, skip_special=False)
+
+    opened = "<|channel|>analysis<|message|>abc"
+    here, _ = walk(opened)
+    assert here.forced() == tuple(ids)
+    mask = np.zeros(here.words, np.int32)
+    for one in ids:
+        here = here.after(one)
+    here.allow(mask)
+    assert [chr(i) for i in range(126) if mask[i // 32] >> i % 32 & 1] == ["c", "f"], "commentary or final"
+    _, said = walk(opened + "final<|message|>So.")
+    assert said == opened + "<|end|><|start|>assistant<|channel|>final<|message|>So."
+    call = 'commentary to=functions.go <|constrain|>json<|message|>{"city":"Oslo"}'
+    here, said = walk(opened + call)
+    here.allow(mask)
+    assert said.endswith(call) and mask[135 // 32] >> 135 % 32 & 1 and not here.can(text.encode("x", add_special=False))

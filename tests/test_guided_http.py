@@ -14,8 +14,10 @@ from dataclasses import replace
 import httpx
 import pytest
 from openai import BadRequestError, OpenAI
+from starlette.testclient import TestClient
 
 import fnengine as fn
+from fnengine.serve.app import make_app
 from fnengine.serve.run import bind, serve
 
 HI = [{"role": "user", "content": "Tell me about Anna."}]
@@ -225,3 +227,40 @@ def test_what_of_a_schema_has_no_effect_is_named(served):
     body = {"messages": HI, "max_tokens": 60, "guided_json": value}
     r = httpx.post(served[1] + "/v1/chat/completions", json=body, timeout=60)
     assert r.status_code == 200 and "format" in r.headers["x-fnengine-ignored"]
+
+
+def test_a_budget_of_thinking_over_http(served):
+    """Another application over the same model, whose texts begin as reasoning. Oracle: tokens of reasoning are those of
+    the budget and those of the mark; streams, choices and grammars go on behind it."""
+    tokenizer = served[0].tokenizer
+    mark = tokenizer.encode("</think>", add_special=False)
+    engine = fn.Engine.build(
+        fn.load("demo"), tokenizer=tokenizer, max_model_len=512, max_num_seqs=8, enforce_eager=True
+    )
+    ask = {"messages": HI, "max_tokens": 60, "seed": 2, "thinking_token_budget": 6, "ignore_eos": True}
+    with TestClient(make_app(engine, reasoning_parser="deepseek_r1")) as client:
+
+        def chat(**body):
+            r = client.post("/v1/chat/completions", json={**ask, **body})
+            assert r.status_code == 200, r.text
+            return r.json()
+
+        got = chat(n=2, logprobs=True)
+        spent = got["usage"]["completion_tokens_details"]["reasoning_tokens"]
+        assert spent == 2 * (6 + len(mark))
+        for choice in got["choices"]:
+            said = [p["token"] for p in choice["logprobs"]["content"]]
+            assert "".join(said[6 : 6 + len(mark)]).strip() == "</think>"
+            assert choice["message"]["reasoning"] and choice["message"]["content"]
+        free = chat(thinking_token_budget=None)["choices"][0]["message"]["reasoning"]
+        assert free.startswith(got["choices"][0]["message"]["reasoning"].rstrip("\n")), "the same up to the budget"
+        held = chat(response_format=STRICT, max_tokens=300)["choices"][0]
+        assert person(held["message"]["content"]) and held["message"]["reasoning"]
+        whole = chat()["choices"][0]["message"]
+        events = client.post("/v1/chat/completions", json={**ask, "stream": True}).text.split("data: ")[1:-1]
+        deltas = [c["delta"] for e in events for c in json.loads(e)["choices"]]
+        for name in ("content", "reasoning"):
+            assert "".join(d.get(name) or "" for d in deltas) == whole[name]
+        assert chat(thinking_token_budget=0)["choices"][0]["message"]["reasoning"] is None
+        assert chat(reasoning_effort="none", thinking_token_budget=None)["choices"][0]["message"]["reasoning"] is None
+    engine.check()

@@ -174,7 +174,7 @@ def outputs(c: Case, token: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     x = F.linear(torch.cat((h, e) if c.form == "mimo" else (e, h), -1), project)
     x = block(c, rms(x, t[f"{at}input_layernorm.weight"], eps), x)
     y = rms(x, norm, eps)
-    return (y if c.form == "mimo" else x), F.linear(y, head)
+    return y, F.linear(y, head)
 
 
 @cache

@@ -40,7 +40,7 @@ from fnengine.kernels.checking import POOLS as KV
 from fnengine.kernels.checking import canonical, disagreement
 from fnengine.kernels.layout import Lanes
 from fnengine.kernels.rope import ROPE_WRITE
-from tests import test_kv8, test_quantized
+from tests import test_kv8, test_latent, test_quantized
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -844,6 +844,8 @@ def test_builds_for_lesser_processors_are_right_too(compiler, isa, monkeypatch):
     for dtype in DTYPES:
         assert first_variation(lambda **e: canonical(cpu.paged_attention)(*e.values()), dtype) is None
         assert reads_rubbish(canonical(cpu.paged_attention), dtype) is None
+        test_latent.keys_serve_as_values(dtype)
+        test_latent.chunks_are_right(dtype)
         test_kv8.attention_is_right(dtype)
         test_kv8.laws_of_attention(dtype)
         test_kv8.writes_what_the_layout_says(dtype)

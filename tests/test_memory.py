@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fnengine import environment, kernels, leaves, model, params, tree
+from fnengine import environment, hub, kernels, leaves, model, params, tree
 from fnengine.build import check_indices
 from fnengine.cli import main
 from fnengine.device import make_state
@@ -364,3 +364,22 @@ def test_recording_a_step_does_not_bring_dynamo():
         assert done.returncode == 0, done.stderr[-2000:]
     if "eager" not in done.stdout:
         assert "recorded" in done.stdout, done.stdout
+
+
+def test_plan_knows_of_a_draft_model(capsys):
+    """Oracle: the ledger of an engine with that companion. Methods without models change nothing, heads are refused."""
+    flags = ["plan", "--memory", "1GiB", "--max-model-len", "256", "--enforce-eager", "--json"]
+    lines = {}
+    for config in (None, '{"method": "ngram"}', '{"model": "demo-draft", "dtype": "float32"}'):
+        assert main([*flags, *([] if config is None else ["--speculative-config", config])]) == 0
+        lines[config] = json.loads(capsys.readouterr().out)["lines"]
+    without, same, planned = lines.values()
+    assert without.keys() == same.keys() and "companion" not in without
+    draft = model.load(hub.resolve("demo-draft"), dtype="float32")
+    options = {"memory": 1 << 30, "max_model_len": 256, "enforce_eager": True}
+    built = Engine.build(model.load(hub.resolve("demo")), companion=draft, **options).built
+    assert built is not None and built.account is not None
+    for name in ("companion", "weights", "rows", "workspace", "sampling"):
+        assert planned[name] == built.account.line(name).bytes, name
+    assert main([*flags, "--speculative-config", '{"method": "eagle", "model": "demo-eagle"}']) == 2
+    assert "not known before it is loaded" in capsys.readouterr().err

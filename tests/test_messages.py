@@ -199,3 +199,22 @@ def test_what_has_no_effect_is_named():
         body = {**HI, "thinking": {"type": "enabled", "budget_tokens": 1024}, "metadata": {"user_id": "x"}}
         ignored = client.post("/v1/messages", json=body).headers["x-fnengine-ignored"]
         assert ignored == "metadata"
+
+
+def test_formats_and_strict_tools_are_held_to():
+    schema = {"type": "json_schema", "schema": {"type": "object"}}
+    tool = {"name": "now", "input_schema": {"type": "object", "properties": {}}, "strict": True}
+    with served({}) as (client, engine):
+
+        def asked(code=200, **body):
+            r = client.post("/v1/messages", json={**HI, "max_tokens": 5, **body})
+            assert r.status_code == code, r.text
+            return engine.requests[-1].grammar if code == 200 else r.json()["error"]["message"]
+
+        assert asked() is None
+        for body in ({"output_format": schema}, {"output_config": {"format": schema, "effort": "low"}}):
+            assert asked(**body).kind == "json_schema"
+        assert asked(tools=[tool]).kind == "lark" and asked(tools=[{**tool, "strict": False}]) is None
+        assert "output_format.type" in asked(400, output_format={"type": "xml"})
+        assert "output_config.format.schema" in asked(400, output_config={"format": {"type": "json_schema"}})
+        assert "older name" in asked(400, output_format=schema, output_config={"format": schema})

@@ -138,6 +138,16 @@ def test_documents_reach_the_template_and_chunks_may_be_larger(monkeypatch):
         assert complete(client, 400, stream_interval=0)["param"] == "stream_interval"
 
 
+def test_a_server_may_name_tokens_by_id_and_tell_usage_always():
+    with served(SCRIPTS, tokens_as_ids=True, always_usage=True) as (client, _):
+        got = complete(client, logprobs=0)
+        assert got["choices"][0]["logprobs"]["tokens"][0] == "token_id:97"
+        got = complete(client, logprobs=0, return_tokens_as_token_ids=False)
+        assert got["choices"][0]["logprobs"]["tokens"][0] == "a"
+        text = client.post("/v1/completions", json={"prompt": "p", "stream": True}).text
+        assert '"choices":[]' in text and '"completion_tokens":' in text
+
+
 # --- repetition -------------------------------------------------------------------------------------------------------
 
 

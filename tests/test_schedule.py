@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fnengine.errors import ContextLengthError, QueueFull, RequestError
+from fnengine.host import ahead, garbage
 from fnengine.host import commit as committing
-from fnengine.host import garbage
 from fnengine.host import guide as guiding
 from fnengine.host import pack as packing
 from fnengine.host import plan as planning
@@ -675,6 +675,7 @@ def traces(draw):
             "sampling": draw(st.sampled_from([None, Sampling(temperature=0.0), Sampling()])),
             "seed": 5,
             "wish": draw(st.sampled_from([None, "last", "all"])),
+            "likeliest": draw(st.sampled_from([0, 0, 3])),
         }
         events.append((at, 100 + i, "extend", (id, what)))
         if draw(st.integers(0, 2)) == 0:
@@ -704,7 +705,7 @@ def play(trace) -> World:
     guesses = sizes.pop("guesses")
     w = world(**sizes)
     if guesses:
-        w.drafter = guesser(guesses, w.host.policy)
+        w.drafter, w.jointly = guesser(guesses, w.host.policy), sizes["max_len"] % 2 > 0
     if w.device.fail_at:
         w.device.ledger = None  # from a fault to its commit the index names blocks that hold something else
     todo = list(events)
@@ -765,8 +766,8 @@ def test_every_trace_gives_everyone_their_own_tokens(trace):
 
 
 def test_random_traces_have_drafts_and_extensions_in_them():
-    """What the traces are for: drafts right and wrong, extensions of held paths."""
-    seen = {"proposed": 0, "accepted": 0, "extended": 0}
+    """What the traces are for: drafts right and wrong, in rounds, too, extensions of held paths."""
+    seen = {"proposed": 0, "accepted": 0, "extended": 0, "rounds": 0}
 
     @settings(max_examples=60, derandomize=True, database=None, phases=[Phase.generate], **LAWS)
     @given(traces())
@@ -775,8 +776,10 @@ def test_random_traces_have_drafts_and_extensions_in_them():
         seen["proposed"] += w.proposed
         seen["accepted"] += w.accepted
         seen["extended"] += w.extended
+        seen["rounds"] += w.rounds
 
     game()
+    assert seen["rounds"] > 20, seen
     assert seen["proposed"] > seen["accepted"] + 100 > 200 and seen["extended"] > 30, seen
 
 
@@ -932,6 +935,18 @@ def guess_freely(monkeypatch):
     monkeypatch.setattr(guiding, "guess", guess)
 
 
+def draft_anywhere(monkeypatch):
+    """A round of drafts that does not tell the device where they may lie."""
+    real = ahead.Ahead
+    monkeypatch.setattr(ahead, "Ahead", lambda **k: real(**{**k, "grow": k["grow"][:0]}))
+
+
+def follow_too_far(monkeypatch):
+    """A round of drafts that takes the newest token for seen, whose KV lies in a lent block."""
+    real = Ledger.followed
+    monkeypatch.setattr(Ledger, "followed", lambda ledger, path: (real(ledger, path) + 1) // 16 * 16)
+
+
 def impatient(monkeypatch):
     """A guided run that goes on from a token that nobody has read."""
     real = guiding.begin
@@ -948,6 +963,8 @@ def impatient(monkeypatch):
     [
         shift_masks,
         guess_freely,
+        draft_anywhere,
+        follow_too_far,
         impatient,
         save_drafts,
         keep_wrong_drafts,

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 import fnengine as fn
 from fnengine import decoding
@@ -118,6 +119,27 @@ def run(e: Engine, *requests: Request) -> list[list[list]]:
         assert time.monotonic() < end, "no progress"
     settled(e)
     return deltas
+
+
+def test_a_served_strategy_computes_without_helpers_of_its_own():
+    """Oracle: OpenMP's number of threads, of the strategies' thread and of the engine's."""
+    seen = []
+
+    @fn.strategy
+    async def counts(ctx, prompt):
+        seen.append(torch.get_num_threads())
+        ctx.emit([5])
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model, tokenizer = tiny_model("qwen3", "float32"), byte_tokenizer(131)
+        e = Engine.build(model, tokenizer=tokenizer, strategies=[counts], **SETTINGS)
+        run(e, ask("counts"))
+        seen.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2]
 
 
 def settled(e: Engine) -> None:

@@ -408,6 +408,28 @@ def test_what_all_wait_for_is_one_call(rt, calls):
     assert [d.tokens for d in got] == [greedy_tokens(p) for p in PROMPTS]
 
 
+def test_strategies_compute_without_helpers_of_their_own(rt):
+    """Oracle: OpenMP's number of threads, of the strategies' thread, of the caller's, and of one that begins later."""
+    seen = []
+
+    @fn.strategy
+    async def counts(ctx, prompt):
+        await ctx.extend(ctx.empty, prompt)
+        seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        one(rt, counts)
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        seen.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2, 2]
+
+
 def test_calls_that_want_different_logits_are_shared_where_that_is_cheap(rt, calls):
     """Oracle: the same extends one by one, bit by bit."""
     results = {}
@@ -941,9 +963,19 @@ def test_strategies_and_plain_requests_take_turns_on_one_pool(llm):
 
 
 def test_what_generate_refuses(llm):
-    for kw in ({"logprobs": 0}, {"prompt_logprobs": 1}, {"stop": Stop(max_tokens=4, min_tokens=2)}):
-        with pytest.raises(RequestError, match="strategy"):
+    refused = {
+        "logprobs": {"logprobs": 0},
+        "prompt_logprobs": {"prompt_logprobs": 1},
+        "min_tokens": {"stop": Stop(max_tokens=4, min_tokens=2)},
+        "steer": {"steer": {"layers.0": np.zeros(4)}},
+        "speculate": {"speculate": fn.Speculate("ngram", k=2)},
+    }
+    for name, kw in refused.items():
+        with pytest.raises(RequestError, match="cannot be asked of a strategy") as e:
             llm.generate([PROMPT], strategy=sample, **kw)
+        assert e.value.param == name
+    with pytest.raises(RequestError, match="n must be at least 1"):
+        llm.generate([PROMPT], strategy=sample, n=0)
     with pytest.raises(RequestError, match="without a strategy"):
         llm.generate([PROMPT], strategy_args={"n": 1})
     with pytest.raises(RequestError, match="takes no arguments"):

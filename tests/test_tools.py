@@ -243,6 +243,8 @@ def test_budgets_of_thinking_come_of_either_field():
         asked = {"max_tokens": 9, "thinking": {"type": "enabled", "budget_tokens": 5}}
         assert client.post("/v1/messages", json={**HI, **asked}).status_code == 200
         assert engine.requests[-1].thinking.tokens == 5
+        client.post("/v1/responses", json={"input": "hi", "thinking_token_budget": 8})
+        assert engine.requests[-1].thinking.tokens == 8
     with served({}, "{{ enable_thinking }}{{ tools }}") as (client, engine):
         r = client.post("/v1/chat/completions", json={**HI, "thinking_token_budget": 7})
         assert r.status_code == 400 and "--reasoning-parser" in r.json()["error"]["message"]
@@ -365,3 +367,23 @@ def test_flags_reach_the_server_and_unknown_names_are_errors_with_all_names():
     assert (args.tool_call_parser, args.reasoning_parser) == ("hermes", "deepseek_r1")
     with pytest.raises(ConfigError, match="llama3_json"):
         parse(["serve", "m", "--tool-call-parser", "nope"])
+
+
+def test_some_of_the_tools_may_be_allowed():
+    """All are shown to the model; a grammar holds what it calls. In the shapes of chats and of responses."""
+    with served({}) as (client, engine):
+        for mode in ("auto", "required"):
+            allowed = {"mode": mode, "tools": [{"type": "function", "function": {"name": "now"}}]}
+            choice = {"type": "allowed_tools", "allowed_tools": allowed}
+            assert client.post("/v1/chat/completions", json={**ASK, "tool_choice": choice}).status_code == 200
+            chat = engine.requests[-1]
+            assert "get_weather" not in chat.grammar.text and b"get_weather" in bytes(chat.prompt.tolist()[1:])
+            assert ("TEXT" in chat.grammar.text.splitlines()[0]) == (mode == "auto")
+            tools = [{"type": "function", **t["function"]} for t in (WEATHER, NOW)]
+            choice = {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": "now"}]}
+            r = client.post("/v1/responses", json={"input": "hi", "tools": tools, "tool_choice": choice})
+            assert r.status_code == 200 and engine.requests[-1].grammar.text == chat.grammar.text
+        for bad in ({"mode": "none"}, {"tools": []}, {"tools": ["now"]}, {"tools": [{"name": "then"}]}):
+            choice = {"type": "allowed_tools", "allowed_tools": {**allowed, **bad}}
+            r = client.post("/v1/chat/completions", json={**ASK, "tool_choice": choice})
+            assert (r.status_code, r.json()["error"]["param"]) == (400, "tool_choice")

@@ -154,7 +154,6 @@ def test_what_is_missing_is_501_by_name(client):
     for path, word in (
         ("/v1/load_lora_adapter", "LoRA"),
         ("/v1/unload_lora_adapter", "LoRA"),
-        ("/classify", "classif"),
     ):
         r = client.post(path, json={})
         assert r.status_code == 501 and word in r.json()["error"]["message"], r.text

@@ -6,7 +6,10 @@ The pool holds, for every token, its id and a digest of all tokens up to it, as 
     chosen   = (7 + sum of (i+1) * token_i + digest_last + noise) mod vocab,   noise = seed * position if it samples
 
 Both are read back through the row's block table, so a wrong block, copy, table edit, swap or order changes tokens. The
-logits after a token are its digest.
+logits after a token are its digest. With `kept` places the device has layers with states: a row's state is the digest
+of its last token, and the next one is made of that and not of what the pool holds. A companion keeps digests of its own
+beside them; what it drafts is somebody else's to say, but it computes what it has not seen, finds the rest right, and
+scribbles where drafts lie.
 """
 
 from __future__ import annotations
@@ -19,18 +22,23 @@ from typing import Any
 import numpy as np
 
 from fnengine.errors import RequestError
+from fnengine.host import ahead
 from fnengine.host import commit as committing
 from fnengine.host import guide as guiding
 from fnengine.host import plan as planning
+from fnengine.host.ahead import Ahead
 from fnengine.host.blocks import Ledger, Path
 from fnengine.host.commit import Event
 from fnengine.host.plan import Host, Planned, Policy
 from fnengine.host.request import Request, Sampling, fold_in
 from fnengine.host.runs import Run
+from fnengine.host.states import States
 from fnengine.host.step import BLOCK, NEWEST, Admission, Scores, StepInput, StepOutput
 
 EMPTY = -7
 """In a slot nobody wrote."""
+SCRATCH = -9
+"""A companion's, of a token that it drafted."""
 
 
 def digest(before: int, token: int) -> int:
@@ -138,6 +146,7 @@ class ToyDevice:
     Args:
         ledger: when given, every indexed block is compared with the pool after every step.
         fail_at: numbers of launches (from 0) whose ticket raises when read; they leave wrong KV behind.
+        kept: places of states beside those of the rows; None: its layers have none.
     """
 
     def __init__(
@@ -151,11 +160,14 @@ class ToyDevice:
         vocab: int = 97,
         ledger: Ledger | None = None,
         fail_at: tuple[int, ...] = (),
+        kept: int | None = None,
     ):
+        self.kept = kept
+        self.memory = np.full(rows + 1 + (kept or 0), EMPTY, np.int64)
         self.depth, self.blocks, self.rows, self.max_len, self.host_slots = depth, blocks, rows, max_len, host_slots
         self.vocab, self.ledger, self.fail_at = vocab, ledger, fail_at
-        self.pool = np.full((blocks, BLOCK, 2), EMPTY, np.int64)
-        self.host = np.full((host_slots, BLOCK, 2), EMPTY, np.int64)
+        self.pool = np.full((blocks, BLOCK, 3), EMPTY, np.int64)
+        self.host = np.full((host_slots, BLOCK, 3), EMPTY, np.int64)
         self.table = np.zeros((rows, -(-max_len // BLOCK)), np.int32)
         self.state = [_Row() for _ in range(rows)]
         self.launches = 0
@@ -177,8 +189,11 @@ class ToyDevice:
         """A step that failed: whatever it was to write or to save is wrong now, and nothing says so but its ticket."""
         for row, first, end in spans:
             for i in range(first, end):
-                self.pool[self.table[row, i // BLOCK], i % BLOCK] = 3, 3
+                self.pool[self.table[row, i // BLOCK], i % BLOCK, :2] = 3
             self.state[row].newest = 3
+            self.memory[row] = 3
+        if step.keep is not None:
+            self.memory[step.keep[:, 1]] = 3
         if step.swap_out is not None:
             self.host[step.swap_out[:, 1]] = 3
         return Ticket(StepOutput(np.full((len(spans), 1), 3, np.int32), step.emit), RuntimeError("the toy broke"))
@@ -203,6 +218,7 @@ class ToyDevice:
         if step.swap_in is not None:
             targets += step.swap_in[:, 1].tolist()
             self.pool[step.swap_in[:, 1]] = self.host[step.swap_in[:, 0]]
+        self._move_states(step)
         for a in step.admit:
             assert a.length <= min(len(a.tokens), len(a.blocks) * BLOCK)
             self.table[a.row] = 0
@@ -215,6 +231,23 @@ class ToyDevice:
         assert len(set(targets)) == len(targets), "two swap-ins or copies into one block"
         assert not sources & set(targets), "a block is source and target of parallel copies"
         self.pool[step.copy[:, 1]] = self.pool[step.copy[:, 0]]
+
+    def _move_states(self, step: StepInput) -> None:
+        """Keeps states, and gives those to admitted rows that they begin from."""
+        if self.kept is None:
+            assert step.keep is None and all(a.state == -1 for a in step.admit), "states of layers that have none"
+            return
+        if step.keep is not None:
+            rows, places = step.keep.T
+            assert len({*places.tolist()}) == len(places) and (places > self.rows).all(), "a place is written twice"
+            assert (rows < self.rows).all() and (self.memory[rows] != EMPTY).all(), "a state is kept of nothing"
+            self.memory[places] = self.memory[rows]
+        for a in step.admit:
+            assert (a.state >= 0) == (a.length > 0), "a row has tokens and no state, or the other way round"
+            assert a.state < 0 or self.memory[a.state] != EMPTY, "a row begins from a place that holds no state"
+        taken = [self.memory[a.state] for a in step.admit]
+        for a, state in zip(step.admit, taken, strict=True):
+            self.memory[a.row] = state if a.length else EMPTY
 
     def _write(self, step: StepInput) -> list[tuple[int, int, int]]:
         """Every row's new tokens into the pool: all ids first, as all rows' KV is written before any is read."""
@@ -231,13 +264,15 @@ class ToyDevice:
                 assert slot[0] != 0, "a write to the null block"
                 assert slot not in written, "a slot written by two rows in one step"
                 written.add(slot)
-                self.pool[slot] = token, EMPTY
+                self.pool[slot][:2] = token, EMPTY
             spans.append((row, state.length, state.length + len(tokens)))
             state.length += len(tokens)
         # A reader of blocks written in this same step starts after their writer.
         for row, first, end in sorted(spans, key=lambda s: s[1]):
             before = 0
-            if first:
+            if first and self.kept is not None:
+                before = int(self.memory[row])
+            elif first:
                 at = first - 1
                 before = int(self.pool[self.table[row, at // BLOCK], at % BLOCK, 1])
                 assert before != EMPTY, "a row stands on a slot nobody wrote"
@@ -245,13 +280,41 @@ class ToyDevice:
                 slot = self.table[row, i // BLOCK], i % BLOCK
                 before = digest(before, int(self.pool[slot][0]))
                 self.pool[(*slot, 1)] = before
+            self.memory[row] = before
         return spans
 
+    def draft(self, round: Ahead, guesses: dict[int, tuple[int, ...]]) -> np.ndarray:
+        """The guesses of each row, once the companion has computed what it had not seen, and what it leaves behind."""
+        for row, column, block in round.grow.tolist():
+            self.table[row, column] = block
+        out, written = np.full((len(round.row), max(int(round.count[0]), 1)), EMPTY, np.int32), set()
+        assert (np.diff(round.count) <= 0).all() and (round.count > 0).sum() >= len(round.row) - 1
+        for r, (row, n) in enumerate(zip(round.row.tolist(), round.count.tolist(), strict=True)):
+            state, begin = self.state[row], int(round.begin[r])
+            tokens = round.token[round.start[r] : round.start[r + 1]].tolist()
+            end = min(begin + len(tokens), state.length)
+            assert round.length[r] == state.length and len(tokens) > 0 and begin <= state.length
+            assert state.newest != EMPTY and (tokens[-1] == state.newest if n else begin + len(tokens) <= state.length)
+            kv = self.read_row(row, state.length)
+            assert kv[begin:end, 0].tolist() == tokens[: end - begin]
+            for i in range(begin, end):
+                self.pool[self.table[row, i // BLOCK], i % BLOCK, 2] = kv[i, 1]
+            for i in range(state.length, state.length + n):
+                slot = (int(self.table[row, i // BLOCK]), i % BLOCK)
+                assert slot[0] != 0 and slot not in written, "two drafts in one slot, or one in the null block"
+                written.add(slot)
+                self.pool[(*slot, 2)] = SCRATCH
+            out[r, :n] = guesses[row][:n]
+        for r, row in enumerate(round.row.tolist()):  # all is written before any is read
+            kv = self.read_row(row, int(round.begin[r]))
+            assert (kv[:, 1] == kv[:, 2]).all(), "the companion reads what it has not computed"
+        return out
+
     def read_row(self, row: int, length: int) -> np.ndarray:
-        """[length, 2] token ids and digests of the row, through its table."""
+        """[length, 3] token ids and digests of the row, through its table."""
         columns = -(-length // BLOCK)
-        kv = self.pool[self.table[row, :columns]].reshape(-1, 2)[:length]
-        assert (kv >= 0).all(), "a row reads a slot nobody wrote"
+        kv = self.pool[self.table[row, :columns]].reshape(-1, 3)[:length]
+        assert (kv[:, :2] >= 0).all(), "a row reads a slot nobody wrote"
         return kv
 
     def _choose(self, step: StepInput, spans: list[tuple[int, int, int]]) -> StepOutput:
@@ -285,6 +348,8 @@ class ToyDevice:
                     _fill(logprobs, r * W + w, kv[:length, 0], t)
                 if length < end and kv[length, 0] != t:
                     break
+            if logprobs is not None and not step.emit[r]:  # what comes after its last token
+                _fill(logprobs, r * W, kv[:end, 0], 0)
             if scores is not None:
                 assert step.target is not None
                 for t in range(step.start[r], step.start[r + 1]):
@@ -298,7 +363,7 @@ class ToyDevice:
             block = self.pool[node.block]
             assert (block[:, 0] == np.frombuffer(ids, np.int32)).all(), f"{node} does not hold its tokens"
             before = 0 if node.parent is None else int(self.pool[node.parent.block, -1, 1])
-            for token, d in block.tolist():
+            for token, d, _ in block.tolist():
                 before = digest(before, token)
                 assert before == d, f"{node} was computed on another prefix"
 
@@ -396,6 +461,10 @@ class World:
     """Sees every event, as the engine's text side does."""
     drafter: Callable[[Run], tuple[int, ...]] | None = None
     """Guesses what comes after the newest token of a run."""
+    jointly: bool = False
+    """Its guesses come of rounds for all runs, as a companion's."""
+    rounds: int = 0
+    """Rounds of more than one run."""
     extensions: dict[str, Run] = field(default_factory=dict)
     """On their way, by id."""
     paths: dict[str, tuple[Path, list[int]]] = field(default_factory=dict)
@@ -443,6 +512,7 @@ class World:
     def tick(self) -> bool:
         """Plans, launches, and commits what is more than the device's depth. False when there was nothing to do."""
         self.now += 1
+        guesses: list[tuple[Run, tuple[int, ...]]] = []
         for run in self.host.running:
             if (
                 self.drafter is not None
@@ -450,7 +520,14 @@ class World:
                 and run.path.length + 1 == run.known == run.total
                 and run.base is None
             ):
-                guiding.guess(run, self.drafter(run))
+                guesses.append((run, self.drafter(run)))
+        if self.jointly and guesses:
+            wishes = [(run, min(len(guess), run.limit - run.known - 1)) for run, guess in guesses]
+            rows = {run.row: guess for run, guess in guesses}
+            ways = ahead.drafts(self.host, wishes, lambda round: self.round(round, rows), self.device.max_len)
+            guesses = [(run, way) for (run, _), way in zip(guesses, ways, strict=True)]
+        for run, guess in guesses:
+            guiding.guess(run, guess)
         planned = planning.plan(self.host, self.now)
         if planned is not None:
             if self.watch is not None:
@@ -461,6 +538,10 @@ class World:
             self.collect()
             return True
         return planned is not None or bool(self.flight)
+
+    def round(self, round: Ahead, guesses: dict[int, tuple[int, ...]]) -> np.ndarray:
+        self.rounds += len(round.row) > 1
+        return self.device.draft(round, guesses)
 
     def collect(self) -> None:
         planned, ticket = self.flight.popleft()
@@ -510,6 +591,11 @@ class World:
             digests.append(digest(digests[-1], t))
         first = {"all": run.base.length, "last": len(tokens) - 1, None: len(tokens)}[run.wish]
         assert [int(x) for part in run.logits for x in part] == digests[first:]
+        if run.likeliest:
+            assert run.found is not None
+            ids, logprobs = run.found
+            assert ids.tolist() == list(range(run.likeliest))
+            assert logprobs.tolist() == [score(np.array(tokens), i) for i in ids]
         if run.max_tokens:
             s = run.request.sampling
             assert event.tokens == (choose(np.array(tokens), digests[-1], s, run.seed, self.device.vocab),)
@@ -525,9 +611,10 @@ class World:
         self.host.check(held)
         if not self.host.ending:
             return
-        paths = [r.path for r in [*self.runs, *self.extensions.values()] if r.row >= 0]
-        # An extension that was given up lives on until its step in flight is read.
-        self.host.ledger.check(None if len(paths) < self.host.ending else [*held, *paths])
+        runs = [r for r in [*self.runs, *self.extensions.values()] if r.row >= 0]
+        # An extension that was given up, or failed, lives on until its step in flight is read.
+        everybody = sum(r.ended for r in runs) == self.host.ending
+        self.host.ledger.check([*held, *(r.path for r in runs)] if everybody else None)
 
     def drain(self, limit: int = 10_000) -> None:
         """Ticks until there is nothing left to do, which must come within `limit` ticks."""
@@ -564,12 +651,14 @@ def world(
     host_slots: int = 0,
     fail_at: tuple[int, ...] = (),
     seed: int = 0,
+    kept: int | None = None,
     **policy,
 ) -> World:
     """A host on a toy device. Further keywords go to `Policy`."""
     options = {"budget": 64, "queue": 1000, "vocab": 97, "eos": (5,), **policy}
     p = Policy(rows=rows, max_len=max_len, **options)
-    ledger = Ledger(blocks, BLOCK, caching=p.caching)
+    states = None if kept is None else States(rows + 1, kept, BLOCK)
+    ledger = Ledger(blocks, BLOCK, caching=p.caching, states=states)
     device = ToyDevice(
         depth=depth,
         blocks=blocks,
@@ -579,5 +668,6 @@ def world(
         vocab=p.vocab,
         ledger=ledger,
         fail_at=fail_at,
+        kept=kept,
     )
     return World(Host(p, ledger, rows=rows, host_slots=host_slots, seed=seed), device)

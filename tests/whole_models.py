@@ -154,3 +154,91 @@ def logits(name: str, tokens: list[int], types: list[int] | None = None) -> Tens
 
 def config_of(name: str) -> dict[str, Any]:
     return json.loads((folder_of(name) / "config.json").read_text())
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+WORDS = [
+    "the",
+    "a",
+    "red",
+    "blue",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "mat",
+    "fast",
+    "slow",
+    "good",
+    "bad",
+    "film",
+    "book",
+    "was",
+    "is",
+    "not",
+    "very",
+]
+
+
+def wordpiece(folder: Path) -> None:
+    """Writes a WordPiece tokenizer as BERT's: lower case, [CLS] a [SEP] b [SEP], the second text of type 1."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), *WORDS, ".", "?"]
+    pieces = list(dict.fromkeys(pieces))
+    t = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
+    t.normalizer = normalizers.BertNormalizer(lowercase=True)
+    t.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    t.decoder = decoders.WordPiece()
+    t.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    t.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    named = {f"{k}_token": f"[{k.upper()}]" for k in ("pad", "unk", "cls", "sep", "mask")}
+    _written(folder, t, {"tokenizer_class": "BertTokenizer", **named})
+
+
+def unigram(folder: Path) -> None:
+    """Writes a Unigram tokenizer as XLM-R's: <s> a </s></s> b </s>, all of type 0."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    letters = "abcdefghijklmnopqrstuvwxyz.?"
+    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
+    pieces += [(c, -6.0) for c in letters] + [(f"▁{w}", -3.0 - i / 50) for i, w in enumerate(WORDS)]
+    t = Tokenizer(models.Unigram(pieces, unk_id=3))
+    t.pre_tokenizer = pre_tokenizers.Metaspace()
+    t.decoder = decoders.Metaspace()
+    t.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s>:0 $A:0 </s>:0 </s>:0 $B:0 </s>:0", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    t.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>"}
+    _written(folder, t, {"tokenizer_class": "XLMRobertaTokenizer", **named, "sep_token": "</s>"})
+
+
+def _written(folder: Path, tokenizer: Any, config: dict[str, Any]) -> None:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@functools.cache
+def spoken(name: str) -> Path:
+    """The folder of a model with a tokenizer: Unigram for those of RoBERTa's kind, else WordPiece."""
+    folder = folder_of(name)
+    (unigram if "roberta" in name else wordpiece)(folder)
+    return folder
+
+
+@functools.cache
+def upstream_tokenizer(name: str) -> Any:
+    """transformers' fast tokenizer over the same file."""
+    from transformers import PreTrainedTokenizerFast
+
+    config = json.loads((spoken(name) / "tokenizer_config.json").read_text())
+    named = {k: v for k, v in config.items() if k.endswith("_token")}
+    return PreTrainedTokenizerFast(tokenizer_file=str(spoken(name) / "tokenizer.json"), **named)

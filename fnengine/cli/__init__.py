@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from fnengine import __version__, environment
+from fnengine.cli.files import expand
 from fnengine.cli.flags import FLAGS, add_flags, read_size
 from fnengine.cli.refused import refuse
 from fnengine.errors import ConfigError, FnError
@@ -28,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:
+        words, origins = expand(words)
         args = parser().parse_args(refuse(words, [name for f in FLAGS for name in f.names]))
+        args.origins = origins
         if args.command is None:
             parser().print_help()
             return 0
@@ -112,9 +115,13 @@ def parser() -> argparse.ArgumentParser:
     p = _command(commands, "plan", "the byte ledger: what a server of this model will hold, from its config alone")
     _model_argument(p)
     p.add_argument("--json", action="store_true", help="print JSON, in bytes")
-    add_flags(p, "model", "engine")
+    add_flags(p, "model", "engine", "--speculative-config")
 
-    _command(commands, "models", "the families of models that can be loaded, and what sets each apart")
+    p = _command(commands, "models", "the families of models that can be loaded, and what sets each apart")
+    p.add_argument("--family", action="append", metavar="MODULE", help="families of your own, as for serve")
+    p.add_argument(
+        "--fallback", action="store_true", help="also the classes of transformers that the fallback would try"
+    )
 
     p = _command(commands, "doctor", "versions, device, kernels and why, memory plan, and what is missing")
     _model_argument(p)

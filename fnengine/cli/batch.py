@@ -25,7 +25,8 @@ from fnengine.errors import ConfigError, DeviceFault
 if TYPE_CHECKING:
     from fnengine.serve.engine_port import EnginePort
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/score", "/v1/rerank")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+URLS += ("/v1/score", "/v1/rerank", "/v1/classify")
 TRIES, PAUSE = 8, 0.5
 """How often a line is tried that finds no room (429, 503), and seconds before the second time, doubled each time."""
 
@@ -45,14 +46,14 @@ def run(args: argparse.Namespace) -> int:
     todo = survey(source)
     done = answered(target)
     options = resolve(args)
-    from fnengine.cli.start import build_engine, say
+    from fnengine.cli.start import build_server, say
 
     left = len(todo - done)
     if not left:
         say(f"{target} holds all {len(todo)} answers")
         return 0
-    engine = build_engine(options)
-    most = args.max_concurrency or 2 * engine.policy.rows
+    engine = build_server(options)
+    most = args.max_concurrency or 2 * engine.most
     began = time.perf_counter()
     room = options.engine.answer_bytes
     refused = asyncio.run(answer(engine, source, target, done, most=most, answer_bytes=room))  # pyright: ignore[reportArgumentType]

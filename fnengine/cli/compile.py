@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fnengine import environment
-from fnengine.cli import tune_kernels
+from fnengine.cli import own, tune_kernels
 from fnengine.config import Options, resolve
 from fnengine.errors import ConfigError
 
@@ -123,12 +123,16 @@ def config_folder(options: Options) -> Path:
     from fnengine import hub
 
     m = options.model
-    return hub.resolve(m.model, m.revision, m.download_dir, progress=sys.stderr.isatty(), files=hub.CONFIG)
+    files = (*hub.CONFIG, *hub.CODE) if m.trust_remote_code else hub.CONFIG
+    return hub.resolve(m.model, m.revision, m.download_dir, progress=sys.stderr.isatty(), files=files)
 
 
 def asked(options: Options) -> dict[str, Any]:
     """What the options say that artifacts depend on, beside threads, which the environment holds."""
+    own.families(options.model.family)
     return {
+        "impl": options.model.model_impl,
+        "trust": options.model.trust_remote_code,
         "dtype": options.model.dtype,
         "device": options.model.device,
         "quantization": options.model.quantization,

@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fnengine.engine import Engine
     from fnengine.kernels import Ops
     from fnengine.model import Model
+    from fnengine.reader import Reader
 
 Section = list[tuple[str, str]]
 """(name, what there is to say about it)"""
@@ -51,10 +53,25 @@ def run(args: argparse.Namespace) -> int:
     add("machine", machine(options))
     if shown := environment.shown():
         add("environment", list(shown.items()))
-    from fnengine.cli.start import build_engine, load_model
+    from fnengine.cli.start import build_server, facts, load_model
+    from fnengine.reader import Reader
 
     model = load_model(options.model)
-    engine = build_engine(options, model)
+    engine = build_server(options, model)
+    if isinstance(engine, Reader):
+        add("model", about(model, engine))
+        add("texts", [(f"fact {i}", text) for i, text in enumerate(facts(engine), 1)])
+        add("steps", [("products", products(model)), ("seed promise", "nothing is drawn, so there is none")])
+        add("to mend", missing(options, engine.made.execution) or [("nothing", "")])
+    else:
+        of_engine(options, model, engine, add)
+    if args.json:
+        print(json.dumps({title: dict(section) for title, section in found.items()}, indent=1))
+    return 0
+
+
+def of_engine(options: Options, model: Model, engine: Engine, add: Callable[[str, Section], None]) -> None:
+    """Adds what there is to say of an engine that generates."""
     built = engine.built
     assert built is not None
     add("model", about(model, engine))
@@ -72,10 +89,8 @@ def run(args: argparse.Namespace) -> int:
         ],
     )
     add("memory", memory(model, engine))
-    add("to mend", missing(options, model, engine) or [("nothing", "")])
-    if args.json:
-        print(json.dumps({title: dict(section) for title, section in found.items()}, indent=1))
-    return 0
+    slow = [(op, text) for op, text in kernels(built.ops) if text.startswith("reference")]
+    add("to mend", missing(options, built.execution, slow) or [("nothing", "")])
 
 
 def versions() -> Section:
@@ -145,7 +160,7 @@ def compiler(name: str) -> str:
     return f"{path}, {said.splitlines()[0] if said else 'says no version'}"
 
 
-def about(model: Model, engine: Engine) -> Section:
+def about(model: Model, engine: Engine | Reader) -> Section:
     """What was loaded and what was decided on the way."""
     from fnengine import params
 
@@ -234,16 +249,14 @@ def memory(model: Model, engine: Engine) -> Section:
     ]
 
 
-def missing(options: Options, model: Model, engine: Engine) -> Section:
+def missing(options: Options, execution: str, slow: Sequence[tuple[str, str]] = ()) -> Section:
     """What would make this installation faster or whole, with the remedy."""
     import torch
 
-    built = engine.built
-    assert built is not None
     rows = []
-    if built.execution.startswith("eager") and not options.engine.enforce_eager:
-        rows.append(("steps", built.execution))
-    rows += [(op, text) for op, text in kernels(built.ops) if text.startswith("reference")]
+    if execution.startswith("eager") and not options.engine.enforce_eager:
+        rows.append(("steps", execution))
+    rows += slow
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
         rows.append(("cuda", "there is an NVIDIA driver, but torch is a CPU build: install one with CUDA"))
     for name, why in (("uvloop", "the server's event loop is slower"), ("httptools", "HTTP is parsed in Python")):

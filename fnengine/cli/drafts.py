@@ -10,7 +10,7 @@ from fnengine import hub
 from fnengine.cli.own import find
 from fnengine.companions import Beside, SecondModel, check_pair
 from fnengine.config import Options
-from fnengine.decoding import eagle
+from fnengine.decoding import eagle, mtp
 from fnengine.decoding.speculate import Proposer
 from fnengine.drafting import MAKERS, Maker
 from fnengine.errors import ConfigError, RequestError
@@ -31,8 +31,9 @@ KEYS = {
 }
 """Key -> type. Those from `model` on are about a draft model; a head has a `model`, too, and a `revision`."""
 OF_MODEL = ("model", "dtype", "quantization", "revision")
-BESIDE = {"draft_model": OF_MODEL, "eagle": ("model", "revision")}
-"""Method -> its own keys, of what is loaded beside the model and drafts for many sequences at once."""
+BESIDE = {"draft_model": OF_MODEL, "eagle": ("model", "revision"), "mtp": ()}
+"""Method -> its own keys, of what is loaded beside the model and drafts for many sequences at once; `mtp` is in the
+model's own checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,11 @@ def read(config: Mapping[str, Any]) -> Speculate:
     method = "eagle" if method == "eagle3" else method  # another engine's name of it
     if method is None or (method not in ("ngram", "suffix", *BESIDE) and ":" not in method):
         got = "method is missing" if method is None else f"no method is called {method!r}"
-        raise ConfigError(got, where=WHERE, remedy="ngram, suffix, draft_model, eagle, or module:Class of your own")
-    if (method in BESIDE) != ("model" in config):
-        what = f"{method} needs a model" if method in BESIDE else f"a model means nothing to {method}"
+        raise ConfigError(
+            got, where=WHERE, remedy="ngram, suffix, mtp, draft_model, eagle, or module:Class of your own"
+        )
+    if bool(BESIDE.get(method)) != ("model" in config):
+        what = f"{method} needs a model" if BESIDE.get(method) else f"a model means nothing to {method}"
         raise ConfigError(what, where=WHERE, remedy='{"method": "draft_model", "model": "folder or name"}')
     if extra := [key for key in OF_MODEL if key in config and key not in BESIDE.get(method, ())]:
         raise ConfigError(f"{extra[0]} is about a draft model, and there is none", where=WHERE)
@@ -112,6 +115,8 @@ def maker(spec: str) -> Maker:
 
 
 def _beside(method: str, config: Mapping[str, Any], target: Model, options: Options) -> Beside:
+    if method == "mtp":
+        return mtp.load(target)
     name, revision, cache = config["model"], config.get("revision"), options.model.download_dir
     if method == "eagle":
         return eagle.load(hub.resolve(name, revision, cache), target)

@@ -125,6 +125,15 @@ def read_object(text: str) -> dict[str, Any]:
 def _flags() -> tuple[Flag, ...]:
     model, memory, steps, server, tls = "model", "memory", "scheduling", "server", "server security"
     return (
+        Flag(
+            ("--config",),
+            "-",
+            "YAML of flags and their values; what the command line says goes before",
+            model,
+            str,
+            (),
+            "FILE",
+        ),
         Flag(("--tokenizer",), "model.tokenizer", "folder or name, if not the model's", model, str),
         Flag(("--served-model-name",), "model.served_model_name", "names clients may use", model, str, many=True),
         Flag(
@@ -139,10 +148,35 @@ def _flags() -> tuple[Flag, ...]:
         Flag(
             ("--load-format",),
             "model.load_format",
-            "dummy draws random weights for a config.json",
+            "pt reads pickled .bin files, tensors alone; dummy draws random weights for a config.json",
             model,
             str,
-            ("auto", "safetensors", "dummy"),
+            ("auto", "safetensors", "pt", "gguf", "dummy"),
+        ),
+        Flag(
+            ("--model-impl",),
+            "model.model_impl",
+            "who computes the forward: native is a family of this engine, transformers the fallback, which runs "
+            "transformers' own module; auto takes a family where one knows the architecture",
+            model,
+            str,
+            ("auto", "native", "transformers"),
+        ),
+        Flag(
+            ("--trust-remote-code",),
+            "model.trust_remote_code",
+            "run the Python files of a repository that define its model, by the fallback",
+            model,
+        ),
+        Flag(
+            ("--family",),
+            "model.family",
+            "module or .py file with families of your own, in FAMILY or FAMILIES",
+            model,
+            str,
+            (),
+            "MODULE",
+            many=True,
         ),
         Flag(
             ("--quantization", "-q"),
@@ -171,6 +205,14 @@ def _flags() -> tuple[Flag, ...]:
             model,
             str,
             ("auto", "vllm"),
+        ),
+        Flag(
+            ("--override-generation-config",),
+            "model.override_generation_config",
+            'sampling defaults that go before the model\'s: {"temperature": 0.6}',
+            model,
+            read_object,
+            metavar="JSON",
         ),
         Flag(("--max-model-len",), "engine.max_model_len", "longest sequence, or auto", memory, read_length, (), "N"),
         Flag(
@@ -222,6 +264,15 @@ def _flags() -> tuple[Flag, ...]:
         ),
         Flag(("--block-size",), "-", "tokens of a KV block: 16", memory, read_block, (), "16"),
         Flag(("--swap-space",), "engine.swap_space", "GiB of host memory for preempted KV", memory, float, (), "GiB"),
+        Flag(
+            ("--kept-states",),
+            "engine.kept_states",
+            "states of recurrent layers kept of beginnings; by default as many as sequences in a step",
+            memory,
+            int,
+            (),
+            "N",
+        ),
         Flag(
             ("--enable-prefix-caching",),
             "engine.enable_prefix_caching",
@@ -354,6 +405,15 @@ def _flags() -> tuple[Flag, ...]:
             server,
         ),
         Flag(
+            ("--logits-processors",),
+            "serve.logits_processors",
+            "functions of logits that requests may ask for by name, as module:function (docs/api.md, Choosing tokens)",
+            server,
+            str,
+            metavar="NAME",
+            many=True,
+        ),
+        Flag(
             ("--strategy",),
             "serve.strategy",
             "strategies that requests may ask for: beam, best_of, ... as docs/decoding.md has them, or module:function",
@@ -372,6 +432,18 @@ def _flags() -> tuple[Flag, ...]:
             metavar="JSON",
         ),
         Flag(("--strict",), "serve.strict", "unknown fields of a request are a 400", server),
+        Flag(
+            ("--return-tokens-as-token-ids",),
+            "serve.return_tokens_as_token_ids",
+            "tokens of log-probabilities are named token_id:<n> in answers to requests that do not say",
+            server,
+        ),
+        Flag(
+            ("--enable-force-include-usage",),
+            "serve.enable_force_include_usage",
+            "every stream ends with usage",
+            server,
+        ),
         Flag(
             ("--metrics-compat",), "serve.metrics_compat", "metrics under vLLM's names as well", server, str, ("vllm",)
         ),
@@ -433,11 +505,12 @@ FLAGS = _flags()
 
 
 def add_flags(parser: argparse.ArgumentParser, *parts: str) -> None:
-    """Adds the flags of the named parts (`model`, `engine`, `serve`), in their groups."""
+    """Adds the flags of the named parts (`model`, `engine`, `serve`), and single ones by their names, in their
+    groups."""
     groups: dict[str, Any] = {}
     for f in FLAGS:
         part = f.to.split(".")[0]
-        if (part if part in ("model", "serve") else "engine") not in parts:
+        if f.name not in parts and (part if part in ("model", "serve") else "engine") not in parts:
             continue
         group = groups.get(f.group) or groups.setdefault(f.group, parser.add_argument_group(f.group))
         if f.read is None:

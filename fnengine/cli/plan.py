@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fnengine.cli.compile import asked, config_folder
 from fnengine.config import Options, resolve
 from fnengine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fnengine.memory import Account, Line
+    from fnengine.artifacts import Needs
+    from fnengine.memory import Account, Line, Shapes
     from fnengine.settings import PoolSize
 
 
@@ -29,6 +31,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"model": name, **as_json(pool, account)}, indent=1))
         return 0
     print(*table(account), sep="\n")
+    if not pool.blocks:
+        print(f"{name}: texts of up to {pool.max_len} tokens, at most {rows} at once; {pool.reason}")
+        return 0
     tokens = (pool.blocks - 1) * 16
     print(
         f"{name}: {pool.blocks - 1} blocks, {tokens} tokens, {tokens / pool.max_len:.1f} sequences of "
@@ -41,9 +46,10 @@ def made(options: Options, folder: Path) -> tuple[PoolSize, Account, int]:
     """(pool, ledger, rows) of a server with these options."""
     import torch
 
-    from fnengine import artifacts, build, leaves, memory, products
+    from fnengine import artifacts, build, hub, leaves, memory, products, whole, whole_memory
     from fnengine.graphs import compile
     from fnengine.kernels import native
+    from fnengine.settings import kept_states
 
     needs = artifacts.needs(folder, **asked(options))
     if needs.device.type != "cpu":
@@ -59,29 +65,71 @@ def made(options: Options, folder: Path) -> tuple[PoolSize, Account, int]:
         tiles = leaves.expected_tiles
     except native.BuildFailed:
         tiles = leaves.tiles
-    shapes = memory.Shapes(
-        needs.spec,
-        needs.dtype,
-        products.packing(needs.spec, needs.device, needs.dtype, needs.quantization, tiles),
-        settings.mode("cpu"),
-        max_len=needs.spec.max_len,
-        blocks=1,
+
+    def shapes_of(needs: Needs) -> Shapes:
+        return memory.Shapes(
+            needs.spec,
+            needs.dtype,
+            products.packing(needs.spec, needs.device, needs.dtype, needs.quantization, tiles),
+            settings.mode("cpu"),
+            max_len=needs.spec.max_len,
+            blocks=1,
+            threads=options.threads,
+            compiled=bool(needs.layers),
+            compiling=any(kind.wanted.kept(compile.folder()) is None for kind in needs.layers),
+            kv=needs.kv,
+        )
+
+    shapes, extra = shapes_of(needs), None
+    if (config := options.serve.speculative_config) is not None and (draft := _draft(config, options)) is not None:
+        second = shapes_of(draft)
+        extra = memory.beside(dataclasses.replace(second, compiling=False), hub.display_name(config["model"]))
+        shapes = dataclasses.replace(shapes, compiling=shapes.compiling or second.compiling)
+    shapes = dataclasses.replace(
+        shapes,
         max_logprobs=settings.max_logprobs,
         answer_bytes=settings.answer_bytes,
         steer=len(set(settings.steer)),
-        threads=options.threads,
-        compiled=bool(needs.layers),
-        compiling=any(kind.wanted.kept(compile.folder()) is None for kind in needs.layers),
+        kept=kept_states(settings, settings.mode("cpu").rows),
         base=base,
-        kv=needs.kv,
+        extra=extra,
     )
+    if needs.spec.whole is not None:
+        whole.refuse(settings)
+        available, _ = build.memory(torch.device("cpu"))
+        longest, why, account = whole_memory.fitted(shapes, settings, available, base)
+        return whole_memory.pool_of(longest, why), account, shapes.mode.rows
     shapes = dataclasses.replace(shapes, host_slots=int(settings.swap_space * 2**30) // shapes.per_block)
     available, total = build.memory(torch.device("cpu"))
     if settings.memory is None:  # as after loading: the weights are no longer available then
-        weights = memory.account(shapes).line("weights").bytes
+        weights = memory.account(shapes).line("weights").bytes + (0 if extra is None else extra.weights)
         available, now = available - weights - memory.CODE, base + weights + memory.CODE
         return *memory.size(shapes, settings, max(available, 0), total, now), shapes.mode.rows
     return *memory.size(shapes, settings, available, total), shapes.mode.rows
+
+
+def _draft(config: Mapping[str, Any], options: Options) -> Needs | None:
+    """What a server's draft model needs; None where nothing is loaded beside the model.
+
+    Raises:
+        ConfigError: the config is wrong, or asks for a head, whose shapes are known to its weights alone.
+    """
+    from fnengine import artifacts, hub
+    from fnengine.cli import drafts
+
+    method = drafts.read(config).method
+    if method == "eagle":
+        raise ConfigError(
+            "the ledger of a head is not known before it is loaded",
+            where=drafts.WHERE,
+            remedy="serve --memory counts it; plan without it",
+        )
+    if method != "draft_model":
+        return None
+    cache = options.model.download_dir
+    folder = hub.resolve(config["model"], config.get("revision"), cache, progress=False, files=hub.CONFIG)
+    given = {key: config[key] for key in ("dtype", "quantization") if key in config}
+    return artifacts.needs(folder, **{**asked(options), "dtype": "auto", "quantization": "none", **given})
 
 
 def serving() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 from fnengine.errors import ConfigError
 
 _LATER = "leave it out; it is planned"
+_GUIDES = ("auto", "guidance", "llguidance")
 REFUSED: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "--config": ("files of flags are not read yet", "write the flags out", ()),
     "--scheduling-policy": (
         "priorities are always honoured, and requests without one are served in order of arrival",
         "leave it out",
@@ -22,7 +22,6 @@ REFUSED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "--tensor-parallel-size": ("one device computes each step", _LATER, ("1",)),
     "--pipeline-parallel-size": ("one device computes each step", _LATER, ("1",)),
     "--data-parallel-size": ("one engine runs in a process", "start several and balance in front", ("1",)),
-    "--trust-remote-code": ("code from a model's repository is never run", "use a model of a supported family", ()),
     "--compilation-config": (
         "compilation has one policy",
         "--enforce-eager turns it off, --graph-mode says what is captured",
@@ -31,22 +30,18 @@ REFUSED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "--optimization-level": ("compilation has one policy", "--enforce-eager turns it off", ()),
     "--cudagraph-capture-sizes": ("shapes have tokens and rows", "`fnengine tune` writes a file for --graphs", ()),
     "--max-seq-len-to-capture": ("graphs hold sequences of every length", "leave it out", ()),
-    "--structured-outputs-config": ("there is no guided decoding yet", _LATER, ()),
-    "--guided-decoding-backend": ("there is no guided decoding yet", _LATER, ()),
+    "--structured-outputs-config": (
+        "grammars are followed by llguidance, always",
+        "leave it out; whitespace is chosen by each request",
+        tuple(f'{{"backend":{s}"{b}"}}' for b in _GUIDES for s in ("", " ")),
+    ),
+    "--guided-decoding-backend": ("grammars are followed by llguidance, always", "leave it out", _GUIDES),
     "--enable-lora": ("adapters are not served yet", _LATER, ()),
     "--lora-modules": ("adapters are not served yet", _LATER, ()),
     "--max-loras": ("adapters are not served yet", _LATER, ()),
     "--max-lora-rank": ("adapters are not served yet", _LATER, ()),
-    "--override-generation-config": (
-        "sampling defaults come from generation_config.json",
-        "edit that file, or send the values with the requests",
-        (),
-    ),
     "--logprobs-mode": ("log-probabilities are those of the raw logits", "leave it out", ("raw_logprobs",)),
-    "--logits-processors": ("foreign logits processors are not loaded", "write a loop over `Runtime.extend`", ()),
-    "--return-tokens-as-token-ids": ("that is chosen by each request", "send return_tokens_as_token_ids", ()),
     "--enable-prompt-tokens-details": ("cached tokens are always reported", "leave it out", ()),
-    "--enable-force-include-usage": ("usage in a stream is chosen by each request", "send stream_options", ()),
     "--enable-per-request-metrics": ("that is chosen by each request", 'send "timing": true', ()),
     "--disable-log-stats": ("no statistics are logged; /metrics has them", "leave it out", ()),
     "--middleware": ("foreign middleware is not loaded", "put a proxy in front", ()),

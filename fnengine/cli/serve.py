@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from fnengine.serve.parsing.choose import choose
 
 if TYPE_CHECKING:
     from fnengine.engine import Engine
+    from fnengine.reader import Reader
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,16 +37,16 @@ def run(args: argparse.Namespace) -> int:
     if s.profile_dir is not None:
         profiles(s.profile_dir)
     sock = bind(s.host, s.port, s.uds)  # before the model: a port in use should not take a minute to be known
-    from fnengine.cli.start import build_engine, facts, say
+    from fnengine.cli.start import build_server, facts, say
 
     say(f"fnengine {__version__}: loading {options.model.model or 'the bundled model'}")
-    engine = build_engine(options)
+    engine = build_server(options)
 
     parsers = choose(engine.tokenizer.templates, s.tool_call_parser, s.reasoning_parser)
 
     def ready(url: str) -> None:
         say("\n".join([*facts(engine), *parsers.notes]))
-        say(banner(url, engine.name, options, time.perf_counter() - t0))
+        say(banner(url, engine.name, options, time.perf_counter() - t0, engine.tasks))
 
     with writer(s.access_log) as access:
         serve(
@@ -72,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
             tool_call_parser=s.tool_call_parser,
             reasoning_parser=s.reasoning_parser,
             enable_auto_tool_choice=s.enable_auto_tool_choice,
+            tokens_as_ids=s.return_tokens_as_token_ids,
+            always_usage=s.enable_force_include_usage,
             answer_bytes=options.engine.answer_bytes,
             constants=constants(engine),
         )
@@ -123,9 +126,11 @@ def profiles(name: str) -> None:
         raise ConfigError(f"cannot make {name}: {e.strerror}", where="--profile-dir") from None
 
 
-def constants(engine: Engine) -> dict[str, tuple[float, str]]:
+def constants(engine: Engine | Reader) -> dict[str, tuple[float, str]]:
     """Gauges that do not change while it serves: name -> (value, help)."""
-    built = engine.built
+    from fnengine.reader import Reader
+
+    built = engine.made if isinstance(engine, Reader) else engine.built
     assert built is not None
     found: dict[str, tuple[float, str]] = {
         "step_threads": (len(built.threads), "Threads of a step, by OpenMP's count.")
@@ -137,12 +142,24 @@ def constants(engine: Engine) -> dict[str, tuple[float, str]]:
     return found
 
 
-def banner(url: str, name: str, options: Options, seconds: float) -> str:
+def banner(url: str, name: str, options: Options, seconds: float, tasks: Sequence[str] = ("generate",)) -> str:
     """What to try first, ready to paste."""
     auth = " -H 'authorization: Bearer KEY'" if options.serve.api_key else ""
     uds = options.serve.uds
     page = "" if uds else "Open it in a browser. "
     at = f"--unix-socket {uds} http://localhost" if uds else url
+    if "generate" not in tasks:
+        path, body = "v1/embeddings" if "embed" in tasks else "classify", '{"input": "Hello!"}'
+        if "classify" in tasks and "score" in tasks:
+            path, body = "score", '{"text_1": "What is new?", "text_2": ["The news.", "An old hat."]}'
+        return "\n".join(
+            [
+                f"ready at {url} after {seconds:.1f} s; Ctrl-C stops. Try:",
+                "",
+                f"  curl {at}/{path}{auth} -H 'content-type: application/json' -d '{body}'",
+                "",
+            ]
+        )
     lines = [
         f"ready at {url} after {seconds:.1f} s; Ctrl-C stops. {page}Try:",
         "",

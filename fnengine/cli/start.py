@@ -19,6 +19,7 @@ from fnengine.hub import resolve
 from fnengine.kernels import describe
 from fnengine.load import load
 from fnengine.model import Model
+from fnengine.reader import Reader
 
 
 def say(text: str) -> None:
@@ -28,6 +29,7 @@ def say(text: str) -> None:
 
 def load_model(options: ModelOptions) -> Model:
     """The model that the options name. Raises what `fnengine.load` raises."""
+    own.families(options.family)
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     return load(
         options.model,
@@ -35,6 +37,8 @@ def load_model(options: ModelOptions) -> Model:
         device=options.device,
         load_format=options.load_format,
         quantization=options.quantization,
+        impl=options.model_impl,
+        trust_remote_code=options.trust_remote_code,
         revision=options.revision,
         cache_dir=options.download_dir,
         progress=sys.stderr.isatty(),
@@ -44,11 +48,12 @@ def load_model(options: ModelOptions) -> Model:
 def build_engine(options: Options, model: Model | None = None) -> Engine:
     """An engine for the model that the options name, or for the given one."""
     named = own.strategies(options.serve.strategy)
+    processors = own.processors(options.serve.logits_processors)
     if (config := options.serve.speculative_config) is not None:
         drafts.read(config)  # what is wrong with it should not take a model to be known
     model = model or load_model(options.model)
     drafting = drafts.prepare(config, model, options)
-    return Engine.build(
+    engine = Engine.build(
         model,
         options.engine,
         tokenizer=tokenizer_of(options.model, model),
@@ -58,6 +63,27 @@ def build_engine(options: Options, model: Model | None = None) -> Engine:
         proposers=drafting.proposers,
         companion=drafting.companion,
         strategies=named,
+        processors=processors,
+    )
+    engine.defaults = {**engine.defaults, **(options.model.override_generation_config or {})}
+    return engine
+
+
+def build_server(options: Options, model: Model | None = None) -> Engine | Reader:
+    """What serves the model that the options name: an engine, or a reader of one that reads texts whole.
+
+    Raises:
+        ConfigError: flags about what is generated have no meaning for a reader.
+    """
+    model = model or load_model(options.model)
+    if model.spec.whole is None:
+        return build_engine(options, model)
+    s = options.serve
+    for flag, given in (("--strategy", s.strategy), ("--speculative-config", s.speculative_config)):
+        if given:
+            raise ConfigError(f"{model.name} reads texts whole and writes none", where=flag, remedy="leave it out")
+    return Reader.build(
+        model, options.engine, tokenizer=tokenizer_of(options.model, model), names=options.model.served_model_name
     )
 
 
@@ -101,8 +127,27 @@ def stand_in(vocab: int) -> Tokenizer:
     return Tokenizer(backend, Decoding("byte_level"), frozenset())
 
 
-def facts(engine: Engine) -> list[str]:
+def facts_of_reader(reader: Reader) -> list[str]:
+    """What a user wants to know of a reader that has just been built, a line each."""
+    made = reader.made
+    gives = f"embeddings of {reader.width} numbers, pooled by {reader.pooling}"
+    if reader.head is not None:
+        labels = reader.head.labels
+        gives = f"{len(labels)} label{'s' * (len(labels) != 1)}: {', '.join(labels[:8])}" + ", ..." * (len(labels) > 8)
+    return [
+        f"{reader.name}: texts of up to {made.max_len} tokens ({made.length}), up to {made.rows} texts and "
+        f"{made.budget} tokens a batch",
+        f"gives {gives}",
+        *([] if made.account is None else [f"memory: {memory.sentence(made.account)}"]),
+        f"attention: {made.attend.backend.name} ({made.attend.reason})",
+        f"layers: {made.execution}",
+    ]
+
+
+def facts(engine: Engine | Reader) -> list[str]:
     """What a user wants to know of an engine that has just been built, a line each."""
+    if isinstance(engine, Reader):
+        return facts_of_reader(engine)
     built = engine.built
     assert built is not None
     how = engine.drafting.default
@@ -115,6 +160,7 @@ def facts(engine: Engine) -> list[str]:
         *([] if built.account is None else [f"memory: {memory.sentence(built.account)}"]),
         f"kernels: {kernels}",
         f"steps: {built.execution}",
+        *([f"processors: {', '.join(f'{n} ({how})' for n, how in built.own.items())}"] if built.own else []),
         *([f"strategies: {', '.join(engine.strategies)}"] if engine.strategies else []),
         *([] if how is None or not how.k else [f"drafts: {how.method}, up to {how.k} tokens a step"]),
         *([f"beside it: {built.drafts}"] if built.drafts else []),

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fnengine.decoding.strategy import Context, strategy
 from fnengine.errors import RequestError
+from fnengine.sequence import MOST_LIKELIEST, Likeliest
 
 NEVER = -1.0e9
 """Score of what is no hypothesis."""
@@ -26,8 +26,8 @@ class Beam:
     """A hypothesis: what was generated, and the sum of its log-probabilities."""
 
     tokens: tuple[int, ...]
-    logprob: Tensor
-    """float32, as in transformers: where two sums round to the same, order decides."""
+    logprob: np.float32
+    """Summed in float32, as in transformers: where two sums round to the same, order decides."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Finished:
     """A hypothesis that has ended, with its length-normalised score."""
 
     tokens: tuple[int, ...]
-    score: Tensor
+    score: np.float32
     whole: bool = True
     """False for what only fills the list."""
 
@@ -60,10 +60,10 @@ async def beam(
 
     Copy-on-write: hypotheses are sequences used several times, so they share their blocks until they differ.
     """
-    if width < 1 or max(2, 1 + len(ctx.eos)) * width > ctx.vocab:
-        raise RequestError(
-            f"width must be between 1 and {ctx.vocab // max(2, 1 + len(ctx.eos))} here, got {width}", param="width"
-        )
+    each = max(2, 1 + len(ctx.eos))
+    most = min(ctx.vocab, MOST_LIKELIEST) // each
+    if not 1 <= width <= most:
+        raise RequestError(f"width must be between 1 and {most} here, got {width}", param="width")
     if early_stopping not in (True, False, "never"):
         raise RequestError(
             f"early_stopping must be true, false or 'never', got {early_stopping!r}", param="early_stopping"
@@ -73,14 +73,16 @@ async def beam(
     if not 1 <= texts <= width:
         raise RequestError(f"texts must be between 1 and width ({width}), got {texts}", param="texts")
     early = early_stopping if width > 1 else True
-    seq, logits = await ctx.extend(ctx.empty, prompt)
-    seqs, logits_RV = [seq], logits[None]
+    # Of each hypothesis's continuations no more can be among the best of all than are looked at.
+    n = each * width
+    seq, found = await ctx.extend(ctx.empty, prompt, likeliest=n)
+    seqs, nexts = [seq], [found]
     del seq
-    beams = [Beam((), torch.zeros((), device=logits.device))]
-    finished = [Finished((), torch.tensor(NEVER, device=logits.device), False)] * width
+    beams = [Beam((), np.float32(0))]
+    finished = [Finished((), np.float32(NEVER), False)] * width
     promising = True
     for length in range(1, ctx.max_tokens + 1):
-        tops, parents = _candidates(beams, logits_RV, max(2, 1 + len(ctx.eos)) * width)
+        tops, parents = _candidates(beams, nexts, n)
         ended = [b.tokens[-1] in ctx.eos or length == ctx.max_tokens for b in tops]
         full = early is True and all(f.whole for f in finished)
         if promising and not full:
@@ -99,21 +101,21 @@ async def beam(
         if not promising or (early is True and all(f.whole for f in finished)):
             break
         beams = [tops[i] for i in go_on]
-        results = await ctx.extend([(seqs[parents[i]], [tops[i].tokens[-1]]) for i in go_on])
-        seqs, logits_RV = [s for s, _ in results], torch.stack([x for _, x in results])
+        results = await ctx.extend([(seqs[parents[i]], [tops[i].tokens[-1]]) for i in go_on], likeliest=n)
+        seqs, nexts = [s for s, _ in results], [x for _, x in results]
     for i, text in enumerate(finished[:texts]):
         ctx.emit(text.tokens, choice=i)
 
 
-def _candidates(beams: list[Beam], logits_RV: Tensor, n: int) -> tuple[list[Beam], list[int]]:
+def _candidates(beams: list[Beam], nexts: list[Likeliest], n: int) -> tuple[list[Beam], list[int]]:
     """The `n` likeliest hypotheses that are one token longer, best first, and which of `beams` each one continues."""
-    sums_RV = logits_RV.log_softmax(1) + torch.stack([b.logprob for b in beams])[:, None]
-    V = sums_RV.shape[1]
-    top_n, at_n = sums_RV.flatten().topk(n)
-    parents = (at_n // V).tolist()
-    tokens = (at_n % V).tolist()
+    sums: np.ndarray = np.concatenate([b.logprob + x.logprobs for b, x in zip(beams, nexts, strict=True)])
+    at = np.argsort(-sums, kind="stable")[:n].tolist()
+    tokens = np.concatenate([x.ids for x in nexts])[at].tolist()
+    each = len(nexts[0].ids)
+    parents = [i // each for i in at]
     return [
-        Beam((*beams[p].tokens, t), top_n[i]) for i, (p, t) in enumerate(zip(parents, tokens, strict=True))
+        Beam((*beams[p].tokens, t), np.float32(sums[i])) for p, t, i in zip(parents, tokens, at, strict=True)
     ], parents
 
 

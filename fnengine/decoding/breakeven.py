@@ -23,7 +23,7 @@ from fnengine.decoding.speculate import AnyProposer, Drawing, Tally, begun, taps
 from fnengine.errors import OutOfBlocks
 from fnengine.host.request import Sampling
 from fnengine.runtime import Runtime
-from fnengine.sampling import verify
+from fnengine.sampling import prepared
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def measure(
     """
     rng, vocab = np.random.default_rng(0), runtime.model.spec.vocab
     how = Sampling(temperature=0.8, seed=1)
+    draw = prepared(how, vocab, runtime.model.device)  # as `speculate` verifies
     spans: dict[tuple[int, int], list[float]] = {}
     proposing: dict[int, list[float]] = {k: [] for k in ks}
     prompt = list(prompt)[-max(1, runtime.max_len - 3 * (len(ks) + 1) - max(ks) - 1) :]
@@ -96,13 +97,8 @@ def measure(
                         else:
                             made = runtime.extend(forks, logits="all", **also)[::ways]
                             at = [len(s) + 1 for s in seqs]
-                            verify(
-                                torch.stack([r[1] for r in made]),
-                                tokens[:, 1:].tolist(),
-                                position=at,
-                                temperature=0.8,
-                                seed=1,
-                            )
+                            logits_nV = torch.stack([r[1] for r in made]).flatten(0, 1)
+                            draw(logits_nV, [n + i for n in at for i in range(k + 1)])
                             seqs = [r[0][:n] for r, n in zip(made, at, strict=True)]
                         spans.setdefault((k, R), []).append(clock() - began)
             except OutOfBlocks:

@@ -62,7 +62,7 @@ def read(
         CheckpointError, SpecError: as `load`.
     """
     D, L, V = target.spec.width, len(target.spec.layers), target.spec.vocab
-    kind, found = _kind(config, where), Found(tensors, target, where)
+    kind, found = _kind(config, where), Found(tensors, tensors.__getitem__, target, where)
     # Published heads read what enters layers 2, L / 2 and L - 3.
     taps = config.get("taps") or [f"layers.{i}.residual" for i in (1, L // 2 - 1, L - 4)]
     params = found.layer(kind, "midlayer.", 2 * D)

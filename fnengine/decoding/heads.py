@@ -13,7 +13,7 @@ does so for all rows at once, on the engine's blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,12 +30,12 @@ from fnengine.decoding import joint
 from fnengine.decoding.speculate import Draft, Drawing, Text, grown, memoryless, text
 from fnengine.errors import CheckpointError
 from fnengine.host.step import BLOCK
-from fnengine.layers import Angles, rope_angles
+from fnengine.layers import Angles, asked_of_attention, attended, feed_forward, queries, rope_angles
 from fnengine.leaves import Dense, Leaf, lookup, matmul, packing
 from fnengine.model import Model
 from fnengine.sampling import prepared, probabilities, sample
-from fnengine.spec import Attention, Layer
-from fnengine.state import Pool
+from fnengine.spec import Attention, Latent, Layer, Mlp
+from fnengine.state import Pool, Where, pool_shapes
 
 Params = dict[str, Any]
 FIRST = 64
@@ -67,9 +67,10 @@ class Line:
     __slots__ = ("cos", "index", "pool", "sin", "table", "used")
 
     def __init__(self, kind: Layer, like: Tensor, pairs: int):
-        a, kv = attention_of(kind), kernels.ops(like.device, like.dtype).kv
+        a = attending(kind)
+        kv = kernels.ops(like.device, like.dtype, heads=[asked_of_attention(a)]).kv
         blocks = -(-pairs // BLOCK)
-        shapes = kv.shapes(blocks, BLOCK, a.kv_heads, a.width)
+        shapes = pool_shapes(kv, a, blocks)
         self.pool = Pool(*(torch.zeros(s, dtype=kv.element(like.dtype), device=like.device) for s in shapes))
         self.index = torch.arange(blocks * BLOCK + 1, dtype=torch.int32, device=like.device)
         self.table = self.index[:blocks][None]
@@ -114,7 +115,7 @@ class Head:
     """What `Runtime.extend` is asked for beside tokens."""
     kind: Layer
     params: Params
-    """`qkv`, `q_norm`, `k_norm`, `o`, `norm2`, `gate_up` and `down`; what else there is, the wiring reads."""
+    """Those of a layer of this kind; what else there is, the wiring reads."""
     wiring: Wiring
     claims: bool = False
     """Also give the distributions that tokens were drawn from, for rejection sampling."""
@@ -135,7 +136,7 @@ class Head:
     @cached_property
     def ops(self) -> kernels.Ops:
         """Of the target's device and dtype."""
-        return kernels.ops(self.target.device, self.target.dtype)
+        return kernels.ops(self.target.device, self.target.dtype, heads=[asked_of_attention(attending(self.kind))])
 
     def start(self, tokens: Tokens[int], how: Drawing, seen: Mapping[str, Tensor]) -> Paired:
         draw = None
@@ -194,30 +195,35 @@ class Head:
         """What the last of these pairs comes to; the KV of all of them is written to the line from `at` on."""
         n, index = len(hidden_nD), line.index
         token_n = torch.as_tensor(np.asarray(tokens, np.int64)).to(hidden_nD.device)
-        new = slice(at, at + n)
-        q_nHC, residual_nD = self.enter(token_n, hidden_nD, (line.cos[new], line.sin[new]), line.pool, index[new])
-        where = (line.table, index[:1], index[:2], index[at + n : at + n + 1])  # one row with one query, the last
-        return self.wiring.leave(self.attend(q_nHC[-1:], residual_nD[-1:], line.pool, where))
+        new, one = slice(at, at + n), (index[:1], index[:2])  # one row with one query, the last
+        where = Where(*one, index[:1], index[new], index[new], index[at + n : at + n + 1], line.table)
+        q_nHC, gate_nE, residual_nD = self.enter(token_n, hidden_nD, (line.cos[new], line.sin[new]), line.pool, where)
+        last = replace(where, slot=index[at + n - 1 : at + n])
+        gate_1E = None if gate_nE is None else gate_nE[-1:]
+        return self.wiring.leave(self.attend(q_nHC[-1:], gate_1E, residual_nD[-1:], line.pool, last))
 
     def enter(
-        self, token_n: Tensor, hidden_nD: Tensor, angles: Angles, pool: Pool, slot_n: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(queries [n, H, C], the residual [n, D]) of pairs; their KV is written to these slots of the pool."""
-        p = self.params
+        self, token_n: Tensor, hidden_nD: Tensor, angles: Angles, pool: Pool, where: Where
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(queries [n, H, C], their gate if there is one, the residual [n, D]) of pairs; their KV is written to the
+        pool, to the slots of `where`."""
         x_nE, residual_nD = self.wiring.enter(token_n, hidden_nD)
-        norms = (p["q_norm"], p["k_norm"])
-        qkv = matmul(p["qkv"], x_nE)
-        return self.ops.rope_write(qkv, *norms, *angles, pool.k, pool.v, slot_n, self.kind.eps), residual_nD
+        q_nHC, gate_nE = queries(attending(self.kind), self.params, pool, where, angles, self.ops, x_nE, self.kind.eps)
+        return q_nHC, gate_nE, residual_nD
 
-    def attend(self, q_nHC: Tensor, residual_nD: Tensor, pool: Pool, where: tuple[Tensor, ...]) -> Tensor:
-        """The residual [n, D] after the layer. `where` is (table, row, start, length), as attention takes it."""
-        p, a = self.params, attention_of(self.kind)
-        window = a.window or 0
-        o_nHC = self.ops.paged_attention(q_nHC, pool.k, pool.v, *where, a.scale, window, a.soft_cap, None)
-        x_nD = residual_nD + matmul(p["o"], o_nHC.flatten(1))
-        gate_up = matmul(p["gate_up"], normed(x_nD, p["norm2"], self.kind.eps))
-        gate_nF, up_nF = gate_up.split(self.kind.mlp.width, dim=-1)
-        return x_nD + matmul(p["down"], F.silu(gate_nF) * up_nF)
+    def attend(self, q_nHC: Tensor, gate_nE: Tensor | None, residual_nD: Tensor, pool: Pool, where: Where) -> Tensor:
+        """The residual [n, D] after the layer. Of `where` the table, rows, starts and lengths are read, and slots by
+        experts."""
+        p, a = self.params, attending(self.kind)
+        x_nD = residual_nD + attended(a, p, pool, where, self.ops, q_nHC, gate_nE)
+        return x_nD + self._fed(where, normed(x_nD, p["norm2"], self.kind.eps))
+
+    def _fed(self, where: Where, x_1D: Tensor) -> Tensor:
+        """What the second half of the layer makes of the last pair."""
+        if self.kind.mlp != Mlp(self.kind.mlp.width):
+            return feed_forward(self.kind.mlp, self.params, where.slot, x_1D)
+        gate_1F, up_1F = matmul(self.params["gate_up"], x_1D).split(self.kind.mlp.width, dim=-1)
+        return matmul(self.params["down"], F.silu(gate_1F) * up_1F)
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -233,26 +239,25 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class Found:
     """The tensors of a checkpoint, to be taken by name."""
 
-    tensors: Mapping[str, Tensor]
+    names: Container[str]
+    get: Callable[[str], Tensor]
     target: Model
     where: str
     """For errors."""
     taken: list[int] = field(default_factory=list)
     """Bytes of what was."""
 
-    def array(self, name: str, *shape: int) -> Tensor:
-        """A tensor as the target's activations are. Raises CheckpointError unless it is there in this shape."""
-        if name not in self.tensors:
+    def stored(self, name: str, *shape: int) -> Tensor:
+        """A tensor as it is. Raises CheckpointError unless it is there in this shape."""
+        if name not in self.names:
             raise CheckpointError(f"tensor {name} is missing", where=self.where)
-        x = self.tensors[name]
+        x = self.get(name)
         if tuple(x.shape) != shape:
             raise CheckpointError(
                 f"tensor {name} has shape {list(x.shape)}, {list(shape)} is wanted",
                 where=self.where,
                 remedy="the head belongs to another model",
             )
-        x = x.to(device=self.target.device, dtype=self.target.dtype).contiguous()
-        self.taken.append(x.nbytes)
         return x
 
     def linear(self, names: Tokens[str], rows: Tokens[int], K: int, bias: bool = False) -> Leaf:
@@ -263,8 +268,10 @@ class Found:
         return packing(self.target.device, self.target.dtype).place(Dense(weight, b))
 
     def layer(self, kind: Layer, at: str, E: int) -> Params:
-        """The arrays of a decoder layer below `at` whose attention reads E channels; its first norm is the wiring's."""
-        a, m, D = attention_of(kind), kind.mlp, self.target.spec.width
+        """The arrays of a decoder layer of Llama's below `at` whose attention reads E channels; its first norm is the
+        wiring's."""
+        a, m, D = kind.mixer, kind.mlp, self.target.spec.width
+        assert isinstance(a, Attention) and isinstance(m, Mlp)
         q, kv = a.heads * a.width, a.kv_heads * a.width
         attend, feed = f"{at}self_attn.", f"{at}mlp."
         return {
@@ -278,9 +285,9 @@ class Found:
         }
 
 
-def attention_of(kind: Layer) -> Attention:
-    """The layer's mixer, which is always attention in a head."""
-    assert isinstance(kind.mixer, Attention), f"heads of {kind.mixer} are not implemented"
+def attending(kind: Layer) -> Attention | Latent:
+    """The layer's mixer, which keeps KV in a head."""
+    assert isinstance(kind.mixer, (Attention, Latent)), f"heads of {kind.mixer} are not implemented"
     return kind.mixer
 
 

@@ -18,20 +18,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fnengine import sampling
 from fnengine.companions import Ground, Ready
 from fnengine.device import make_pool
 from fnengine.errors import ConfigError
 from fnengine.graphs.compile import Traces
 from fnengine.host.step import BLOCK
-from fnengine.kernels.layout import block_bytes
-from fnengine.layers import rope_angles
+from fnengine.layers import Angles, rope_angles
 from fnengine.memory import Extra
 from fnengine.processors import PROCESSORS, Own, in_turn
-from fnengine.spec import Attention
-from fnengine.state import Batch, Carry, Out, Pool, Rows, State, Where, locate
+from fnengine.spec import Recurrent
+from fnengine.state import Batch, Carry, Out, Pool, Rows, State, block_bytes, locate
 from fnengine.step import Step
-from fnengine.transforms.companion import Companion
+from fnengine.transforms.companion import Companion, drawn, one_each
 
 if TYPE_CHECKING:
     from fnengine.decoding.heads import Head
@@ -42,14 +40,14 @@ def ready(head: Head, ground: Ground) -> Ready:
     target = ground.target
     if head.target is not target:
         raise ConfigError("a head of another model", where=head.name, remedy="load it for the model that is served")
-    assert isinstance(head.kind.mixer, Attention)
+    assert not isinstance(head.kind.mixer, Recurrent)
     a, D, item = head.kind.mixer, target.spec.width, target.dtype.itemsize
     budget, qkv = ground.mode.budget, (a.heads + 2 * a.kv_heads) * a.width
     inside = budget * len(head.taps) * D * item
     extra = Extra(
         head.name,
         weights=head.bytes,
-        per_block=block_bytes(head.ops.kv, BLOCK, a.kv_heads, a.width, target.dtype),
+        per_block=block_bytes(head.ops.kv, a, target.dtype),
         rows=2 * (ground.mode.rows + 1) * D * item,
         workspace=2 * inside + budget * (6 * D + 2 * qkv) * item,
         beside=inside,
@@ -57,14 +55,21 @@ def ready(head: Head, ground: Ground) -> Ready:
     )
 
     def made(max_len: int, traces: Traces) -> tuple[Companion, str]:
-        return companion(head, ground.own), "eager"
+        return companion(head, max_len, ground.own), "eager"
 
-    return Ready(extra, target.spec.max_len, False, made)
+    return Ready(extra, target.spec.max_len, False, 2, made)
 
 
-def companion(head: Head, own: tuple[Own, ...] = ()) -> Companion:
-    """What a device has to know of a head. `own` are the engine's own logits processors."""
+def companion(head: Head, max_len: int, own: tuple[Own, ...] = ()) -> Companion:
+    """What a device has to know of a head, for sequences of at most so many tokens. `own` are the engine's own logits
+    processors."""
     target, layers = head.target, len(head.target.spec.layers)
+    cos, sin = rope_angles(head.kind.mixer.rope, torch.arange(max_len, device=target.device))
+
+    def angles(position_T: Tensor) -> Angles:
+        at_T = position_T.clamp(max=max_len - 1)  # padding goes beyond
+        return cos[at_T], sin[at_T]
+
     processors = {**PROCESSORS, "own": in_turn(own)}
 
     def kv_of(state: State) -> Pool:
@@ -83,8 +88,7 @@ def companion(head: Head, own: tuple[Own, ...] = ()) -> Companion:
             seen = dict(zip(taps, out.taps, strict=True))
             hidden_TD = head.wiring.hidden([seen[name] for name in head.taps])
             token_T = _at(rows, where.row_T, where.position + 1)
-            angles = rope_angles(head.kind.mixer.rope, where.position)
-            head.enter(token_T, hidden_TD, angles, kv_of(state), where.slot)
+            head.enter(token_T, hidden_TD, angles(where.position), kv_of(state), where)
             # Of the tokens that a row chooses after, the last that was drafted right.
             newest_R = (batch.start[1:] - batch.emit + out.count - 1).clamp(min=0).long()
             carry.seen[batch.row.long()] = hidden_TD[newest_R]
@@ -96,26 +100,20 @@ def companion(head: Head, own: tuple[Own, ...] = ()) -> Companion:
         def drafted(params: Any, state: State, batch: Batch) -> tuple[State, Out]:
             rows, carry = state.rows, state.carry
             assert carry is not None
-            where = _before(rows, locate(rows, batch, BLOCK))
-            row_R, length_R = batch.row.long(), rows.length[batch.row.long()]
-            token_T = _at(rows, where.row_T, where.position + 1)
-            hidden_TD = hidden_of(carry)[where.row_T]
-            angles, pool = rope_angles(head.kind.mixer.rope, where.position), kv_of(state)
-            q_THC, residual_TD = head.enter(token_T, hidden_TD, angles, pool, where.slot)
-            x_TD = head.attend(q_THC, residual_TD, pool, (where.table, where.row, where.start, where.length))
-            hidden_RD, logits_RV = head.wiring.leave(x_TD[(batch.start[1:] - 1).clamp(min=0).long()])
+            row_R = batch.row.long()
+            position_R = rows.length[row_R]
+            where = one_each(rows, batch, row_R, (position_R - 1).clamp_(min=0))  # the newest pair
+            token_R = rows.history[row_R, position_R.long()]
+            pool, hidden_RD = kv_of(state), hidden_of(carry)[row_R]
+            entered = head.enter(token_R, hidden_RD, angles(where.position), pool, where)
+            hidden_RD, logits_RV = head.wiring.leave(head.attend(*entered, pool, where))
             carry.ahead[row_R] = hidden_RD
-            position_R = length_R + 1
-            token_R = sampling.choose(batch.ask, logits_RV, rows, row_R, position_R, head.ops, processors)
-            rows.history[row_R, position_R.long().clamp(max=rows.history.shape[1] - 1)] = token_R
-            rows.length[row_R] = position_R
-            rows.length[-1:] = 0  # the null row stays empty
-            return state, Out(token_R, batch.emit)
+            return state, Out(drawn(batch, rows, row_R, position_R, logits_RV, head.ops, processors), batch.emit)
 
         return drafted
 
     def pool(blocks: int) -> Any:
-        assert isinstance(head.kind.mixer, Attention)
+        assert not isinstance(head.kind.mixer, Recurrent)
         return make_pool([head.kind.mixer], head.ops.kv, blocks, target.dtype, target.device)
 
     first, later = draft(lambda carry: carry.seen), draft(lambda carry: carry.ahead)
@@ -125,12 +123,3 @@ def companion(head: Head, own: tuple[Own, ...] = ()) -> Companion:
 def _at(rows: Rows, row_T: Tensor, position_T: Tensor) -> Tensor:
     """The tokens that stand there."""
     return rows.history[row_T, position_T.long().clamp(max=rows.history.shape[1] - 1)]
-
-
-def _before(rows: Rows, where: Where) -> Where:
-    """One place earlier: where the pairs of the rows' newest tokens are."""
-    position = (where.position - 1).clamp(min=0)
-    column = (position // BLOCK).clamp(max=rows.table.shape[1] - 1).long()
-    slot = rows.table[where.row_T, column] * BLOCK + position % BLOCK
-    # The null row has as many tokens as it says and nothing before them.
-    return replace(where, position=position, slot=slot, length=torch.maximum(where.length - 1, where.start.diff()))

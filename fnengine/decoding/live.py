@@ -22,7 +22,6 @@ from fnengine.host.output import Finish, TokenLogprob
 from fnengine.host.request import Sampling, Stop, fold_in
 from fnengine.runtime import Runtime
 from fnengine.sequence import Sequence, wishes
-from fnengine.spec import tap_names
 
 
 class Port(Protocol):
@@ -103,6 +102,7 @@ class Ask:
     want: str | None
     samplings: list[Sampling | None]
     taps: tuple[str, ...]
+    likeliest: int
     future: asyncio.Future[Any]
 
     @property
@@ -178,10 +178,12 @@ class Live:
     def empty(self) -> Sequence:
         return self.port.runtime.nothing(self.salt)
 
-    async def extend(self, pairs: list[tuple[Any, Any]], single: bool, logits: Any, sample: Any, taps: Any) -> Any:
+    async def extend(
+        self, pairs: list[tuple[Any, Any]], single: bool, logits: Any, sample: Any, taps: Any, likeliest: Any
+    ) -> Any:
         if not pairs:
             return []
-        ask = self._ask(pairs, single, logits, sample, taps)
+        ask = self._ask(pairs, single, logits, sample, taps, likeliest)
         del pairs
         self.port.ask(self, ask)
         self.asking += 1
@@ -197,25 +199,29 @@ class Live:
             self.asking -= 1
             self.last = self.port.watch.clock()
 
-    def _ask(self, pairs: list[tuple[Any, Any]], single: bool, logits: Any, sample: Any, taps: Any) -> Ask:
+    def _ask(
+        self, pairs: list[tuple[Any, Any]], single: bool, logits: Any, sample: Any, taps: Any, likeliest: Any
+    ) -> Ask:
         """What it asks for, checked as far as that needs no ledger."""
         for seq, _ in pairs:
             if not isinstance(seq, Sequence):
                 raise RequestError(f"{seq!r} is no sequence", param="seq", remedy="begin with ctx.empty")
         if len({id(seq.runtime) for seq, _ in pairs}) > 1:
             raise RequestError("one extend is about sequences of one Runtime", param="seq")
-        known = tap_names(pairs[0][0].runtime.model.spec)
-        want, samplings, names = wishes(len(pairs), logits, sample, taps, known)
+        spec = pairs[0][0].runtime.model.spec
+        want, samplings, names = wishes(len(pairs), logits, sample, taps, likeliest, spec)
         if self.error is not None:
             raise self.error
         if self.stopped or self.port.closing:
             raise asyncio.CancelledError
         whole = [(s, t if isinstance(t, np.ndarray) else list(t)) for s, t in pairs]
-        return Ask(whole, single, want, samplings, names, asyncio.get_running_loop().create_future())
+        return Ask(whole, single, want, samplings, names, likeliest, asyncio.get_running_loop().create_future())
 
     def emit(
         self, tokens: Iterable[int], logprobs: Iterable[float | TokenLogprob] | None = None, choice: int = 0
     ) -> None:
+        if choice < 0:
+            raise RequestError(f"choice must be at least 0, got {choice}", where=f"strategy {self.name!r}")
         so_far = self.others.setdefault(choice, []) if choice else self.tokens
         ids = [int(t) for t in tokens]
         if bad := [t for t in ids if not 0 <= t < self.context.vocab]:

@@ -1,56 +1,67 @@
 """Multi-token prediction: the extra layer that some checkpoints ship, trained with the model, as a proposer.
 
+    head = mtp.load(model)
+    speculate(Runtime(model), prompt, head, k=2)
+
     x = project(norm(hidden state of token i) ++ norm(embedding of token i + 1))
     y = norm(decoder layer(x));    logits of token i + 2 = the model's own head (y)
 
 The hidden state of a token that the target has computed is the one that its head reads. A layer that predicts one token
-ahead drafts more by being used again on its own output, as vLLM and SGLang do.
+ahead drafts more by being used again on its own output y, as transformers and SGLang do.
 Source: DeepSeek-V3 (arXiv 2412.19437), section 2.2; MiMo-7B (arXiv 2505.07608) and its modeling code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fnengine import checkpoint, params, tree
 from fnengine.decoding.heads import Found, Head, Wiring, embedding, normed, shared_head
-from fnengine.leaves import matmul
+from fnengine.errors import CheckpointError
+from fnengine.families import FAMILIES
+from fnengine.families.names import DEEPSEEK, MIMO, Further
+from fnengine.leaves import matmul, packing
 from fnengine.model import Model
+from fnengine.params import ArrayInfo
 from fnengine.spec import Layer
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a family keeps the tensors of its MTP layer, and what it does otherwise than others."""
-
-    layer: str
-    """Prefix of the decoder layer's tensors; `{i}` is the MTP layer's number, `{n}` the number of the model's layers
-    and it together."""
-    token_norm: str
-    hidden_norm: str
-    project: str
-    norm: str
-    """All four below `layer`, without `.weight`."""
-    hidden_first: bool
-    """The projection reads the hidden state before the embedding."""
-    feeds_normed: bool
-    """The next drafted pair's hidden state is y, not what is normed to it."""
+__all__ = ["DEEPSEEK", "MIMO", "load", "read"]
 
 
-MIMO = Layout(
-    "model.mtp_layers.{i}.", "token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm", True, True
-)
-DEEPSEEK = Layout("model.layers.{n}.", "enorm", "hnorm", "eh_proj", "shared_head.norm", False, False)
-"""Also GLM-4-MoE's. Its decoder layer has to be of a kind that the engine has, which DeepSeek-V3's own is not."""
+def load(target: Model, *, number: int = 0, claims: bool = False) -> Head:
+    """The layer that a model's own checkpoint ships.
+
+    Args:
+        number: which of several.
+
+    Raises:
+        CheckpointError: the model's family has none, its folder holds no such weights, or they do not fit.
+    """
+    spec, where = target.spec, str(target.folder)
+    layout = FAMILIES[spec.family].further
+    if layout is None:
+        raise CheckpointError(
+            f"a {spec.architecture} ships no layer that predicts further tokens",
+            where=where,
+            remedy=f"those that do: {', '.join(f.architecture for f in FAMILIES.values() if f.further)}",
+        )
+    with checkpoint.open_tensors(target.folder) as files:
+        if not any(layout.has(name, len(spec.layers)) for name in files):
+            raise CheckpointError(
+                "holds no layer that predicts further tokens",
+                where=where,
+                remedy="some conversions leave it out: take the model's own checkpoint",
+            )
+        return _head(Found(files, lambda name: files[name].tensor(), target, where), layout, number, None, claims)
 
 
 def read(
     tensors: Mapping[str, Tensor],
     target: Model,
-    layout: Layout = MIMO,
+    layout: Further = MIMO,
     *,
     number: int = 0,
     kind: Layer | None = None,
@@ -67,27 +78,33 @@ def read(
     Raises:
         CheckpointError: a tensor is missing or of another shape.
     """
-    spec = target.spec
-    D, kind = spec.width, kind or spec.layers[-1]
-    at = layout.layer.format(i=number, n=len(spec.layers) + number)
-    found = Found(tensors, target, where)
-    params = found.layer(kind, at, D)
-    token_norm, hidden_norm, norm1, norm = (
-        found.array(f"{at}{name}.weight", D)
-        for name in (layout.token_norm, layout.hidden_norm, "input_layernorm", layout.norm)
-    )
-    project, output = found.linear([f"{at}{layout.project}"], (D,), 2 * D), shared_head(target)
+    return _head(Found(tensors, tensors.__getitem__, target, where), layout, number, kind, claims)
 
-    embed = embedding(target, token_norm, kind.eps)
+
+def _head(found: Found, layout: Further, number: int, kind: Layer | None, claims: bool) -> Head:
+    target = found.target
+    kind = kind or target.spec.layers[-1]
+    how = packing(target.device, target.dtype)  # nothing is rounded
+
+    def make(_path: str, info: ArrayInfo) -> Tensor:
+        info = checkpoint.stored_as(info, found.names)
+        shapes = {name: params.stored_shape(info, rows) for name, rows in info.parts}
+        whole = checkpoint.assembled(info, lambda name: found.stored(name, *shapes[name]), target.dtype)
+        return whole.to(target.device)
+
+    infos = params.further(target.spec, layout, number, kind)
+    p = {name: checkpoint.placed(name, node, make, how) for name, node in infos.items()}
+    output, embed = shared_head(target), embedding(target, p["token_norm"], kind.eps)
 
     def enter(token: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        e, h = embed(token), normed(hidden, hidden_norm, kind.eps)
-        x = matmul(project, torch.cat((h, e) if layout.hidden_first else (e, h), -1))
-        return normed(x, norm1, kind.eps), x
+        e, h = embed(token), normed(hidden, p["hidden_norm"], kind.eps)
+        x = matmul(p["project"], torch.cat((h, e) if layout.hidden_first else (e, h), -1))
+        return normed(x, p["norm1"], kind.eps), x
 
     def leave(x: Tensor) -> tuple[Tensor, Tensor]:
-        y = normed(x, norm, kind.eps)
-        return (y if layout.feeds_normed else x), matmul(output, y, wide=True)
+        y = normed(x, p["norm"], kind.eps)
+        return y, matmul(output, y, wide=True)
 
     wiring = Wiring(lambda seen: seen[0], enter, leave)
-    return Head(target, ("final",), kind, params, wiring, claims, "mtp", sum(found.taken))
+    held = sum(x.nbytes for x in tree.leaves(p))
+    return Head(target, ("final",), kind, p, wiring, claims, "mtp", held)

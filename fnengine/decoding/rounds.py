@@ -5,7 +5,8 @@
 
 Exactly one of the two threads is at work at any time, so the ledger needs no lock: `seq[:n]` in a strategy never meets
 an `extend`. The loop itself says when everybody waits, by asking its selector to sleep (`Selector`), so a strategy may
-use all of asyncio: child tasks, sleeps, sockets. The device is driven by the caller's thread, whose helpers are warm.
+use all of asyncio: child tasks, sleeps, sockets. The device is driven by the caller's thread, whose helpers are warm;
+the strategies' thread has none (`team.alone`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from fnengine.decoding.live import (
     holds_thread,
 )
 from fnengine.decoding.watch import Watch
+from fnengine.kernels import team
 from fnengine.runtime import ALL_LOGITS_BYTES, Runtime
+from fnengine.sequence import Likeliest
 
 SPINS = 64
 """Turns of a loop that never rests after which those who wait are served nevertheless."""
@@ -121,6 +124,7 @@ class _Rounds:
         end = None
         try:
             self.watch.thread = threading.get_ident()
+            team.alone()
             self._loop = asyncio.SelectorEventLoop(Selector(self._rest))  # pyright: ignore[reportArgumentType]
             try:
                 self._loop.run_until_complete(self._all())
@@ -328,28 +332,34 @@ def _call(asks: list[Ask], want: str | None) -> dict[Ask, Any]:
     """The results of several asks of one Runtime from one call of it."""
     rt = asks[0].pairs[0][0].runtime
     taps = tuple(dict.fromkeys(name for ask in asks for name in ask.taps))
+    most = max(ask.likeliest for ask in asks)
     results = rt.extend(
         [pair for ask in asks for pair in ask.pairs],
         logits=want,  # pyright: ignore[reportArgumentType]
         sample=[s for ask in asks for s in ask.samplings],  # pyright: ignore[reportArgumentType]
         taps=taps,
+        likeliest=most,
     )
     answers, at = {}, 0
     for ask in asks:
-        own = [_only(ask, want, taps, r) for r in results[at : at + len(ask.pairs)]]
+        own = [_only(ask, want, taps, most, r) for r in results[at : at + len(ask.pairs)]]
         answers[ask] = own[0] if ask.single else own
         at += len(ask.pairs)
     return answers
 
 
-def _only(ask: Ask, called: str | None, taps: tuple[str, ...], result: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A result without the logits and the taps that were not asked for."""
+def _only(ask: Ask, called: str | None, taps: tuple[str, ...], most: int, result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A result without the logits, the likeliest tokens and the taps that were not asked for."""
     rest = list(result)
     inside = rest.pop() if taps else {}
+    found = rest.pop() if most else None
     if called:
         logits = rest.pop()
         if ask.want:
             rest.append(logits[-1] if (ask.want, called) == ("last", "all") else logits)
+    if ask.likeliest and found is not None:
+        k = ask.likeliest
+        rest.append(found if k == most else Likeliest(found.ids[:k], found.logprobs[:k]))
     if ask.taps:
         rest.append({name: inside[name] for name in ask.taps})
     return tuple(rest) if len(rest) > 1 else (*rest, None)

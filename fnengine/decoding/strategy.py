@@ -34,7 +34,7 @@ class Verbs(Protocol):
 
     def empty(self) -> Any: ...
     def extend(
-        self, pairs: list[tuple[Any, Any]], single: bool, logits: Any, sample: Any, taps: Any
+        self, pairs: list[tuple[Any, Any]], single: bool, logits: Any, sample: Any, taps: Any, likeliest: Any
     ) -> Awaitable[Any]: ...
     def emit(self, tokens: Iterable[int], logprobs: Iterable[float | TokenLogprob] | None, choice: int) -> None: ...
     def encode(self, text: str, add_special: bool) -> list[int]: ...
@@ -70,6 +70,7 @@ class Context:
         logits: Literal["last", "all", "default"] | None = "default",
         sample: Sampling | list[Sampling] | None = None,
         taps: Iterable[str] = (),
+        likeliest: int = 0,
     ) -> Any:
         """What `Runtime.extend` gives for the same arguments, computed together with what other strategies wait for.
 
@@ -77,7 +78,7 @@ class Context:
         """
         single = tokens is not None
         pairs = [(seq, tokens)] if single else [(s, t) for s, t in seq]
-        return await self._verbs.extend(pairs, single, logits, sample, taps)
+        return await self._verbs.extend(pairs, single, logits, sample, taps, likeliest)
 
     def emit(
         self, tokens: Iterable[int], logprobs: Iterable[float | TokenLogprob] | None = None, choice: int = 0

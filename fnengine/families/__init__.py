@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import difflib
 
-from fnengine.errors import SpecError
+from fnengine import fallback
+from fnengine.errors import ConfigError, SpecError
 from fnengine.families import (
     bamba,
     bert,
     cohere,
+    deepseek,
     falcon,
     gemma,
     gemma3,
     glm4,
     glm4_moe,
+    glm4_moe_lite,
     gpt2,
     gpt_neox,
     gpt_oss,
     granite,
     llama,
+    llama4,
+    mimo,
     mistral,
     mixtral,
     modernbert,
@@ -42,7 +47,7 @@ from fnengine.families import (
     starcoder2,
     whole,
 )
-from fnengine.families.names import Family
+from fnengine.families.names import IGNORED, Family
 from fnengine.spec import ModelSpec
 
 _EVERY = (
@@ -53,9 +58,30 @@ _EVERY = (
     *(qwen3_next.FAMILY, qwen3_5.FAMILY, qwen3_5.MOE, qwen3_5.WHOLE, qwen3_5.WHOLE_MOE, bamba.FAMILY),
     *(mixtral.FAMILY, qwen2_moe.FAMILY, qwen3_moe.FAMILY, olmoe.FAMILY, glm4_moe.FAMILY, gpt_oss.FAMILY),
     *(bert.FAMILY, bert.ROBERTA, bert.XLM_ROBERTA, modernbert.FAMILY),
-    phimoe.FAMILY,
+    *(phimoe.FAMILY, deepseek.V2, deepseek.V3, glm4_moe_lite.FAMILY, mimo.FAMILY, llama4.FAMILY),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _EVERY}
+FALLBACK = Family("transformers", "any causal language model of transformers", fallback.read, {}, IGNORED)
+
+
+def register(family: Family) -> Family:
+    """Adds a family of one's own, from then on known to everything that reads a config; gives it back.
+
+    Raises:
+        ConfigError: another one has its name or reads its architecture.
+    """
+    for other in FAMILIES.values():
+        if other != family and family.name == other.name:
+            raise ConfigError(f"a family is called {family.name!r} already", where="register", remedy="rename it")
+        if other != family and family.architecture == other.architecture:
+            raise ConfigError(f"{other.name} reads {family.architecture} already", where="register")
+    FAMILIES[family.name] = family
+    return family
+
+
+def family_of(spec: ModelSpec) -> Family:
+    """The family of a spec; that of the fallback names nothing, its module does."""
+    return FALLBACK if spec.upstream is not None else FAMILIES[spec.family]
 
 
 def spec_from_config(config: dict, where: str = "config.json") -> ModelSpec:
@@ -87,15 +113,21 @@ def spec_from_config(config: dict, where: str = "config.json") -> ModelSpec:
 def smallest(family: Family) -> ModelSpec:
     """A spec of a family of six layers, with everything that its configs need not say as it is by default."""
     sizes = dict(hidden_size=64, num_hidden_layers=6, num_attention_heads=2, vocab_size=10)
-    return spec_from_config({"model_type": family.name, **sizes, **dict.fromkeys(family.asks, 8)})
+    named = {"model_type": family.name, "architectures": [family.architecture]}
+    return spec_from_config({**named, **sizes, **dict.fromkeys(family.asks, 8)})
 
 
-def _unknown(name: str, known: list[str], where: str, key: str) -> SpecError:
+class Unknown(SpecError):
+    """No family knows the architecture; the fallback may run it."""
+
+
+def _unknown(name: str, known: list[str], where: str, key: str) -> Unknown:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"; nearest is {nearest[0]}" if nearest else ""
-    return SpecError(
+    return Unknown(
         f"no family knows {key} = {name!r}{hint}",
         where=where,
-        remedy=f"supported are {', '.join(sorted(f.architecture for f in FAMILIES.values()))}",
+        remedy=f"families read {', '.join(sorted(f.architecture for f in FAMILIES.values()))}; the fallback "
+        "(--model-impl auto or transformers) runs most causal models of transformers",
         param=key,
     )

@@ -18,6 +18,8 @@ def read(config: dict, where: str = "config.json") -> ModelSpec:
     max_len = f.integer("max_position_embeddings", 262144)
     eps = f.number("rms_norm_eps", 1e-5)
     f.only("hidden_act", "silu")
+    if f.integer("attn_rotary_emb", C // 2) != C // 2:
+        raise f.error("attn_rotary_emb", f"is not half of a head, {C // 2} channels")
     attention = Attention(
         heads=H,
         kv_heads=kv_heads(f, H),
@@ -63,7 +65,14 @@ def renamed(kind: Layer) -> Names:
     return MAMBA if isinstance(kind.mixer, Mamba2) else {}
 
 
-INERT = ("num_logits_to_keep", "mamba_chunk_size", "z_loss_coefficient", "layer_types", "layers_block_type")
+INERT = (
+    "use_mamba_kernels",
+    "num_logits_to_keep",
+    "mamba_chunk_size",
+    "z_loss_coefficient",
+    "layer_types",
+    "layers_block_type",
+)
 
 MAMBA: Names = {
     "mix": "model.layers.{i}.mamba.in_proj",

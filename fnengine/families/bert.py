@@ -10,6 +10,8 @@ from fnengine.families.whole import BESIDE, classifies, head
 from fnengine.spec import Attention, Ends, Layer, Mlp, ModelSpec, Norm, Whole
 
 NORM = Norm(centred=True, bias=True)
+INERT = ("classifier_dropout", "output_past", "directionality", "pooler_fc_size", "pooler_num_attention_heads")
+INERT += ("pooler_num_fc_layers", "pooler_size_per_head", "pooler_type", *BESIDE)
 
 
 def read(config: dict, where: str = "config.json") -> ModelSpec:
@@ -60,9 +62,7 @@ def _read(config: dict, where: str, family: str, padding: int) -> ModelSpec:
     whole = Whole("cls", types, NORM, final=False, head=labels)
     ends = Ends(norm=NORM, positions=table, first_position=first)
     said = str((config.get("architectures") or [f"{family} model"])[0])
-    spec = model_spec(
-        f, family, said, (kind,) * L, width=D, max_len=table - first, ends=ends, inert=("classifier_dropout", *BESIDE)
-    )
+    spec = model_spec(f, family, said, (kind,) * L, width=D, max_len=table - first, ends=ends, inert=INERT)
     return replace(spec, tied=False, whole=whole)
 
 

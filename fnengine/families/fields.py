@@ -199,8 +199,8 @@ def scaling(f: Fields, inner: Fields, key: str, width: int, max_len: int) -> Sca
         return LinearScaling(factor)
     if kind == "llama3":
         low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
-        if high <= low:
-            raise inner.error("high_freq_factor", f"is not above low_freq_factor = {low}")
+        if high < low:  # equal ones leave nothing in between, as in Llama 4
+            raise inner.error("high_freq_factor", f"is below low_freq_factor = {low}")
         return Llama3Scaling(factor, low, high, original or max_len)
     if kind == "yarn":
         original = original or max_len

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fnengine.families.fields import Fields, head_width, kv_heads, model_spec, rope
-from fnengine.families.names import EXPERTS, IGNORED, NAMES, ROUTING, Family
+from fnengine.families.names import DEEPSEEK, EXPERTS, IGNORED, NAMES, ROUTING, Family
 from fnengine.spec import Attention, Layer, Mlp, ModelSpec, MoE
 
 
@@ -58,4 +58,4 @@ OURS = {
     "shared_down": "model.layers.{i}.mlp.shared_experts.down_proj",
 }
 
-FAMILY = Family("glm4_moe", "Glm4MoeForCausalLM", read, {**NAMES, **EXPERTS, **OURS}, IGNORED, further="model.layers.")
+FAMILY = Family("glm4_moe", "Glm4MoeForCausalLM", read, {**NAMES, **EXPERTS, **OURS}, IGNORED, further=DEEPSEEK)

@@ -26,6 +26,8 @@ class Interleaved:
     width: int
     """C"""
     pairs: int
+    first: int = 0
+    """Channels before those that rotate."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,35 @@ Order = Interleaved | Grouped | Sorted
 """In which a checkpoint has the rows of an array, if not in ours."""
 
 
+@dataclass(frozen=True)
+class Further:
+    """Where a family keeps a layer that predicts further tokens, and what it reads first."""
+
+    at: str
+    """Prefix of its tensors; `{i}` is its number among such layers, `{n}` that after the model's own."""
+    token_norm: str
+    hidden_norm: str
+    project: str
+    norm: str
+    """All four below `at`, without `.weight`; beside them those of a decoder layer, under the names of the model's."""
+    hidden_first: bool
+    """The projection reads the hidden state before the embedding."""
+
+    def has(self, name: str, layers: int) -> bool:
+        """Whether a tensor is of such a layer, of a model of so many layers of its own."""
+        begin, rest = self.at.split("{")
+        number = name.removeprefix(begin).partition(".")[0]
+        least = layers if rest.startswith("n") else 0
+        return name.startswith(begin) and number.isdecimal() and int(number) >= least
+
+
+MIMO = Further(
+    "model.mtp_layers.{i}.", "token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm", hidden_first=True
+)
+DEEPSEEK = Further("model.layers.{n}.", "enorm", "hnorm", "eh_proj", "shared_head.norm", hidden_first=False)
+"""Also GLM-4-MoE's."""
+
+
 class Read(Protocol):
     def __call__(self, config: dict, where: str) -> ModelSpec:
         """The spec of a config.json; `where` goes into errors.
@@ -76,8 +107,8 @@ class Family:
     names: Names
     ignored: tuple[str, ...]
     """Suffixes of checkpoint tensors that carry nothing: buffers that old versions saved."""
-    orders: Mapping[str, Callable[[Any], Order]] = field(default_factory=dict)
-    """Key of the params tree -> the order of its rows in the checkpoint, by the layer's mixer."""
+    orders: Mapping[str, Callable[[Any], Order | None]] = field(default_factory=dict)
+    """Key of the params tree -> (mixer of the layer) -> the order of its rows in the checkpoint, if not ours."""
     renamed: Callable[[Layer], Names] = lambda kind: {}
     """What the arrays of such a layer are called instead."""
     transposed: bool = False
@@ -90,12 +121,11 @@ class Family:
     """Further names that its configs have in `architectures` (`whole.architectures`)."""
     encodes: bool = False
     """Its models read texts whole and have no form that writes any."""
-    further: str = ""
-    """Beginning of names of layers, a number follows: those beyond the config's last one predict further tokens, and
-    are not loaded."""
+    further: Further | None = None
+    """Layers that predict further tokens, which checkpoints may have beside the config's: `decoding.mtp` loads them."""
     apart: tuple[str, ...] = ()
     """Beginnings of names of tensors that are no part of what runs here, and are not loaded: heads that predict further
-    tokens, other towers."""
+    tokens in another form, other towers."""
 
 
 NAMES: Names = {

@@ -21,6 +21,7 @@ def read(config: dict, where: str = "config.json") -> ModelSpec:
     max_len = f.integer("max_position_embeddings", 32768)
     eps = f.number("rms_norm_eps", 1e-6)
     f.only("hidden_act", "silu")
+    f.only("use_sliding_window", False)
     E = experts(f, 512)
     routed = with_shared(f, E, 10, normalized=f.flag("norm_topk_prob", True))
     dense = Mlp(f.integer("intermediate_size", 5632))

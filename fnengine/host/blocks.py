@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fnengine.errors import OutOfBlocks
+from fnengine.host.states import States
 from fnengine.host.step import BLOCK
 
 Salt = str | tuple[str, str]
@@ -41,7 +42,7 @@ UNSEEN, PRIVATE = 0, -1
 class Node:
     """A block of the pool that holds, or held, somebody's tokens."""
 
-    __slots__ = ("block", "column", "content", "frontier", "holds", "key", "parent")
+    __slots__ = ("block", "column", "content", "followed", "frontier", "holds", "key", "parent")
 
     def __init__(self, block: int, parent: Node | None, frontier: int):
         self.block = block
@@ -52,6 +53,8 @@ class Node:
         """Tokens written, 1..B. The next one may be written in place by whoever ends here."""
         self.holds = 0
         """Paths that end here plus held nodes that stand on this one."""
+        self.followed = 0
+        """Tokens of it, and then all of the blocks before it, whose KV a companion has computed, too."""
         self.content = UNSEEN
         self.key: Key | None = None
         """In the index under this key; None when not indexed."""
@@ -87,11 +90,12 @@ class Ledger:
         blocks: N, the null block included.
         block: tokens in a block.
         caching: whether full blocks are indexed for reuse by later sequences.
+        states: the books of states, where a model's layers have any.
     """
 
-    def __init__(self, blocks: int, block: int = BLOCK, caching: bool = True):
+    def __init__(self, blocks: int, block: int = BLOCK, caching: bool = True, states: States | None = None):
         assert blocks >= 1 and block >= 1
-        self.block, self.caching = block, caching
+        self.block, self.caching, self.states = block, caching, states
         self.total = blocks - 1
         """Usable blocks."""
         self.held = 0
@@ -177,7 +181,8 @@ class Ledger:
         return Path(None, 0, salt)
 
     def match(self, tokens: Sequence[int] | np.ndarray, salt: Salt = "", count: bool = True) -> Path:
-        """The longest indexed prefix of `tokens` in full blocks, held; at least one token is left to compute.
+        """The longest indexed prefix of `tokens` in full blocks, held; at least one token is left to compute. Where
+        layers have states, the longest at whose end one is kept.
 
         `count=False` looks without adding to `queries` and `hits`.
         """
@@ -191,6 +196,8 @@ class Ledger:
             if node is None:
                 break
             tip, content = node, node.content
+        if self.states is not None:
+            tip = self.states.under(tip)
         path = Path(tip, 0 if tip is None else (tip.column + 1) * self.block, salt)
         self._hold(tip)
         if count:
@@ -298,6 +305,33 @@ class Ledger:
             self._free += self._resting
             self._resting.clear()
 
+    def followed(self, path: Path) -> int:
+        """Tokens of the path whose KV a companion has computed, too."""
+        node = path.tip
+        while node is not None and not node.followed:
+            node = node.parent
+        return 0 if node is None else min(node.column * self.block + node.followed, path.length)
+
+    def follow(self, path: Path, n: int) -> list[tuple[Node, int]]:
+        """Notes that a companion computes the first `n` tokens of the path in a step that is being made. Gives what was
+        noted before, for `unfollow` if that step fails."""
+        assert n <= path.length
+        node, before = path.tip, []
+        while node is not None:
+            tokens = min(n - node.column * self.block, self.block)
+            if 0 < tokens <= node.followed:
+                break
+            if tokens > 0:
+                before.append((node, node.followed))
+                node.followed = tokens
+            node = node.parent
+        return before
+
+    def unfollow(self, before: list[tuple[Node, int]]) -> None:
+        """Takes back what `follow` noted, the newest note first."""
+        for node, tokens in reversed(before):
+            node.followed = tokens
+
     # --- the index ------------------------------------------------------------------------------------------------
 
     def publish(self, path: Path, tokens: Sequence[int] | np.ndarray) -> None:
@@ -324,11 +358,22 @@ class Ledger:
             key = (content, path.salt, data[i * size : (i + 1) * size])
             if content == PRIVATE or key in self._index:
                 content = node.content = PRIVATE
+                if self.states is not None:
+                    self._liken(node, path.salt, key[2])
                 continue
             self._contents += 1
             content = node.content = self._contents
             node.key = key
             self._index[key] = node
+
+    def _liken(self, node: Node, salt: Salt, ids: bytes) -> None:
+        """Tells the states which indexed block has the content of one that is not."""
+        assert self.states is not None
+        under = self.states.like(node.parent)
+        if node.parent is None or under is not None:
+            other = self._index.get((0 if under is None else under.content, salt, ids))
+            if other is not None:
+                self.states.alike(node, other)
 
     def unpublish(self, path: Path, from_length: int) -> set[Node]:
         """The blocks of the path that hold tokens from `from_length` on and all indexed ones that stand on them; they
@@ -364,7 +409,9 @@ class Ledger:
         return node is not None
 
     def reset_cache(self) -> None:
-        """Forgets every cached block that nobody holds."""
+        """Forgets every cached block that nobody holds, and every kept state."""
+        if self.states is not None:
+            self.states.reset()
         while self._cached:
             self._evict()
 
@@ -400,12 +447,15 @@ class Ledger:
             if copying:
                 source = tip
                 tip = self._new(source.parent, min(end + n, B))
+                tip.followed = min(source.followed, end)
                 copy = ((source.block, tip.block),)
                 self._sources.add(source.block)
                 grown.append((tip.column, tip.block))
             else:
                 if tip.frontier > end:  # what stood here is written over
-                    tip.content = UNSEEN
+                    tip.content, tip.followed = UNSEEN, min(tip.followed, end)
+                    if self.states is not None:
+                        self.states.forget(tip, end)
                 self._written += min(end + n, B) - tip.frontier
                 tip.frontier = min(end + n, B)
         while left > 0:
@@ -448,6 +498,8 @@ class Ledger:
     def _forget(self, node: Node) -> None:
         """Takes a node out of the index, and out of the pool if nobody holds it."""
         assert node.key is not None
+        if self.states is not None:
+            self.states.forget(node)
         del self._index[node.key]
         node.key, node.content = None, PRIVATE
         if node.holds == 0:
@@ -455,6 +507,8 @@ class Ledger:
             self._vacate(node)
 
     def _vacate(self, node: Node) -> None:
+        if self.states is not None:
+            self.states.forget(node)
         self._nodes[node.block] = None
         (self._resting if node.block in self._sources else self._free).append(node.block)
 
@@ -480,6 +534,9 @@ class Ledger:
                 continue
             assert n.block == block, f"{n}: filed under block {block}"
             assert 1 <= n.frontier <= self.block, f"{n}: frontier out of bounds"
+            assert 0 <= n.followed <= n.frontier, f"{n}: a companion has computed what nobody has"
+            above = self.block if n.parent is None else n.parent.followed
+            assert not n.followed or above == self.block, f"{n}: followed, but not what it stands on"
             if n.holds and n.parent is not None:
                 children[n.parent] = children.get(n.parent, 0) + 1
             if n.parent is not None:
@@ -500,6 +557,8 @@ class Ledger:
                 want = children.get(n, 0) + holders.pop(n, 0)
                 assert n.holds == want, f"{n}: holders and held children make {want}"
         assert not holders, "a path ends in a block that is gone"
+        if self.states is not None:
+            self.states.check(set(nodes))
         self._check_index(nodes)
 
     def _check_index(self, nodes: list[Node]) -> None:

@@ -6,6 +6,7 @@ here: whoever makes text of the tokens finds them and calls `finish`.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from fnengine.errors import RequestError
@@ -84,24 +85,32 @@ def commit(host: Host, planned: Planned, output: StepOutput, now: float) -> list
 
 def _collect(host: Host, planned: Planned, output: StepOutput, r: int, run: Run, events: list[Event]) -> None:
     """Takes an extension's logits, and ends it when all its tokens are computed."""
+    assert run.base is not None
     if run.status != "running":  # sent back while the step was in flight: its blocks are gone
         run.total = run.known
         return
     step, whole = planned.input, planned.paths[r].length == run.known
+    a, b = int(step.start[r]), int(step.start[r + 1])
+    again = max(run.base.length - (planned.paths[r].length - (b - a)), 0)  # tokens of the base, computed once more
     if run.wish == "all" or (run.wish == "last" and whole):
         picked = step.picked()
         last = int(picked[r + 1])
-        first = int(picked[r]) if run.wish == "all" else last - 1
+        first = int(picked[r]) + again if run.wish == "all" else last - 1
         run.logits.append(output.logits[first:last])
     if run.taps:
-        a, b = int(step.start[r]), int(step.start[r + 1])
-        seen = tuple(output.taps[step.ask.taps.index(name)][a:b] for name in run.taps)
+        seen = tuple(output.taps[step.ask.taps.index(name)][a + again : b] for name in run.taps)
         pooling = run.request.pooling
         run.inside = [*run.inside, seen] if pooling is None else fold(pooling, run.inside, seen[0])
     if not whole:
         return
+    if run.likeliest:
+        assert output.logprobs is not None
+        at, k = r * output.token.shape[1], run.likeliest
+        run.found = output.logprobs.top_ids[at, :k], output.logprobs.top[at, :k]
     tokens = (int(output.token[r, 0]),) if step.emit[r] else ()
     path = host.ledger.share(run.path) if run.request.pooling is None else None  # nobody goes on from an embedding
+    if path is not None and host.ledger.states is not None:  # whoever gets it will go on from here, most likely
+        host.ledger.states.keep(path, path.length, run.row)
     end(host, run, "length")
     events.append(Event(run, tokens, finish="length", path=path))
 
@@ -182,11 +191,14 @@ def finish(host: Host, run: Run, reason: Finish) -> None:
 def fail(host: Host, planned: Planned, error: str) -> list[Event]:
     """Error events of a step that failed, in place of `commit`.
 
-    Its runs end, and so do runs that stand on blocks it should have written or on KV it should have saved: what those
-    hold is unknown. Nothing of it stays in the prefix index. Everybody else goes on.
+    Its runs end, and so do runs that stand on blocks it should have written, on KV it should have saved or on states
+    that were kept since it was planned: what those hold is unknown. Nothing of it stays in the prefix index. Everybody
+    else goes on.
     """
     ledger, lost = host.ledger, set()
     events = []
+    if ledger.states is not None:
+        ledger.states.forget_since(planned.stamp)
 
     def fail_run(run: Run) -> None:
         if not run.ended:
@@ -202,7 +214,8 @@ def fail(host: Host, planned: Planned, error: str) -> list[Event]:
             fail_run(run)
         elif not run.ended:
             drop_saved(host, run)
-    for run in [r for r in host.running if ledger.stands_on(r.path, lost)]:
+    begun = planned.stamp if ledger.states is not None else math.inf  # a state that was kept since may be wrong, too
+    for run in [r for r in host.running if r.since >= begun or ledger.stands_on(r.path, lost)]:
         fail_run(run)
     return events
 

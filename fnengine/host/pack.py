@@ -53,6 +53,7 @@ class Draft:
     grow: list[tuple[int, int, int]] = field(default_factory=list)
     copy: list[tuple[int, int]] = field(default_factory=list)
     swap_in: list[tuple[int, int]] = field(default_factory=list)
+    keep: list[tuple[int, int]] = field(default_factory=list)
     needs: int = 0
     """Bits of all rows that emit."""
     logprobs: int | None = None
@@ -81,6 +82,8 @@ def add(draft: Draft, run: Run, n: int, emits: int) -> None:
         draft.taps.update(run.taps)
     if run.wish is not None:
         draft.logits = True
+    if run.likeliest and run.path.length == run.known:
+        draft.logprobs = max(run.likeliest, draft.logprobs or 0)
     draft.picks |= emits > 1 or (n > 1 and run.wish == "all")
     if before < run.prompt_len and _targets(run, before, n) > 0:
         k = run.request.prompt_logprobs
@@ -158,17 +161,23 @@ def pack(draft: Draft, leaving: list[tuple[Run, np.ndarray, tuple[int, ...]]]) -
         mask=_mask(draft, start, pick) if draft.masked else None,
         swap_out=_pairs((b, s) for _, blocks, slots in leaving for b, s in zip(blocks, slots, strict=True)),
         swap_in=_pairs(draft.swap_in),
+        keep=_pairs(draft.keep),
     )
 
 
 def _pick(draft: Draft, start: np.ndarray) -> np.ndarray:
     """The last tokens of each row, as many as it may choose tokens or wants logits."""
-    count = [e or int(run.wish is not None) for run, e in zip(draft.runs, draft.emit, strict=True)]
+    count = [e or int(_looks(run)) for run, e in zip(draft.runs, draft.emit, strict=True)]
     for run, _, n, emits in draft.many:
-        count.append(n if run.wish == "all" else emits or int(run.wish is not None))
+        count.append(n if run.wish == "all" else emits or int(_looks(run)))
     return np.concatenate(
         [np.arange(end - c, end, dtype=np.int32) for end, c in zip(start[1:].tolist(), count, strict=True)]
     )
+
+
+def _looks(run: Run) -> bool:
+    """Whether it wants to see what comes after its last token, without choosing it."""
+    return run.wish is not None or run.likeliest > 0
 
 
 def _mask(draft: Draft, start: np.ndarray, pick: np.ndarray | None) -> np.ndarray:

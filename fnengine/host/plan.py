@@ -27,8 +27,9 @@ from fnengine.host.blocks import Extension, Ledger, Path
 from fnengine.host.output import Gauges
 from fnengine.host.pack import Draft, add, ask, needs_of, pack
 from fnengine.host.pooling import TAP, check_pooling
-from fnengine.host.request import MAX_BIAS, Request, Sampling, check_sampling, fold_in
+from fnengine.host.request import MAX_BIAS, PLAIN, Request, Sampling, check_sampling, fold_in
 from fnengine.host.runs import Host, Policy, Run, end, enqueue, first_waiting, key_of, preempt
+from fnengine.host.states import NOWHERE, States
 from fnengine.host.steer import salted, steering
 from fnengine.host.step import NEWEST, Admission, StepInput
 
@@ -48,6 +49,8 @@ class Planned:
     """Runs whose blocks this step saves to host memory."""
     prompt_tokens: int
     """Of the new tokens, those of prompts."""
+    stamp: int = 0
+    """`States.stamp` when it was made."""
 
     @property
     def before(self) -> tuple[int, ...]:
@@ -139,6 +142,7 @@ def extend(
     seed: int,
     wish: Literal["last", "all"] | None,
     taps: tuple[str, ...] = (),
+    likeliest: int = 0,
     priority: int,
     arrival: float,
 ) -> Run:
@@ -152,7 +156,7 @@ def extend(
     """
     n = len(tokens)
     assert n > base.length and id not in host.requests, "nothing to compute, or an id in use"
-    request = Request(id, tokens, sampling or Sampling(), priority=priority, arrival=arrival)
+    request = Request(id, tokens, sampling or PLAIN, priority=priority, arrival=arrival)
     chosen = int(sampling is not None)
     run = Run(
         request=request,
@@ -173,6 +177,7 @@ def extend(
         base=base,
         wish=wish,
         taps=taps,
+        likeliest=likeliest,
     )
     host.numbered += 1
     host.requests[id] = (run,)
@@ -268,6 +273,8 @@ def plan(host: Host, now: float) -> Planned | None:
     and then committed (or failed) in order."""
     ledger, host.now = host.ledger, now
     ledger.settle()
+    if ledger.states is not None:
+        ledger.states.settle()
     if host.resting_slots:
         host.free_slots += host.resting_slots
         host.resting_slots.clear()
@@ -288,7 +295,7 @@ def plan(host: Host, now: float) -> Planned | None:
             urgent = _most_urgent(host)
             continue
         if run.patient and run.newest and run.inflight:
-            walk.reserved -= 1
+            walk.reserved -= run.wanted() == 1  # nothing was kept for one whose last token is on its way
         elif run.draft and _verify(host, walk, run):
             pass
         elif not (run.newest and _generate(ledger, walk, run)):
@@ -299,12 +306,38 @@ def plan(host: Host, now: float) -> Planned | None:
     draft = walk.draft
     if not draft.runs and not draft.many:
         return None
+    if ledger.states is not None:
+        _keep(ledger.states, draft)
     host.steps += 1
     step = pack(draft, host.leaving)
     leaving = tuple([e[0] for e in host.leaving])
     host.leaving = []
     runs = (*draft.runs, *[m[0] for m in draft.many])
-    return Planned(step, runs, tuple([run.path for run in runs]), leaving, walk.prompt_tokens)
+    stamp = 0 if ledger.states is None else ledger.states.stamp
+    return Planned(step, runs, tuple([run.path for run in runs]), leaving, walk.prompt_tokens, stamp)
+
+
+def _keep(states: States, draft: Draft) -> None:
+    """Puts into the step the states that are to be kept before it, where rows stand at such a place."""
+    fresh = {a.row for a in draft.admit}
+    for run, n in [*((run, 1) for run in draft.runs), *((m[0], m[2]) for m in draft.many)]:
+        before = run.path.length - n
+        if states.wanted(before, _prompt_of(run)) and run.row not in fresh:
+            states.keep(run.path, before, run.row)
+    draft.keep = states.drain()
+
+
+def _prompt_of(run: Run) -> int:
+    """Tokens of the run that were there when it began."""
+    return run.prompt_len if run.base is None else run.known
+
+
+def _chunk(host: Host, walk: _Walk, run: Run, computed: int) -> int:
+    """How many of the run's next tokens the step takes; 0 for none."""
+    n = walk.chunk(run.total - computed, host.policy.chunked)
+    if host.ledger.states is not None and host.policy.chunked:
+        n = host.ledger.states.chunk(computed, n, _prompt_of(run))
+    return n
 
 
 def _most_urgent(host: Host) -> float:
@@ -415,7 +448,7 @@ def _advance(host: Host, walk: _Walk, run: Run) -> None:
         walk.reserved -= 1
         n = min(walk.left, 1)
     else:
-        n = walk.chunk(want, host.policy.chunked)
+        n = _chunk(host, walk, run, run.path.length)
     if run.wish == "all":
         n = min(n, walk.picks)
     if n <= 0:
@@ -494,8 +527,15 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
         n = min(len(run.scores) + 1, run.known) if run.unscored() else run.known
         n = min(run.seen + 1, n) if run.taps and run.base is None else n
         path = ledger.match(run.tokens[:n], run.salt, count=False)
+    place = since = NOWHERE
+    if ledger.states is not None:
+        whole = path
+        length, place = ledger.states.find(whole)
+        since = ledger.states.when(place)
+        path = ledger.cut(whole, length)
+        ledger.free(whole)
     base = max(path.length, run.saved)
-    n = walk.chunk(run.total - base, host.policy.chunked)
+    n = _chunk(host, walk, run, base)
     if run.wish == "all":
         n = min(n, walk.picks)
     if n <= 0:
@@ -531,7 +571,7 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
         run.slots, run.saved = (), 0
     ledger.free(path)
     walk.draft.copy += extension.copy
-    run.path, run.status, run.row = extension.path, "running", host.free_rows.pop()
+    run.path, run.status, run.row, run.since = extension.path, "running", host.free_rows.pop(), since
     insort(running, run, key=key_of)
     walk.draft.admit.append(
         Admission(
@@ -544,6 +584,7 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
             seed=run.seed,
             suppress=run.suppress,
             suppress_until=run.suppress_until,
+            state=place,
             steer=() if run.steer is None else run.steer.vectors,
         )
     )

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 POOLINGS = ("last", "mean", "cls")
 """The last token's activations, the mean of all, the first token's."""
+LABELS = "labels"
+"""What is asked of a classifier in place of a pooling: the number of each of its labels."""
 DEFAULT = "last"
 """Where neither request nor checkpoint says: only the last token of a decoder has seen the others."""
 TAP = "final"
@@ -53,15 +55,29 @@ def embedding(run: Run, finish: str) -> np.ndarray | None:
     return None if pooling is None or finish != "length" else vector(pooling, run.inside, run.known)
 
 
-def declared(folder: Path | str | None) -> str:
-    """The pooling that a checkpoint asks for, as sentence-transformers writes it; `DEFAULT` where it says nothing.
+def spread(how: str, number_N: np.ndarray) -> np.ndarray:
+    """[N] float32: shares of labels out of their numbers, each its own (`sigmoid`), or of 1 (`softmax`), or as they
+    are (`identity`)."""
+    x_N = number_N.astype(np.float64)
+    if how == "sigmoid":
+        x_N = np.exp(-np.logaddexp(0.0, -x_N))
+    elif how == "softmax":
+        x_N = np.exp(x_N - x_N.max())
+        x_N = x_N / x_N.sum()
+    else:
+        assert how == "identity", how
+    return x_N.astype(np.float32)
+
+
+def declared(folder: Path | str | None, default: str = DEFAULT) -> str:
+    """The pooling that a checkpoint asks for, as sentence-transformers writes it; the default where it says nothing.
 
     Raises:
         CheckpointError: it asks for another one than there are.
     """
     path = None if folder is None else Path(folder) / "1_Pooling" / "config.json"
     if path is None or not path.is_file():
-        return DEFAULT
+        return default
     names = {"lasttoken": "last", "mean_tokens": "mean", "cls_token": "cls"}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

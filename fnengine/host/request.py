@@ -164,6 +164,10 @@ class Speculate:
             raise RequestError(f"draft tokens must be between 0 and {MAX_DRAFT}, got {self.k}", param="speculative")
 
 
+PLAIN = Sampling()
+"""What a row has whose tokens nobody draws. Made once: a new one is checked field by field, for every fork's row."""
+
+
 @dataclass(frozen=True)
 class Stop:
     """When a sequence ends."""
@@ -228,7 +232,10 @@ class Request:
     guide: Guide | None = None
     """Grammar and budget made ready, by `Engine.prepare`; where it is not there, `Engine.submit` does that first."""
     pooling: str | None = None
-    """One of `pooling.POOLINGS`: the answer is no text but the prompt's embedding, and `stop.max_tokens` is 0."""
+    """One of `pooling.POOLINGS`: the answer is no text but the prompt's embedding, and `stop.max_tokens` is 0; or
+    `pooling.LABELS`, of a model that has some: what it says of each."""
+    pair: int = 0
+    """Where in the prompt the second text of a pair begins, for models that are told; 0: it is one text."""
     arrival: float = 0.0
     """Seconds of the engine's clock."""
 

@@ -66,6 +66,17 @@ PICKS = 32
 logits are all wanted comes 32 tokens at a time, 20 MB of them for a vocabulary of 151,936."""
 
 
+DRAFTED, DRAFT_LOGITS = 4, 64 << 20
+"""Where all sequences may draft at once: tokens of each whose logits have room beside its newest one's, as far as that
+takes no more bytes."""
+
+
+def picks_of(rows: int, vocab: int, drafting: bool) -> int:
+    """Most tokens of a step after which logits are made. `drafting`: a companion drafts for many sequences at once."""
+    some = max(rows, PICKS)
+    return max(some, min(rows * (DRAFTED + 1), DRAFT_LOGITS // (4 * vocab))) if drafting else some
+
+
 @dataclass(frozen=True)
 class Policy:
     """Sizes and costs the scheduler goes by."""
@@ -151,6 +162,10 @@ class Run:
     """Of an extension: logits after its last token, or after every one. None for any other run."""
     logits: list[Any] = field(default_factory=list)
     """What came of them so far."""
+    likeliest: int = 0
+    """Of an extension: so many of the likeliest tokens after its last token, with their log-probabilities, ..."""
+    found: tuple[np.ndarray, np.ndarray] | None = None
+    """... which are these: ids and log-probabilities."""
     taps: tuple[str, ...] = ()
     """What of the model's inside is wanted at each of its tokens, and what came of it: of an extension all so far, of
     any other run what nobody has taken yet, of tokens that stay."""
@@ -181,6 +196,8 @@ class Run:
     """Host slots that hold its blocks while it is swapped out."""
     saved: int = 0
     """Tokens of KV in `slots`."""
+    since: int = -1
+    """`States.stamp` when the state was kept that it began from."""
     scores: list[TokenLogprob] = field(default_factory=list)
     """Of prompt tokens 1, 2, ..., when asked for."""
     scheduled: float | None = None
@@ -351,7 +368,8 @@ def preempt(host: Host, run: Run) -> None:
     _leave(host, run)
     computed = run.path.length - run.drafted  # a draft that is in flight may be wrong
     blocks = blocks[: -(-computed // host.ledger.block)]
-    n = 0 if run.base is not None else len(blocks)  # the base of an extension stays where it is
+    # The base of an extension stays where it is, and states are not saved: what was kept of them is found again.
+    n = 0 if run.base is not None or host.ledger.states is not None else len(blocks)
     move, redo = 2 * n * policy.swap_seconds_per_block, computed * policy.recompute_seconds_per_token
     if 0 < n <= len(host.free_slots) and move < redo:
         run.slots, run.saved = tuple(host.free_slots[-n:]), computed

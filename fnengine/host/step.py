@@ -54,6 +54,8 @@ class Admission:
     """Token ids that may not be chosen ..."""
     suppress_until: int = 0
     """... for positions before this one (min_tokens)."""
+    state: int = -1
+    """The place of the state that the row begins from, in layers that have states; -1 where it has no tokens yet."""
     steer: tuple[tuple[str, np.ndarray], ...] = ()
     """(layer, [D] float32): what is added to the residual stream after layers that were declared."""
 
@@ -72,7 +74,7 @@ class Ask:
     sample: bool = True
     """False: no token is chosen (rt.extend without `sample`)."""
     logprobs: int | None = None
-    """Top-k log-probabilities beside the chosen token's; None for none."""
+    """Top-k log-probabilities after the picked tokens, beside the chosen token's where one is; None for none."""
     score: int | None = None
     """Log-probabilities of `StepInput.target` at every new token, with this many most likely ones; None for none."""
     logits: bool = False
@@ -128,6 +130,9 @@ class StepInput:
     """[S, 2] int32 (block, host slot): KV saved to host memory before anything else in the step."""
     swap_in: np.ndarray | None = None
     """[S, 2] int32 (host slot, block): KV brought back, after swap_out and before copies."""
+    keep: np.ndarray | None = None
+    """[K, 2] int32 (row, place): states kept, in all recurrent layers, before anything else in the step; the rows that
+    are admitted take theirs after that."""
 
     def picked(self) -> np.ndarray:
         """[R + 1] int: batch row r has the picked tokens picked[r]:picked[r+1]."""
@@ -157,7 +162,7 @@ class StepOutput:
     count: np.ndarray
     """[R] int32: 0 while prefilling, 1 when decoding, up to emit[r] where drafts were right."""
     logprobs: Scores | None = None
-    """n = R * W, row by row"""
+    """n = R * W, row by row; those of a row that chooses nothing are after the last token it picks"""
     score: Scores | None = None
     """n = T, in the order of `StepInput.token`"""
     logits: Any = None
@@ -190,5 +195,7 @@ class Device(Protocol):
     """Most tokens a row can hold."""
     host_slots: int
     """Blocks of host memory for swapping; 0 when there is none."""
+    kept: int | None
+    """Places of states beside those of the M + 1 rows; None where no layer has a state."""
 
     def launch(self, step: StepInput) -> Ticket: ...

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -110,6 +111,31 @@ class Tokenizer:
                 "the text holds a lone surrogate, which is not a Unicode character",
                 remedy="send characters above U+FFFF whole or as a pair of escapes",
             ) from error
+
+    def encode_pair(
+        self, first: str, second: str, add_special: bool = True, most: int | None = None, left: bool = False
+    ) -> tuple[list[int], int]:
+        """(token ids of two texts in one prompt, as tokenizer.json joins them; where those of the second type begin, 0
+        if none are).
+
+        Args:
+            most: tokens that may stand, special ones included; what is too much is taken from the longer text, as
+                tokenizers' LongestFirst does, at its end, or with `left` at its beginning.
+
+        Raises: RequestError when a text is no Unicode text.
+        """
+        for text in (first, second):
+            self.encode(text, False)  # raises
+        a, b = (self.backend.encode(text, add_special_tokens=False) for text in (first, second))
+        special = self.backend.num_special_tokens_to_add(True) if add_special else 0
+        if most is not None and len(a) + len(b) + special > most:
+            room = max(most - special, 0)
+            short = min(len(a), len(b), room // 2)
+            sizes = (room - short, short) if len(a) > len(b) else (short, room - short)
+            for encoding, n in zip((a, b), sizes, strict=True):
+                encoding.truncate(n, direction="left" if left else "right")
+        joined = self.backend.post_process(a, b, add_special)
+        return joined.ids, next((i for i, t in enumerate(joined.type_ids) if t), 0)
 
     def render_chat(
         self,
@@ -240,6 +266,8 @@ def read_decoding(decoder: Mapping[str, Any] | None) -> Decoding:
 
 def load(folder: Path) -> Tokenizer:
     """What `Tokenizer.load` returns."""
+    if folder.suffix == ".gguf":
+        return _of_gguf(folder)
     config = _read_json(folder / "tokenizer_config.json")
     declared = {**_read_json(folder / "special_tokens_map.json"), **{k: v for k, v in config.items() if v is not None}}
     backend = _read_backend(folder)
@@ -279,6 +307,22 @@ def load(folder: Path) -> Tokenizer:
         templates=_read_templates(folder, config),
         notes=tuple(notes),
     )
+
+
+def _of_gguf(file: Path) -> Tokenizer:
+    """The tokenizer that a GGUF file describes: transformers writes it as the files that are read here."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            from transformers import AutoTokenizer
+
+            AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
+        except Exception as error:  # transformers raises anything from OSError to KeyError here
+            raise CheckpointError(
+                f"the tokenizer in it cannot be read: {type(error).__name__}: {error}",
+                where=str(file),
+                remedy="name a folder that has the tokenizer's own files with --tokenizer",
+            ) from error
+        return load(Path(folder))
 
 
 def _read_backend(folder: Path) -> tokenizers.Tokenizer:

@@ -12,6 +12,7 @@ import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ from fnengine.serve.replies import (
     problem,
     whole,
 )
-from fnengine.serve.routes import Core, Route, unbuilt
+from fnengine.serve.routes import Core, Route, check_task, unbuilt
 from fnengine.serve.sse import SILENCE, EventStream
 from fnengine.settings import Settings
 
@@ -58,7 +59,7 @@ LARGE = 1 << 16
 """Bytes of a body from which on parsing and tokenizing leave the event loop, which other streams need."""
 PROMPT_TOKEN = 48
 """Bytes of a token of a prompt while its request is open: as an object, in the answer's shape, in the engine."""
-_KIND = re.compile(r"^(chatcmpl-|cmpl-|msg_|resp_|embd-|pool-|score-|rerank-)")
+_KIND = re.compile(r"^(chatcmpl-|cmpl-|msg_|resp_|embd-|pool-|score-|rerank-|classify-)")
 """What ids of answers begin with, before the request's own."""
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -86,6 +87,8 @@ def make_app(
     tool_call_parser: str = "auto",
     reasoning_parser: str = "auto",
     enable_auto_tool_choice: bool = True,
+    tokens_as_ids: bool = False,
+    always_usage: bool = False,
     silence: float = SILENCE,
     profile_dir: str | None = None,
     stuck: float = operations.STUCK,
@@ -110,6 +113,8 @@ def make_app(
         stream_interval: tokens a chunk holds at least, the first and last of a choice excepted.
         tool_call_parser, reasoning_parser: names as `serve.parsing.choose` has them.
         enable_auto_tool_choice: whether models may choose tools by themselves.
+        tokens_as_ids: name tokens `token_id:<n>` where a request does not say.
+        always_usage: every stream ends with usage.
         silence: seconds without an event before a keep-alive comment.
         profile_dir: where /stop_profile leaves its traces; None turns profiling off.
         stuck: seconds without a step, while there is work, from which on /health/decode is a 503.
@@ -168,6 +173,12 @@ def make_app(
 
         return await asyncio.to_thread(work) if size > LARGE else work()
 
+    def defaults(body: Any, shape: translate.Shape) -> translate.Shape:
+        """What requests that do not say get here."""
+        if tokens_as_ids and getattr(body, "return_tokens_as_token_ids", None) is None:
+            shape = replace(shape, as_ids=True)
+        return replace(shape, include_usage=True) if always_usage and shape.stream else shape
+
     def named(body: Any) -> str:
         name = translate.choose_model(engine, body.model)
         if name is None:
@@ -178,9 +189,12 @@ def make_app(
             )
         return name
 
-    async def generate(request: Request, model: type[Any], make: Callable[..., translate.Job]) -> Response:
+    async def generate(
+        request: Request, model: type[Any], make: Callable[..., translate.Job], task: str = "generate"
+    ) -> Response:
         body, ignored = await read(request, model)
         name = named(body)
+        check_task(engine, task)
         why = engine.healthy()
         if why is not None:
             raise Unavailable(f"the engine cannot serve: {why}")
@@ -201,6 +215,7 @@ def make_app(
                 return make(body, engine, id=flight.id, created=int(wall()), model=name)
 
             job = await asyncio.to_thread(work) if request.scope["fnengine.large"] or _large(body) else work()
+            job = replace(job, shape=defaults(body, job.shape))
             prompts = room.take(0, PROMPT_TOKEN * translate.tokens_held(job))
         except BaseException:
             over()

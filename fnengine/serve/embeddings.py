@@ -1,27 +1,32 @@
-"""Vectors of texts: /v1/embeddings and /pooling, and what is made of their cosines, /score and /rerank."""
+"""Vectors of texts: /v1/embeddings and /pooling, and what is made of two of them, /score and /rerank; /classify.
+
+Scores are cosines of embeddings, or what a classifier with one label says of a pair, which it reads as one text.
+"""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from pydantic import BaseModel, Field
 
 from fnengine.errors import ContextLengthError, FnError, RequestError
 from fnengine.host.output import Delta
-from fnengine.host.pooling import check_pooling
+from fnengine.host.pooling import LABELS, check_pooling, spread
 from fnengine.host.request import Request, Stop
 from fnengine.serve.engine_port import EnginePort, Text
-from fnengine.serve.protocol import CONFIG, Bool, Int
+from fnengine.serve.protocol import CONFIG, Bool, Int, TokenizeBody
 from fnengine.serve.routes import Core, Route
-from fnengine.serve.translate import Job, Shape, check_ids
+from fnengine.serve.translate import Job, Shape, check_ids, from_tokenize
 
 MOST_INPUTS = 2048
 """As OpenAI's."""
 
 Body = Callable[["Vectors"], dict[str, Any]]
+Input = str | list[int] | tuple[str, str]
+"""A text, its token ids, or a pair of texts."""
 
 
 class PoolBody(BaseModel):
@@ -35,16 +40,30 @@ class PoolBody(BaseModel):
     truncation_side: str | None = None
     add_special_tokens: Bool = None
     timeout: float | None = Field(default=None, gt=0)
+    use_activation: Bool = None
+    activation: Bool = None
     priority: Int | None = None
     cache_salt: str | None = Field(default=None, min_length=1, max_length=128)
     request_id: str | None = Field(default=None, min_length=1, max_length=128)
 
 
-class EmbeddingBody(PoolBody):
-    input: str | list[str] | list[Int] | list[list[Int]]
+class TextBody(PoolBody):
+    """One of: inputs, or a conversation, which the chat template makes one text of."""
+
+    input: str | list[str] | list[Int] | list[list[Int]] | None = None
+    messages: list[dict[str, Any]] | None = Field(default=None, min_length=1)
+    add_generation_prompt: Bool = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class EmbeddingBody(TextBody):
     encoding_format: str | None = None
     dimensions: Int | None = None
     normalize: Bool = None
+
+
+class ClassifyBody(TextBody):
+    pass
 
 
 class ScoreBody(PoolBody):
@@ -61,7 +80,7 @@ class RerankBody(PoolBody):
     return_documents: Bool = None
 
 
-def _refuse(param: str, what: str, remedy: str | None = None):
+def _refuse(param: str, what: str, remedy: str | None = None) -> NoReturn:
     raise RequestError(what, where=param, param=param, remedy=remedy)
 
 
@@ -81,6 +100,20 @@ def inputs_of(value: Any, param: str = "input") -> list[str | list[int]]:
     return many
 
 
+def said(body: TextBody, text: Text) -> list[str | list[int]]:
+    """What a body gives to be read."""
+    if body.messages is None:
+        return inputs_of(body.input) if body.input is not None else _refuse("input", "is required, or messages")
+    if body.input is not None:
+        _refuse("messages", "is one input, and there is another one", "send either")
+    asked = TokenizeBody(
+        messages=body.messages,
+        add_generation_prompt=body.add_generation_prompt is True,
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
+    return [from_tokenize(asked, text)]
+
+
 def tokens_of(text: Text, one: str | list[int], body: PoolBody, limit: int) -> tuple[int, ...]:
     """Token ids of an input, cut to what `truncate_prompt_tokens` lets stand; special tokens of a text stay."""
     if isinstance(one, str):
@@ -98,9 +131,15 @@ def tokens_of(text: Text, one: str | list[int], body: PoolBody, limit: int) -> t
     return (*ids[:before], *kept, *ids[len(ids) - behind :])
 
 
-def job_of(
-    body: PoolBody, inputs: Sequence[str | list[int]], engine: EnginePort, kind: str, tell: Body, **named: Any
-) -> Job:
+def prompt_of(text: Text, one: Input, body: PoolBody, limit: int) -> tuple[tuple[int, ...], int]:
+    """(token ids of an input, where the second text begins if it is a pair)."""
+    if not isinstance(one, tuple):
+        return tokens_of(text, one, body, limit), 0
+    ids, pair = text.encode_pair(*one, body.add_special_tokens is not False, limit, body.truncation_side == "left")
+    return tuple(ids), pair
+
+
+def job_of(body: PoolBody, inputs: Sequence[Input], engine: EnginePort, kind: str, tell: Body, **named: Any) -> Job:
     """A request for the vector of each input, and who writes what becomes of them.
 
     Raises:
@@ -113,7 +152,8 @@ def job_of(
     if body.truncation_side not in (None, "left", "right"):
         _refuse("truncation_side", f"must be left or right, got {body.truncation_side[:40]!r}")
     cut = 1 << 62 if limit is None else most if limit == -1 else limit
-    ids = [tokens_of(engine.tokenizer, one, body, cut) for one in inputs]
+    read = [prompt_of(engine.tokenizer, one, body, cut) for one in inputs]
+    ids = [one for one, _ in read]
     check_ids(ids, engine.tokenizer.vocab_size, named.get("param", "input"))
     for one in ids:
         if len(one) > most:
@@ -129,11 +169,12 @@ def job_of(
             prompt=np.asarray(prompt, dtype=np.int32),
             stop=Stop(max_tokens=0),
             pooling=body.pooling or engine.pooling,
+            pair=pair,
             priority=0 if body.priority is None else body.priority,
             salt=body.cache_salt or "",
             arrival=now,
         )
-        for i, prompt in enumerate(ids)
+        for i, (prompt, pair) in enumerate(read)
     )
     shape = Shape("completion", f"{kind}-{id}", named["created"], named["model"], engine.fingerprint, tuple(ids))
     return Job(requests, shape, write=lambda shape, *_: Vectors(shape, tell))
@@ -201,23 +242,68 @@ def embedding_job(body: EmbeddingBody, engine: EnginePort, *, raw: bool, **named
         _refuse("dimensions", f"must be between 1 and {width}, got {body.dimensions}")
     normalize = not raw if body.normalize is None else body.normalize
     kind, place = ("pooling", "data") if raw else ("embedding", "embedding")
+    shares = "identity"
+    if engine.head is not None and (body.pooling or engine.pooling) == LABELS:
+        shares = engine.head.spread if activates(body) else shares
+        if body.dimensions is not None or body.normalize:
+            _refuse("normalize" if body.normalize else "dimensions", "is for embeddings, and this gives labels")
 
     def tell(of: Vectors) -> dict[str, Any]:
         data = [
-            {"object": kind, "index": i, place: written(shaped(v, body.dimensions, normalize), form)}
+            {"object": kind, "index": i, place: written(shaped(spread(shares, v), body.dimensions, normalize), form)}
             for i, v in enumerate(of.vectors())
         ]
-        s = of.shape
-        return {
-            "id": s.id,
-            "object": "list",
-            "created": s.created,
-            "model": s.model,
-            "data": data,
-            "usage": of.usage(),
-        }
+        return listed(of, data)
 
-    return job_of(body, inputs_of(body.input), engine, "pool" if raw else "embd", tell, **named)
+    return job_of(body, said(body, engine.tokenizer), engine, "pool" if raw else "embd", tell, **named)
+
+
+def activates(body: PoolBody) -> bool:
+    """Whether numbers of labels become shares."""
+    return (body.use_activation if body.activation is None else body.activation) is not False
+
+
+def listed(of: Vectors, data: list[dict[str, Any]]) -> dict[str, Any]:
+    """The body around a list of results."""
+    s = of.shape
+    return {"id": s.id, "object": "list", "created": s.created, "model": s.model, "data": data, "usage": of.usage()}
+
+
+def classify_job(body: ClassifyBody, engine: EnginePort, **named: Any) -> Job:
+    """The job of /classify: the share of each label, and the first of the largest."""
+    head = engine.head
+    assert head is not None, "check_task comes first"
+    if body.pooling is not None:
+        _refuse("pooling", "is the model's own where texts are classified")
+    how = head.spread if activates(body) else "identity"
+
+    def tell(of: Vectors) -> dict[str, Any]:
+        shares = [spread(how, v) for v in of.vectors()]
+        data = [
+            {"index": i, "label": head.labels[int(s.argmax())], "probs": s.tolist(), "num_classes": len(s)}
+            for i, s in enumerate(shares)
+        ]
+        return listed(of, data)
+
+    return job_of(body, said(body, engine.tokenizer), engine, "classify", tell, **named)
+
+
+def compared(
+    body: PoolBody, engine: EnginePort, one: list[Any], two: list[Any]
+) -> tuple[list[Input], Callable[[list[np.ndarray]], list[float]]]:
+    """(what is read, how scores come from its vectors), for one text with each of many, or pair by pair."""
+    head, left = engine.head, one * len(two) if len(one) == 1 else one
+    if head is None:
+
+        def cosines(vectors: list[np.ndarray]) -> list[float]:
+            first = vectors[: len(one)] * (len(two) if len(one) == 1 else 1)
+            return [cosine(a, b) for a, b in zip(first, vectors[len(one) :], strict=True)]
+
+        return [*one, *two], cosines
+    if body.pooling is not None:
+        _refuse("pooling", "is the model's own where pairs are scored")
+    how = head.judged if activates(body) else "identity"
+    return list(zip(left, two, strict=True)), lambda vectors: [float(spread(how, v)[0]) for v in vectors]
 
 
 def score_job(body: ScoreBody, engine: EnginePort, **named: Any) -> Job:
@@ -231,25 +317,18 @@ def score_job(body: ScoreBody, engine: EnginePort, **named: Any) -> Job:
     if len(one) not in (1, len(two)):
         _refuse(names[0], f"must be one text, or as many as {names[1]} ({len(two)}), got {len(one)}")
 
-    def tell(of: Vectors) -> dict[str, Any]:
-        vectors, s = of.vectors(), of.shape
-        left = vectors[: len(one)] * (len(two) if len(one) == 1 else 1)
-        pairs = zip(left, vectors[len(one) :], strict=True)
-        data = [{"object": "score", "index": i, "score": cosine(a, b)} for i, (a, b) in enumerate(pairs)]
-        return {
-            "id": s.id,
-            "object": "list",
-            "created": s.created,
-            "model": s.model,
-            "data": data,
-            "usage": of.usage(),
-        }
+    inputs, scores = compared(body, engine, one, two)
 
-    return job_of(body, [*one, *two], engine, "score", tell, param=names[0], **named)
+    def tell(of: Vectors) -> dict[str, Any]:
+        return listed(
+            of, [{"object": "score", "index": i, "score": score} for i, score in enumerate(scores(of.vectors()))]
+        )
+
+    return job_of(body, inputs, engine, "score", tell, param=names[0], **named)
 
 
 def rerank_job(body: RerankBody, engine: EnginePort, **named: Any) -> Job:
-    """The job of /rerank: documents by their cosine with the query, best first."""
+    """The job of /rerank: documents by their score with the query, best first."""
     texts = []
     for i, d in enumerate(body.documents):
         text = d.get("text") if isinstance(d, dict) else d
@@ -261,32 +340,35 @@ def rerank_job(body: RerankBody, engine: EnginePort, **named: Any) -> Job:
     if body.top_n is not None and body.top_n < 0:
         _refuse("top_n", f"must be at least 0, got {body.top_n}")
 
+    inputs, scores = compared(body, engine, [body.query], texts)
+
     def tell(of: Vectors) -> dict[str, Any]:
-        query, *others = of.vectors()
-        found = [{"index": i, "relevance_score": cosine(query, v)} for i, v in enumerate(others)]
+        found: list[dict[str, Any]] = [
+            {"index": i, "relevance_score": score} for i, score in enumerate(scores(of.vectors()))
+        ]
         if body.return_documents is not False:
             found = [{**f, "document": {"text": texts[f["index"]]}} for f in found]
         best = sorted(found, key=lambda f: (-f["relevance_score"], f["index"]))[: body.top_n or None]
         return {"id": of.shape.id, "model": of.shape.model, "usage": of.usage(), "results": best}
 
-    return job_of(body, [body.query, *texts], engine, "rerank", tell, param="documents", **named)
+    return job_of(body, inputs, engine, "rerank", tell, param="documents", **named)
 
 
 def routes(core: Core) -> list[Route]:
     """The routes of vectors."""
 
-    def serves(model: type[BaseModel], make: Callable[..., Job], **more: Any):
+    def serves(task: str, model: type[BaseModel], make: Callable[..., Job], *paths: str, **more: Any) -> list[Route]:
         async def vectors(request: Any):
             return await core.generate(
-                request, model, lambda body, engine, **named: make(body, engine, **more, **named)
+                request, model, lambda body, engine, **named: make(body, engine, **more, **named), task
             )
 
-        return vectors
+        return [Route(path, "POST", vectors, model) for path in paths]
 
-    found = [
-        Route("/v1/embeddings", "POST", serves(EmbeddingBody, embedding_job, raw=False), EmbeddingBody),
-        Route("/pooling", "POST", serves(EmbeddingBody, embedding_job, raw=True), EmbeddingBody),
+    return [
+        *serves("embed", EmbeddingBody, embedding_job, "/v1/embeddings", raw=False),
+        *serves("pool", EmbeddingBody, embedding_job, "/pooling", raw=True),
+        *serves("classify", ClassifyBody, classify_job, "/classify", "/v1/classify"),
+        *serves("score", ScoreBody, score_job, "/score", "/v1/score"),
+        *serves("score", RerankBody, rerank_job, "/rerank", "/v1/rerank", "/v2/rerank"),
     ]
-    found += [Route(path, "POST", serves(ScoreBody, score_job), ScoreBody) for path in ("/score", "/v1/score")]
-    paths = ("/rerank", "/v1/rerank", "/v2/rerank")
-    return found + [Route(path, "POST", serves(RerankBody, rerank_job), RerankBody) for path in paths]

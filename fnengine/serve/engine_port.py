@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from fnengine.host.output import Delta, Finished, Gauges, StepFacts
 from fnengine.host.request import Request, Speculate
 from fnengine.host.survey import Survey
+from fnengine.spec import Head
 
 
 class Text(Protocol):
@@ -32,6 +33,12 @@ class Text(Protocol):
         ...
 
     def encode(self, text: str, add_special: bool = True) -> list[int]: ...
+
+    def encode_pair(
+        self, first: str, second: str, add_special: bool = True, most: int | None = None, left: bool = False
+    ) -> tuple[list[int], int]:
+        """(ids of two texts in one prompt, where the second type begins), cut to `most` tokens."""
+        ...
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
 
@@ -90,6 +97,16 @@ class EnginePort(Protocol):
 
     @property
     def tokenizer(self) -> Text: ...
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What may be asked of it: `generate`, `embed`, `pool`, `classify`, `score`."""
+        ...
+
+    @property
+    def head(self) -> Head | None:
+        """The labels of a classifier; None where scores are cosines."""
+        ...
 
     @property
     def width(self) -> int:

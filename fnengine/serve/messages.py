@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fnengine.errors import FnError, RequestError
+from fnengine.host.grammar import Grammar, from_text_format
 from fnengine.host.output import Delta
 from fnengine.serve.answer import Answer, dump
 from fnengine.serve.protocol import ChatBody, Generate, Int, TokenizeBody
@@ -44,6 +45,8 @@ class CountBody(Generate):
 class MessagesBody(CountBody):
     max_tokens: Int  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibleVariableOverride]
     stop_sequences: list[str] | None = None
+    output_format: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
 
 
 def _refuse(param: str, what: str, remedy: str | None = None) -> NoReturn:
@@ -146,8 +149,9 @@ def tool_of(tool: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(tool.get("input_schema"), dict):
         _refuse(f"{where}.input_schema", "must be a JSON schema, which is an object")
     function = {"name": tool.get("name"), "parameters": tool["input_schema"]}
-    if tool.get("description") is not None:
-        function["description"] = tool["description"]
+    for name in ("description", "strict"):
+        if tool.get(name) is not None:
+            function[name] = tool[name]
     return {"type": "function", "function": function}
 
 
@@ -177,6 +181,21 @@ def chat_of(body: MessagesBody, thinks: bool = True) -> tuple[ChatBody, tuple[st
         if choice.get("disable_parallel_tool_use"):
             fields["parallel_tool_calls"] = False
     return ChatBody(**fields), ignored
+
+
+def form_of(body: MessagesBody) -> tuple[Grammar | None, tuple[str, ...]]:
+    """(what the answer has to be, fields without effect); the format stands in a field of its own or in a newer one."""
+    config = body.output_config or {}
+    given = {"output_format": body.output_format, "output_config.format": config.get("format")}
+    found = [(name, value) for name, value in given.items() if value is not None]
+    if len(found) > 1:
+        _refuse("output_format", "is the older name of output_config.format", "give one of them")
+    form = None
+    for name, value in found:
+        if not isinstance(value, dict) or value.get("type") != "json_schema":
+            _refuse(f"{name}.type", "must be json_schema")
+        form = from_text_format(value, name)
+    return form, tuple(f"output_config.{name}" for name in config if name != "format")
 
 
 # --- from pieces to blocks --------------------------------------------------------------------------------------------
@@ -297,10 +316,14 @@ def routes(core: Core) -> list[Route]:
 
     def make(body: MessagesBody, engine: Any, *, id: str, created: int, model: str) -> Job:
         chat, ignored = chat_of(body, core.thinks)
-        job: Job = core.from_chat(chat, engine, id=id, created=created, model=model)
+        form, notes = form_of(body)
+        job: Job = core.from_chat(chat, engine, id=id, created=created, model=model, form=form)
         shape, stops = replace(job.shape, id=f"msg_{id}"), job.requests[0].stop.strings
         return Job(
-            job.requests, shape, job.ignored + ignored, lambda shape, *more: Message(Answer(shape, *more), stops)
+            job.requests,
+            shape,
+            job.ignored + ignored + notes,
+            lambda shape, *more: Message(Answer(shape, *more), stops),
         )
 
     async def messages(request: Request) -> Response:

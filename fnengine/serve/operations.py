@@ -76,6 +76,7 @@ def state(engine: EnginePort, recent: Recent, stuck: float = STUCK) -> dict[str,
         rows.append(told)
     return {
         "model": engine.name,
+        "tasks": list(engine.tasks),
         "gauges": {**asdict(gauges), "waiting_by_reason": dict(gauges.waiting_by_reason)},
         "requests": rows,
         "unlisted": survey.unlisted,

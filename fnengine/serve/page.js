@@ -303,6 +303,12 @@ function busy(yes) {
   $("again").disabled = yes || messages.at(-1)?.role !== "assistant";
 }
 
+/** The chat of a model that writes nothing: it says what the model does. */
+function reads(tasks) {
+  $("ask").hidden = true;
+  $("welcome").replaceChildren(element("p", "", `This model reads texts and writes none. What may be asked of it: ${tasks.join(", ")}.`));
+}
+
 // --- tooltips
 
 function place(x, y) {
@@ -394,7 +400,8 @@ function draw(s) {
     }),
   );
   owners = expand(s.pool.lengths);
-  $("pool-note").textContent = `${g.blocks_total} blocks of ${s.pool.block} tokens; ${g.blocks_held} held, ${g.blocks_cached} cached`;
+  if (s.tasks && !s.tasks.includes("generate")) reads(s.tasks);
+  $("pool-note").textContent = !g.blocks_total ? "none: texts are read whole" : `${g.blocks_total} blocks of ${s.pool.block} tokens; ${g.blocks_held} held, ${g.blocks_cached} cached`;
   drawPool(s);
   drawSteps(s.steps);
   drawRequests(s);

@@ -40,6 +40,7 @@ class ResponsesBody(Generate):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: Bool = None
     reasoning: dict[str, Any] | None = None
+    thinking_token_budget: Int | None = None
     text: dict[str, Any] | None = None
     truncation: str | None = None
     background: Bool = None
@@ -231,7 +232,7 @@ def chat_of(body: ResponsesBody, before: Sequence[dict[str, Any]]) -> tuple[Chat
         named = isinstance(body.tool_choice, dict) and body.tool_choice.get("type") == "function"
         function = {"type": "function", "function": {"name": body.tool_choice.get("name")}} if named else None  # pyright: ignore[reportAttributeAccessIssue]
         fields["tool_choice"] = function or body.tool_choice
-    for name in ("parallel_tool_calls", "chat_template_kwargs"):
+    for name in ("parallel_tool_calls", "chat_template_kwargs", "thinking_token_budget"):
         if getattr(body, name) is not None:
             fields[name] = getattr(body, name)
     ignored = [f"text.{name}" for name in body.text or () if name != "format"]

@@ -28,7 +28,8 @@ class Core:
     named: Callable[[Any], str]
     """The served name that a body means."""
     generate: Callable[..., Awaitable[Response]]
-    """(request, body's type, make) -> the answer; `make` gives a `Job` with its writer."""
+    """(request, body's type, make, task) -> the answer; `make` gives a `Job` with its writer, and the task is one of
+    `SERVED`, by default `generate`."""
     from_chat: Callable[..., Any]
     """A `ChatBody` -> a `Job`."""
     wall: Callable[[], float]
@@ -48,6 +49,26 @@ class Route:
     """Of the body."""
     problem: Callable[[FnError], Response] = problem
     """How the protocol tells errors."""
+
+
+SERVED = {
+    "generate": "/v1/chat/completions, /v1/completions, /v1/responses and /v1/messages",
+    "embed": "/v1/embeddings",
+    "pool": "/pooling",
+    "classify": "/classify",
+    "score": "/score and /rerank",
+}
+"""Task of an engine -> the routes that ask for it."""
+
+
+def check_task(engine: EnginePort, task: str) -> None:
+    """Raises RequestError for a task that is not the engine's; names what is."""
+    if task not in engine.tasks:
+        raise RequestError(
+            f"{engine.name} does not serve {SERVED[task]}",
+            param="model",
+            remedy=f"it serves {', '.join(SERVED[known] for known in engine.tasks)}",
+        )
 
 
 NOT_A_CHAT = ("n", "prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids", "timing", "stream_options")
@@ -73,8 +94,6 @@ def shared_fields(body: Generate) -> dict[str, Any]:
 UNBUILT = (
     ("/v1/load_lora_adapter", "LoRA adapters are not implemented yet"),
     ("/v1/unload_lora_adapter", "LoRA adapters are not implemented yet"),
-    ("/classify", "classification heads are not implemented yet; /pooling and /score read decoders"),
-    ("/v1/classify", "classification heads are not implemented yet; /pooling and /score read decoders"),
     ("/v1/responses/compact", "compacting a conversation is not implemented yet; send the whole of it"),
     ("/sleep", "giving memory back while nothing runs is not implemented yet"),
     ("/wake_up", "giving memory back while nothing runs is not implemented yet"),

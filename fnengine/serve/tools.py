@@ -32,7 +32,7 @@ EFFORTS: Mapping[str, int | None] = {
     "xhigh": None,
 }
 """Tokens of reasoning that an effort comes to, where the chat template knows none; None is no limit."""
-FORMATS = ("response_format", "text.format")
+FORMATS = ("response_format", "text.format", "output_")
 """Fields that say what an answer's content is."""
 FINAL = "<|channel|>final<|message|>"
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
@@ -69,14 +69,14 @@ def wanted(body: ChatBody, parsers: Parsers, text: Text, *, answer: Grammar | No
         RequestError: tools or the choice are malformed, contradict each other, or this model's text cannot be read for
             calls; `param` names the field.
     """
-    choice = _choice(body)
+    choice, names = _choice(body)
     content = Wanted() if answer is None else Wanted(grammar=answer, call=False, ignored=answer.ignored)
     if body.tools is None:
         return content
     schemas = check(body.tools)
-    name = choice["function"]["name"] if isinstance(choice, dict) else None
-    if name is not None and name not in schemas:
-        _refuse("tool_choice", f"names the function {name[:80]!r}, tools has {', '.join(schemas)[:400]}")
+    for name in names or ():
+        if name not in schemas:
+            _refuse("tool_choice", f"names the function {name[:80]!r}, tools has {', '.join(schemas)[:400]}")
     if choice == "none":  # what is not shown to the model cannot be called by it
         return content
     if choice == "auto" and not auto:
@@ -96,23 +96,23 @@ def wanted(body: ChatBody, parsers: Parsers, text: Text, *, answer: Grammar | No
     if choice == "auto" and answer is not None and rule is None:
         what = "cannot stand beside tools that the model may call"
         _refuse(answer.field, what, 'send tool_choice "none", or a schema, a pattern or choices')
-    if choice == "auto" and answer is None and not any(t["function"].get("strict") for t in body.tools):
+    strict = any(t["function"].get("strict") for t in body.tools)
+    if choice == "auto" and answer is None and names is None and not strict:
         return Wanted(body.tools, found)
-    form = HARMONY if parsers.tools == HARMONY else parsers.tools.name
+    form, shape = (HARMONY, None) if parsers.tools == HARMONY else (parsers.tools.name, parsers.tools.shape)
     # A mark that is one token is meant as that token, called special or not: that is how models write it.
-    marks = (*parsers.marks(True), "[ARGS]")
-    special = {mark: ids[0] for mark in marks if len(ids := text.encode(mark, add_special=False)) == 1}
+    special = {mark: ids[0] for mark in parsers.marks(True) if len(ids := text.encode(mark, add_special=False)) == 1}
     checked, ignored = [], [] if answer is None else list(answer.ignored)
     for i, tool in enumerate(body.tools):
         function = tool["function"]
-        if name not in (None, function["name"]):
+        if names is not None and function["name"] not in names:
             continue
         where = f"tools.{i}.function.parameters"
         given = function.get("parameters") or {"type": "object"}
         schema, notes = check_schema(given, where, strict=bool(function.get("strict")))
         checked.append({"function": {"name": function["name"], "parameters": schema}})
         ignored += notes
-    made = grammar_for(checked, choice, form, parallel=parallel, special=special, answer=rule)
+    made = grammar_for(checked, choice, form, parallel=parallel, special=special, answer=rule, shape=shape)
     grammar = written(made["grammar"], "tools", tuple(ignored))
     return Wanted(body.tools, found, grammar, None if choice == "auto" else True, grammar.ignored)
 
@@ -171,22 +171,41 @@ def budget_of(start: State | None, text: Text, tokens: int | None, call: bool | 
     return Budget(tokens, (tags.end,), ids(tags.end), None if thoughts.inside else tags.start)
 
 
-def _choice(body: ChatBody) -> str | dict[str, Any]:
+def _choice(body: ChatBody) -> tuple[str | dict[str, Any], tuple[str, ...] | None]:
+    """(none, auto, required or an object that names a function; functions that may be called, None for all)."""
     choice = body.tool_choice
     if choice is None:
-        return "none" if body.tools is None else "auto"
+        return ("none" if body.tools is None else "auto"), None
+    names: tuple[str, ...] | None = None
     if isinstance(choice, dict):
-        if choice.get("type") in ("allowed_tools", "custom"):
-            _refuse("tool_choice", f"{choice['type']} is not implemented", "send auto, and only the tools allowed")
-        function = choice.get("function")
-        name = function.get("name") if isinstance(function, dict) else None
-        if choice.get("type", "function") != "function" or not isinstance(name, str):
-            _refuse("tool_choice", 'must be {"type": "function", "function": {"name": "..."}}')
+        if choice.get("type") == "custom":
+            _refuse("tool_choice", "custom is not implemented", "send functions")
+        if choice.get("type") == "allowed_tools":
+            choice, names = _allowed(choice)
+        else:
+            function = choice.get("function")
+            name = function.get("name") if isinstance(function, dict) else None
+            if choice.get("type", "function") != "function" or not isinstance(name, str):
+                _refuse("tool_choice", 'must be {"type": "function", "function": {"name": "..."}}')
+            names = (name,)
     elif choice not in ("none", "auto", "required"):
         _refuse("tool_choice", f"must be none, auto, required or an object, got {choice[:40]!r}")
     if body.tools is None and choice not in ("none", "auto"):
         _refuse("tool_choice", "needs tools")
-    return choice
+    return choice, names
+
+
+def _allowed(choice: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """(auto or required, names) of a choice among some of the tools, all of which are shown to the model. Chats have it
+    in an object of its own, responses do not."""
+    inner = choice.get("allowed_tools", choice)
+    mode = inner.get("mode") if isinstance(inner, dict) else None
+    listed = inner.get("tools") if isinstance(inner, dict) else None
+    functions = [t.get("function", t) for t in listed if isinstance(t, dict)] if isinstance(listed, list) else []
+    names = tuple(f["name"] for f in functions if isinstance(f, dict) and isinstance(f.get("name"), str))
+    if mode not in ("auto", "required") or not names or len(names) != len(listed or ()):
+        _refuse("tool_choice", "allowed_tools needs a mode, auto or required, and tools, a list of functions' names")
+    return mode, names
 
 
 def check(tools: list[dict[str, Any]]) -> dict[str, Mapping[str, Any]]:

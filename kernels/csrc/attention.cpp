@@ -17,6 +17,9 @@
 //
 // K and V are multiplied where they lie (`pool.h`): nothing is transposed or packed.
 //
+// Where a token's values are its keys (latent attention: one KV head for all query heads), there is no pool of V: a tile
+// of keys is turned into values once for all queries of an item, into scratch memory, and then multiplied like any other.
+//
 // Where KV is rounded to 8 bits, queries and a tile's weights (times the scales of V) are rounded to 16 against the largest
 // of their row, and the sums over channels and over a tile's tokens are exact ones of integers.
 #include <algorithm>
@@ -43,7 +46,7 @@ static_assert(PART % TILE == 0, "a tile lies in one part");
 
 struct Call {
     const Element* q;
-    const Code *k, *v;
+    const Code *k, *v;    // v: null where values are keys
     const Element* sink;  // one a query head, or null
     Element* out;
     const int32_t *table, *row, *start, *length;
@@ -77,10 +80,15 @@ struct Item {
     const Group* group;
     const State* state;  // where the row's stand at `begin`, or null: nothing was read
 };
+// First token that a query at a position sees: with a window the last `window`, with -window those of its own chunk.
+FN_INLINE int64_t first_seen(const Call& a, int64_t position) {
+    if (a.window < 0) return position / -a.window * -a.window;
+    return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
+}
+
 // First token of the first tile that some query of the item sees.
 FN_INLINE int64_t first_tile(const Call& a, int r, int from) {
-    const int64_t position = a.length[r] - (a.start[r + 1] - from);
-    return a.window > 0 && position >= a.window ? (position - a.window + 1) / TILE * TILE : 0;
+    return first_seen(a, a.length[r] - (a.start[r + 1] - from)) / TILE * TILE;
 }
 
 // The tile of tokens [t, end) of batch row r; columns beyond the table, where only padding goes, are its last.
@@ -92,7 +100,7 @@ FN_INLINE Tile place(const Call& a, int r, int head, int64_t t, int64_t end) {
     for (int p = 0; p < tile.blocks(); p++) {
         const int64_t column = t / BLOCK + p, block = table[column < a.P ? column : a.P - 1];
         tile.k[p] = a.k + pool.k(block, head);
-        tile.v[p] = a.v + pool.v(block, head);
+        tile.v[p] = a.v ? a.v + pool.v(block, head) : nullptr;
     }
     return tile;
 }
@@ -100,8 +108,18 @@ FN_INLINE Tile place(const Call& a, int r, int head, int64_t t, int64_t end) {
 FN_INLINE Ahead coming(const Tile& tile, int C) {
     Ahead ahead;
     for (int p = 0; p < tile.blocks(); p++) ahead.add(tile.k[p], HEAD + BLOCK * C * sizeof(Code));
-    for (int p = 0; p < tile.blocks(); p++) ahead.add(tile.v[p], HEAD + BLOCK * C * sizeof(Code));
+    for (int p = 0; p < tile.blocks(); p++)
+        if (tile.v[p]) ahead.add(tile.v[p], HEAD + BLOCK * C * sizeof(Code));
     return ahead;
+}
+
+// Gives a tile without values those that are its keys, in memory that the thread's next tile takes.
+void share(Tile& tile, int C) {
+    if constexpr (!ROUNDED) {
+        static thread_local Scratch scratch;
+        auto* to = (Code*)scratch.reserve(sizeof(Code) * TILE * C);
+        for (int p = 0; p < tile.blocks(); p++, to += BLOCK * C) keys_as_values(tile.k[p], C, to), tile.v[p] = to;
+    }
 }
 
 struct Rows {  // of (query, head) pairs
@@ -185,8 +203,10 @@ FN_INLINE void read_tile(const Call& a, const Tile& tile, const Rows& s, int m, 
 
 // Queries are in order, so those of an item that see some of tokens [t, end) are a range of them.
 FN_INLINE Span seeing(const Call& a, const Item& it, int64_t t, int64_t end) {
-    const int64_t passed = end - 1 + a.window - it.position;  // the first whose window begins at `end` or behind it
-    return {t > it.position ? int(t - it.position) : 0, a.window > 0 && passed < it.n ? int(passed) : it.n};
+    // The first query whose window or chunk begins at `end` or behind it.
+    const int64_t chunk = -a.window, at = a.window < 0 ? (end + chunk - 1) / chunk * chunk : end - 1 + a.window;
+    const int64_t passed = at - it.position;
+    return {t > it.position ? int(t - it.position) : 0, a.window != 0 && passed < it.n ? int(passed) : it.n};
 }
 
 // An item's queries go over tokens [from, to) of one part; then `next` is to be read, from token `ahead` on, if not null.
@@ -195,7 +215,8 @@ void read(const Call& a, const Item& it, const Rows& s, int64_t from, int64_t to
     for (int64_t t = from; t < to; t += TILE) {
         const Span queries = seeing(a, it, t, t + TILE);
         for (int h = 0; h < heads; h++) {
-            const Tile tile = place(a, it.r, it.head + h, t, it.end);
+            Tile tile = place(a, it.r, it.head + h, t, it.end);
+            if (!a.v) share(tile, a.C);
             Tile after = tile;
             after.count = 0;
             if (h + 1 < heads)
@@ -205,8 +226,8 @@ void read(const Call& a, const Item& it, const Rows& s, int64_t from, int64_t to
             else if (next)
                 after = place(a, next->r, next->head, ahead, next->end);
             const auto seen = [&](int i) {
-                const int64_t at = it.position + queries.first + i / G;
-                return Span{a.window > 0 && at - a.window + 1 > t ? int(at - a.window + 1 - t) : 0,
+                const int64_t at = it.position + queries.first + i / G, first = first_seen(a, at);
+                return Span{first > t ? int(first - t) : 0,
                             at + 1 - t < tile.count ? int(at + 1 - t) : tile.count};
             };
             read_tile(a, tile, s, h * rows + queries.first * G, (queries.last - queries.first) * G, seen, coming(after, a.C));
@@ -487,7 +508,7 @@ void attend_all(const Call& a, int threads) {
     std::vector<State> states(a.R, State{});
     std::vector<int64_t> shared(a.R, 0);
     std::vector<Item> items;
-    const int found = a.window > 0 ? 0 : find_groups(a, members.data(), groups.data());
+    const int found = a.window != 0 ? 0 : find_groups(a, members.data(), groups.data());
     if (found) {
         static thread_local Scratch scratch;
         const size_t each_run = line(sizeof(Running) * queries * a.H), each_out = line(sizeof(float) * queries * a.H * width);
@@ -532,7 +553,7 @@ void attend_all(const Call& a, int threads) {
 }  // namespace
 }  // namespace fn
 
-// All of the library's element type. q_stride in elements, heads and channels of q contiguous; sink: [H] or null; scale
+// All of the library's element type. v: null where values are keys, which those of 8 bits cannot be. q_stride in elements, heads and channels of q contiguous; sink: [H] or null; scale
 // and cap as the bits of doubles, cap 0 for none.
 // Returns 0, or 1 when a row or block lies outside of its array or a length is too small (nothing is computed then).
 extern "C" int fn_paged_attention(const void* q, const void* k, const void* v, const void* sink, void* out,
@@ -543,6 +564,7 @@ extern "C" int fn_paged_attention(const void* q, const void* k, const void* v, c
     double scale, cap;
     memcpy(&scale, &scale_bits, sizeof scale);
     memcpy(&cap, &cap_bits, sizeof cap);
+    if (ROUNDED && !v) return 1;
     for (int64_t r = 0; r < R; r++) {
         const int64_t n = start[r + 1] - start[r];
         if (n == 0) continue;

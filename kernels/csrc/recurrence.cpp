@@ -67,11 +67,13 @@ extern "C" int fn_causal_conv(const float* x, const float* weight, const float* 
     return 0;
 }
 
-// q, k [T, G, C]; v [T, H, P]; decay [T, H]; beta [T, H] or null; memory [S, H, C, P]; out [T, H, P].
+// q, k: tokens of [G, C], v: tokens of [H, P], their strides apart; decay [T, H]; beta [T, H] or null; memory [S, H, C, P];
+// out [T, H, P].
 // 1 if a row is none of the states, 2 if keys are too wide.
 extern "C" int fn_gated_scan(const float* q, const float* k, const float* v, const float* decay, const float* beta,
                              float* memory, const int32_t* row, const int32_t* start, const int32_t* length, float* out,
-                             int64_t R, int64_t S, int64_t G, int64_t H, int64_t C, int64_t P, int threads) {
+                             int64_t R, int64_t S, int64_t G, int64_t H, int64_t C, int64_t P, int64_t q_stride,
+                             int64_t k_stride, int64_t v_stride, int threads) {
     using namespace fn;
     if (!inside(row, start, R, S)) return 1;
     if (C > MOST_KEYS) return 2;
@@ -87,10 +89,11 @@ extern "C" int fn_gated_scan(const float* q, const float* k, const float* v, con
         for (int64_t c = 0; c < C; c++)
             for (int j = 0; j < VECTORS; j++) m[c][j] = fresh ? vf{} : read(home + c * P + j * W, n - j * W);
         for (int64_t t = begin; t < end; t++) {
-            const float *q_C = q + (t * G + h / (H / G)) * C, *k_C = k + (t * G + h / (H / G)) * C;
+            const int64_t g = h / (H / G);
+            const float *q_C = q + t * q_stride + g * C, *k_C = k + t * k_stride + g * C;
             const vf keep = splat(decay[t * H + h]);
             vf u[VECTORS], o[VECTORS] = {};
-            for (int j = 0; j < VECTORS; j++) u[j] = read(v + (t * H + h) * P + p0 + j * W, n - j * W);
+            for (int j = 0; j < VECTORS; j++) u[j] = read(v + t * v_stride + h * P + p0 + j * W, n - j * W);
             if (beta) {
                 vf known[VECTORS] = {};
                 for (int64_t c = 0; c < C; c++)

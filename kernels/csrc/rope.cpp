@@ -197,6 +197,7 @@ void put_v_together(const Element* x, int64_t stride, int count, int at, int C, 
 // Asks for the lines of a head's K and V that a token is going to be written to.
 FN_INLINE void prefetch(const Code* k, const Code* v, int C) {
     for (int c = 0; c < C; c += PER) __builtin_prefetch(k + c * BLOCK, 1, 2);
+    if (!v) return;
     for (int c = 0; c < C; c += 64 / PER / int(sizeof(Code))) __builtin_prefetch(v + c * PER, 1, 2);
 }
 
@@ -205,7 +206,7 @@ FN_INLINE void prefetch(const Code* k, const Code* v, int C) {
 
 // qkv: T rows, `stride` elements apart, of H + 2 K heads of C channels; cos, sin: [T, half]; norms [C] or null;
 // token t goes to place slot[t] % BLOCK of block slot[t] / BLOCK of the pools (pool.h); q: [T, H, C]; eps as the bits of a
-// double.
+// double. Without a pool of V (null) qkv has no heads of V either: H + K.
 // Returns 0, 1 when a slot lies outside of the pool (nothing is written for it), 2 when a head is too wide.
 extern "C" int fn_rope_write(const void* qkv, const void* q_norm, const void* k_norm, const float* cos, const float* sin,
                              void* k_pool, void* v_pool, const int32_t* slot, void* q, int64_t stride, int64_t T,
@@ -224,6 +225,7 @@ extern "C" int fn_rope_write(const void* qkv, const void* q_norm, const void* k_
     // Where a head of a token's block begins, and its first atoms from there.
     const auto k_head = [&](int64_t t, int64_t h) { return static_cast<Code*>(k_pool) + pool.k(slot[t] / BLOCK, h); };
     const auto v_head = [&](int64_t t, int64_t h) { return static_cast<Code*>(v_pool) + pool.v(slot[t] / BLOCK, h); };
+    const bool values = v_pool != nullptr;
     const auto k_at = [&](int64_t t) { return HEAD + slot[t] % BLOCK * PER; };
     const auto v_at = [&](int64_t t) { return HEAD + slot[t] % BLOCK / PER * PER * C; };
     each((T + chunk - 1) / chunk, T * (H + 2 * K) * C > 1 << 16 ? threads : 1, [&](int64_t i) {
@@ -242,7 +244,7 @@ extern "C" int fn_rope_write(const void* qkv, const void* q_norm, const void* k_
             // Heads outside, tokens inside: these tokens are written to the same lines.
             for (int64_t h = 0; h < K; h++) {
                 for (int64_t t = first; t < next; t++) {
-                    if (!together) prefetch(k_head(t, h) + k_at(t), v_head(t, h) + v_at(t), int(C));
+                    if (!together) prefetch(k_head(t, h) + k_at(t), values ? v_head(t, h) + v_at(t) : nullptr, int(C));
                     for (int64_t g = h * G; g < (h + 1) * G; g++)
                         head(in + t * stride + g * C, static_cast<const Element*>(q_norm), turn(t),
                              static_cast<Element*>(q) + (t * H + g) * C);
@@ -253,13 +255,19 @@ extern "C" int fn_rope_write(const void* qkv, const void* q_norm, const void* k_
                 if (together) {
                     const Element* v = in + first * stride + (H + K + h) * C;
                     put_k_together(turned[0], MOST + W, count, slot[first] % BLOCK, int(C), k_head(first, h));
-                    put_v_together(v, stride, count, slot[first] % BLOCK, int(C), v_head(first, h));
+                    if (values) put_v_together(v, stride, count, slot[first] % BLOCK, int(C), v_head(first, h));
                     continue;
                 }
 #endif
                 for (int64_t t = first; t < next; t++) {
-                    const Element *k = turned[t - first], *v = in + t * stride + (H + K + h) * C;
-                    Code *k_to = k_head(t, h), *v_to = v_head(t, h);
+                    const Element* k = turned[t - first];
+                    Code* k_to = k_head(t, h);
+                    if (!values) {
+                        if constexpr (!ROUNDED) put_k((const Code*)k, int(C), k_to + k_at(t));
+                        continue;
+                    }
+                    const Element* v = in + t * stride + (H + K + h) * C;
+                    Code* v_to = v_head(t, h);
                     if constexpr (ROUNDED) {
                         int8_t codes[MOST + W];
                         ((float*)k_to)[slot[t] % BLOCK] = round_codes(k, int(C), codes);

@@ -48,6 +48,28 @@ struct Tile {  // one KV head of `count` tokens of a row, from a multiple of TIL
     FN_INLINE int blocks() const { return (count + BLOCK - 1) / BLOCK; }
 };
 
+// A block of one head of K (tokens in lanes) as V has it (channels in lanes).
+inline void keys_as_values(const Code* k, int C, Code* v) {
+    int c = 0;
+    if constexpr (PER * sizeof(Code) == 4)  // an atom is a lane
+        for (; c + W * PER <= C; c += W * PER)
+            for (int t = 0; t < BLOCK; t += W) {
+                vu row[W];
+                for (int i = 0; i < W; i++) row[i] = load<vu>(k + (c + i * PER) * BLOCK + t * PER);
+                transpose(row);  // of token t + i, the atoms from channel c on
+                Code flat[W][W * PER];
+                for (int i = 0; i < W; i++) store(PER == 1 ? v + (t + i) * C + c : flat[i], row[i]);
+                if constexpr (PER == 2)
+                    for (int i = 0; i < W; i += 2)
+                        for (int n = 0; n < 2; n++)
+                            store(v + (t + i) * C + (c + n * W) * 2,
+                                  widen(load<vh>(flat[i] + n * W)) | widen(load<vh>(flat[i + 1] + n * W)) << 16);
+            }
+    for (; c < C; c++)
+        for (int t = 0; t < BLOCK; t++)
+            v[t / PER * PER * C + c * PER + t % PER] = k[c / PER * PER * BLOCK + t * PER + c % PER];
+}
+
 // What a product reads on its right: vector n of row k of part p begins at at(p, n) + k * step.
 struct Keys {  // a row is an atom, a lane a token; one part
     const Tile& tile;

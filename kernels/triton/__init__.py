@@ -7,7 +7,7 @@ that is asked for by name gets there (`Backend.interpreted`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fnengine import environment
-from fnengine.kernels.attention import PAGED_ATTENTION
+from fnengine.kernels.attention import PAGED_ATTENTION, Heads
 from fnengine.kernels.contract import Backend, Contract
 from fnengine.kernels.fp8 import FP8_LINEAR
 from fnengine.kernels.grouped import GROUPED_LINEAR
@@ -82,6 +82,14 @@ def layout(dtype: torch.dtype, kind: str) -> KVLayout:
     return kinds[kind]
 
 
+def _latent(_device: torch.device, heads: Sequence[Heads]) -> str | None:
+    return "no kernels for latent attention, whose values are its keys" if any(h.shares for h in heads) else None
+
+
+def _lacks(device: torch.device, heads: Sequence[Heads]) -> str | None:
+    return _latent(device, heads) or ("no kernels for chunks" if any(h.window < 0 for h in heads) else None)
+
+
 def _too_old(device: torch.device, kind: str) -> str | None:
     if kind != "fp8" or device.type != "cuda" or not torch.cuda.is_available():
         return None
@@ -107,10 +115,10 @@ def _backend(
     )
 
 
-paged_attention = _backend(PAGED_ATTENTION, "attention", invariant=True, refuses=_too_old)
+paged_attention = _backend(PAGED_ATTENTION, "attention", invariant=True, refuses=_too_old, lacks=_lacks)
 """One shape of tile for prefill and decode, and KV cut at fixed positions: see `attention.py`."""
 
-rope_write = _backend(ROPE_WRITE, "rope", invariant=True, refuses=_too_old)
+rope_write = _backend(ROPE_WRITE, "rope", invariant=True, refuses=_too_old, lacks=_latent)
 """Norm, rotation and KV write of all heads of a token, one launch."""
 
 copy_blocks = _backend(COPY_BLOCKS, "pool", invariant=True)

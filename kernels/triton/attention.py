@@ -425,7 +425,7 @@ def launches(
     multiprocessors: int,
 ) -> list[Launch]:
     """The kernels that compute attention into `out`, from shapes alone."""
-    K, C = heads_of(v_pool)
+    K, C = heads_of(k_pool, v_pool)
     T, H, G = q.shape[0], q.shape[1], q.shape[1] // K
     R, P = row.shape[0], table.shape[1]
     codes = k_pool.dim() == 3
@@ -491,7 +491,7 @@ def paged_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not len(q):
         return out
-    K, C = heads_of(v_pool)
+    K, C = heads_of(k_pool, v_pool)
     assert q.shape[2] == C and q.shape[1] % K == 0 and scale > 0, (q.shape, K, C, scale)
     assert k_pool.is_contiguous() and v_pool.is_contiguous() and k_pool.dtype == v_pool.dtype
     assert all(x.dtype == torch.int32 for x in (table, row, start, length))

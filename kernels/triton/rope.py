@@ -197,7 +197,7 @@ def launch_of(
     out: Tensor,
 ) -> Launch:
     """The kernel that puts queries into `out` and KV into the pools."""
-    K, C = heads_of(v_pool)
+    K, C = heads_of(k_pool, v_pool)
     T, W = cos.shape
     H = out.shape[1]
     kind = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(k_pool.dtype, "auto")
@@ -242,7 +242,7 @@ def rope_write(
     eps: float,
 ) -> Tensor:
     """See `ROPE_WRITE.doc`."""
-    K, C = heads_of(v_pool)
+    K, C = heads_of(k_pool, v_pool)
     out = torch.empty((len(qkv), qkv.shape[1] // C - 2 * K, C), dtype=qkv.dtype, device=qkv.device)
     if not len(qkv):
         return out

@@ -29,6 +29,30 @@ class Read(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Shape:
+    """How calls are written in a format that nobody has named: JSON between marks."""
+
+    mark: str
+    """What begins a call, or all of them; empty where calls begin a text without a mark."""
+    close: str
+    """What ends it, if anything."""
+    name: str
+    """The key of the name; empty where the name stands before the arguments."""
+    arguments: str
+    """The key of the arguments."""
+    nested: bool = False
+    """Both stand in an object called `function`."""
+    many: bool = False
+    """A mark begins a list of all calls."""
+    sep: str = ""
+    """Between name and arguments."""
+    around: tuple[str, str] = ("", "")
+    """Before and behind all calls."""
+    between: str = ""
+    """Between calls without a mark."""
+
+
+@dataclass(frozen=True)
 class Format:
     """A way of writing tool calls."""
 
@@ -41,8 +65,12 @@ class Format:
     """Marks that begin a call only where nothing, or nothing but calls, came before."""
     silent: tuple[str, ...] = ()
     """Marks around calls that say nothing by themselves."""
+    within: tuple[str, ...] = ()
+    """Marks inside of calls and at their ends."""
     short_ids: bool = False
     """Whether ids must be nine letters and digits."""
+    shape: Shape | None = None
+    """Of one that was read off a chat template."""
 
     @property
     def marks(self) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from fnengine.errors import ConfigError
 from fnengine.serve.parsing.calls import Format
+from fnengine.serve.parsing.derive import NAME as TEMPLATE
+from fnengine.serve.parsing.derive import derive
 from fnengine.serve.parsing.formats import FORMATS
 from fnengine.serve.parsing.parser import Parsers
 from fnengine.serve.parsing.reasoning import Tags
@@ -49,7 +51,7 @@ MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 def tool_names() -> tuple[str, ...]:
     """What --tool-call-parser takes."""
-    return ("auto", "none", *BY_NAME, HARMONY, *TOOL_ALIASES)
+    return ("auto", "none", *BY_NAME, HARMONY, TEMPLATE, *TOOL_ALIASES)
 
 
 def reasoning_names() -> tuple[str, ...]:
@@ -91,6 +93,17 @@ def choose(templates: Mapping[str, str], tool: str = "auto", reasoning: str = "a
     default = templates.get("default", "")
     with_tools = templates.get("tool_use", default)
     tool, why_tool = _named(names["--tool-call-parser"], tool_format(with_tools))
+    form = BY_NAME.get(tool)
+    if tool == TEMPLATE or (tool == "none" and names["--tool-call-parser"] == "auto"):
+        form = derive(with_tools)
+        if form is not None:
+            tool, why_tool = TEMPLATE, f"read off the chat template: {' ... '.join(form.marks or form.leading)}"
+        elif tool == TEMPLATE:
+            raise ConfigError(
+                "the chat template shows no calls that can be read, which are JSON between marks",
+                where="--tool-call-parser",
+                remedy=f"write one of {', '.join(n for n in tool_names() if n != TEMPLATE)}",
+            )
     reasoning, why_reasoning = _named(names["--reasoning-parser"], reasoning_format(default))
     if HARMONY in (tool, reasoning):
         other = {tool, reasoning} - {HARMONY, "none"}
@@ -104,7 +117,7 @@ def choose(templates: Mapping[str, str], tool: str = "auto", reasoning: str = "a
     start, _, end = reasoning.removeprefix("tags:").partition(",")
     tags = Tags(start, end) if reasoning.startswith("tags:") else TAGS.get(reasoning)
     return Parsers(
-        tools=HARMONY if tool == HARMONY else BY_NAME.get(tool),
+        tools=HARMONY if tool == HARMONY else form,
         reasoning=tags,
         short_ids=tool == "mistral" or "length 9" in with_tools or "length != 9" in with_tools,
         notes=(f"tool calls: {tool} ({why_tool})", f"reasoning: {reasoning} ({why_reasoning})"),

@@ -26,7 +26,7 @@ Build = Callable[[str, str, Tools], "tuple[Call, ...] | None"]
 """(name from before the value, the value's text, tools) -> calls; None for what is none."""
 
 
-def _object(value: Any) -> Mapping[str, Any] | None:
+def arguments_of(value: Any) -> Mapping[str, Any] | None:
     """Arguments; models now and then write them as JSON in a string, or null."""
     if isinstance(value, str):
         return read_object(value)
@@ -49,7 +49,7 @@ def named(name: str, value: str, tools: Tools, known: bool = False) -> tuple[Cal
         if not isinstance(function, str) or not function or (known and function not in tools.schemas):
             return None
         key = next((k for k in ("arguments", "parameters") if k in one), None)
-        arguments = _object(None if key is None else one[key])
+        arguments = arguments_of(None if key is None else one[key])
         if arguments is None or (known and key is None):
             return None
         calls.append(Call(function, arguments))
@@ -286,13 +286,14 @@ def _literal(node: ast.expr) -> Any:
 
 
 _AROUND = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
-HERMES = Format("hermes", ("<tool_call>",), read_hermes)
+_WITHIN = ("<｜tool▁sep｜>", "<｜tool▁call▁end｜>")
+HERMES = Format("hermes", ("<tool_call>",), read_hermes, within=("</tool_call>",))
 FORMATS = (
     HERMES,
     Format("llama3_json", ("<|python_tag|>",), read_llama, leading=("{",), silent=(";",)),
-    Format("mistral", ("[TOOL_CALLS]",), read_mistral, short_ids=True),
+    Format("mistral", ("[TOOL_CALLS]",), read_mistral, within=("[ARGS]", "[CALL_ID]"), short_ids=True),
     Format("pythonic", (_PYTHON_START,), read_pythonic, leading=("[",), silent=("<|python_end|>",)),
-    Format("qwen3_coder", ("<tool_call>",), read_coder),
-    Format("deepseek_v3", (_DEEPSEEK,), partial(read_deepseek, _DEEPSEEK_V3), silent=_AROUND),
-    Format("deepseek_v31", (_DEEPSEEK,), partial(read_deepseek, _DEEPSEEK_V31), silent=_AROUND),
+    Format("qwen3_coder", ("<tool_call>",), read_coder, within=("</tool_call>",)),
+    Format("deepseek_v3", (_DEEPSEEK,), partial(read_deepseek, _DEEPSEEK_V3), silent=_AROUND, within=_WITHIN),
+    Format("deepseek_v31", (_DEEPSEEK,), partial(read_deepseek, _DEEPSEEK_V31), silent=_AROUND, within=_WITHIN),
 )

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from fnengine.host.grammar import guided
+from fnengine.serve.parsing.calls import Shape
 from fnengine.serve.parsing.choose import HARMONY
 
 _ANY = {"type": "object"}
@@ -31,6 +32,7 @@ def grammar_for(
     parallel: bool = True,
     special: Mapping[str, int] | None = None,
     answer: str | None = None,
+    shape: Shape | None = None,
 ) -> dict[str, Any]:
     """`{"type": "lark", "grammar": ...}` of texts that `parser` reads as calls, as llguidance reads Lark.
 
@@ -43,6 +45,7 @@ def grammar_for(
         parser: the name of a format of `choose.BY_NAME`, or gpt-oss.
         parallel: whether there may be several calls. A named function is called once.
         special: marks that are special tokens, with their ids: they have no text of their own in a grammar.
+        shape: of a format that was read off a chat template.
         answer: with `auto`, what a text without calls has to be, as Lark has it on the right of a rule; None is any.
     """
     functions = [t["function"] for t in tools]
@@ -56,7 +59,7 @@ def grammar_for(
     if parser == HARMONY:
         start = _harmony(write, functions, free, told)
     else:
-        form = _WRITTEN[parser](write, functions, parallel)
+        form = (_WRITTEN[parser] if shape is None else partial(_shaped, shape))(write, functions, parallel)
         start = _forced(write, form, parallel)
         if free:
             start = _free(write, form, parallel) if told is None else f"{start} | {told}"
@@ -109,6 +112,10 @@ class _Writer:
         """Exactly these texts; a special token by its id."""
         return " ".join(f"<[{self.special[p]}]>" if p in self.special else json.dumps(p) for p in parts if p)
 
+    def texts(self, *parts: str) -> list[str]:
+        """The same as parts of a rule; none where they are empty."""
+        return [self.text(*parts)] if any(parts) else []
+
     def rule(self, *parts: str, attributes: str = "") -> str:
         """The name of a new rule."""
         name = f"r{len(self.rules)}"
@@ -131,8 +138,10 @@ def _schema(function: Mapping[str, Any]) -> Mapping[str, Any]:
     return function.get("parameters") or _ANY
 
 
-def _objects(functions: Sequence[Mapping[str, Any]], key: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The schema of `{"name": ..., key: ...}` for any of the functions, and what it refers to, for the root."""
+def _objects(
+    functions: Sequence[Mapping[str, Any]], key: str, name: str = "name"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The schema of `{name: ..., key: ...}` for any of the functions, and what it refers to, for the root."""
     found: dict[str, Any] = {}
     options = []
     for i, f in enumerate(functions):
@@ -140,8 +149,8 @@ def _objects(functions: Sequence[Mapping[str, Any]], key: str) -> tuple[dict[str
         options.append(
             {
                 "type": "object",
-                "properties": {"name": {"const": f["name"]}, key: schema},
-                "required": ["name", key],
+                "properties": {name: {"const": f["name"]}, key: schema},
+                "required": [name, key],
                 "additionalProperties": False,
             }
         )
@@ -243,6 +252,32 @@ def _deepseek(kind: tuple[str, ...], block: tuple[str, str], w: _Writer, functio
     one = w.any(calls)
     between = f"{one} (SPACE {one})*" if parallel else one
     return _Form("<｜tool▁calls▁begin｜>", w.rule(between, w.text("<｜tool▁calls▁end｜>")), False)
+
+
+def _shaped(shape: Shape, w: _Writer, functions: Functions, parallel: bool) -> _Form:
+    if not shape.name:
+        calls = [w.rule(w.text(f["name"]), *w.texts(shape.sep), "SPACE", w.json(_schema(f))) for f in functions]
+        one = w.rule(w.any(calls), "SPACE", *w.texts(shape.close))
+    else:
+        schema, root = _objects(functions, shape.arguments, shape.name)
+        if shape.nested:
+            inner = {"type": "object", "properties": {"type": {"const": "function"}, "function": schema}}
+            schema = {**inner, "required": ["function"], "additionalProperties": False}
+        if shape.many:
+            length = {} if parallel else {"maxItems": 1}
+            schema = {"type": "array", "items": schema, "minItems": 1, **length}
+        one = w.rule(w.json(schema | root), "SPACE", *w.texts(shape.close))
+    if not shape.mark:
+        between = f" (SPACE {w.text(shape.between)} SPACE {one})*" if shape.between else f" (SPACE {one})*"
+        calls_ = w.rule(one + between if parallel and not shape.many else one)
+        return _Form("", "", False, calls_, "[" if shape.many else "{")
+    if not any(shape.around):
+        return _Form(shape.mark, w.rule("SPACE", one), not shape.many)
+    call = w.rule(*w.texts(shape.mark), "SPACE", one)
+    every = w.rule(f"SPACE {call}" + (f" (SPACE {call})*" if parallel else ""), "SPACE", *w.texts(shape.around[1]))
+    if shape.around[0]:
+        return _Form(shape.around[0], every, False)
+    return _Form(shape.mark, w.rule("SPACE", one), True)
 
 
 def _harmony(w: _Writer, functions: Functions, free: bool, answer: str | None) -> str:

@@ -42,7 +42,7 @@ class Parsers:
         if self.tools == "gpt-oss":
             return harmony.MARKS
         found = () if self.reasoning is None else (self.reasoning.start, self.reasoning.end)
-        return found + (self.tools.marks if tools and self.tools is not None else ())
+        return found + (self.tools.marks + self.tools.within if tools and self.tools is not None else ())
 
 
 @dataclass(frozen=True)
