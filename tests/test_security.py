@@ -41,6 +41,14 @@ def test_prompts_are_bounded_by_number():
         problem(server.post("/v1/completions", {**TEXT, "n": 129}), 400, "n", "128")
 
 
+def test_stop_strings_are_bounded():
+    with serving(ScriptedEngine(SCRIPTS)) as server:
+        for stop in ("x" * 16385, ["x" * 100] * 164, ["x"] * 257):
+            problem(server.post("/v1/completions", {**TEXT, "stop": stop}), 400, "stop", "at most 256 strings of 16384")
+        for stop in ("x" * 16384, ["x"] * 256):
+            assert server.post("/v1/completions", {**TEXT, "stop": stop}).status_code == 200
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 def test_tls(tmp_path):
     key, cert = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")

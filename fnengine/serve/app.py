@@ -166,6 +166,7 @@ def make_app(
         if size > max_body:
             raise BodyTooLarge(f"the body is larger than {max_body} bytes", where="body")
         raw = b"".join(parts)
+        request.scope["fnengine.large"] = size > LARGE
 
         def work():
             return protocol.parse(model, protocol.read_json(raw), strict=strict)
@@ -213,7 +214,7 @@ def make_app(
             def work():
                 return make(body, engine, id=flight.id, created=int(wall()), model=name)
 
-            job = await asyncio.to_thread(work) if _large(body) else work()
+            job = await asyncio.to_thread(work) if request.scope["fnengine.large"] or _large(body) else work()
             job = replace(job, shape=defaults(body, job.shape))
             prompts = room.take(0, PROMPT_TOKEN * translate.tokens_held(job))
         except BaseException:

@@ -31,6 +31,9 @@ BEAM_WIDTH = 4
 """Of a beam search that gives one text and names none."""
 MOST_PROMPTS = 2048
 """Most prompts of a completion, as OpenAI's; beyond it a small body makes very many requests."""
+MOST_STOPS, STOP_CHARS = 256, 1 << 14
+"""Most stop strings, and most characters of them together: three million of them took half a second of the thread
+that serves everybody."""
 BREAKERS = ("\n", ":", '"', "*")
 """Sequence breakers of DRY where a request names none. Source: llama.cpp and text-generation-webui."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -477,7 +480,7 @@ def _sampling(body: Generate, engine: EnginePort) -> Sampling:
         for i in body.allowed_token_ids:
             if not 0 <= i < text.vocab_size:
                 _refuse("allowed_token_ids", f"holds token id {i}, the vocabulary has {text.vocab_size} tokens")
-        values["allowed_token_ids"] = tuple(body.allowed_token_ids)
+        values["allowed_token_ids"] = tuple(dict.fromkeys(body.allowed_token_ids))  # at most the vocabulary
     if values.get("dry_multiplier"):
         strings = BREAKERS if body.dry_sequence_breakers is None else body.dry_sequence_breakers
         values["dry_sequence_breakers"] = _breakers(strings, text)
@@ -563,6 +566,8 @@ def _stop(body: Generate, most: int | None, vocab: int, explicit: bool) -> Stop:
     strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     if any(not s for s in strings):
         _refuse("stop", "strings must not be empty")
+    if len(strings) > MOST_STOPS or sum(map(len, strings)) > STOP_CHARS:
+        _refuse("stop", f"must be at most {MOST_STOPS} strings of {STOP_CHARS} characters together")
     for i in body.stop_token_ids or ():
         if not 0 <= i < vocab:
             _refuse("stop_token_ids", f"holds token id {i}, the vocabulary has {vocab} tokens")
@@ -576,7 +581,7 @@ def _stop(body: Generate, most: int | None, vocab: int, explicit: bool) -> Stop:
         max_tokens=most,
         min_tokens=least,
         strings=strings,
-        ids=tuple(body.stop_token_ids or ()),
+        ids=tuple(dict.fromkeys(body.stop_token_ids or ())),
         ignore_eos=bool(body.ignore_eos),
         include_stop=bool(body.include_stop_str_in_output),
         repetition=_repetition(body),
