@@ -80,6 +80,7 @@ class NullDevice:
     """[some, rows, 1] int32, taken in turn"""
     depth: int = 0
     host_slots: int = 0
+    kept: int | None = None
     launched: int = 0
     launch_at: float = 0.0
     """When the newest step was launched, by `time.perf_counter`."""

@@ -26,7 +26,7 @@ class Slow:
     now and then ten times that."""
 
     def __init__(self, toy: ToyDevice):
-        self.toy, self.now, self.rng, self.seen = toy, 0.0, random.Random(1), []
+        self.toy, self.now, self.rng, self.seen, self.kept = toy, 0.0, random.Random(1), [], toy.kept
         self.depth, self.blocks, self.rows, self.max_len, self.host_slots = 0, toy.blocks, toy.rows, toy.max_len, 0
 
     @staticmethod
