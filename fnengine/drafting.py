@@ -262,12 +262,9 @@ class Drafting:
             return
         seconds = self.clock() - began
         for (run, guess), way in zip(wishes, ways, strict=True):
+            # Where nothing comes there was no room, or a prompt to catch up with: no sign of what drafts bring.
             guess.proposing = seconds
             guess.new.clear()
-            if not way:
-                guess.empty += 1
-                if guess.empty >= LOOK:
-                    guess.k = -1
             guiding.guess(run, way)
 
     def _decide(self, run: Run, guess: _Guess, rows: int) -> None:
