@@ -25,6 +25,12 @@ from fnengine.kernels import fp8, quantized
 from fnengine.kernels.linear import PANEL
 from fnengine.tree import static
 
+DENSE_DEPTH = 256
+"""Channels that torch's product of float32 on CPU is given at once. On an Intel processor MKL sums more of them in an
+order that depends on the number of rows (4 rows against 130 of 1,024 channels, seen 2026-11-30 on a Xeon of family 6,
+model 207, torch 2.13; not for 256 channels at 1 to 300 rows of eight shapes). It takes up to twice as long at few
+rows; where there is a compiler, the native product is used instead."""
+
 DENSE_ROWS = 16
 """Fewest rows of a dense product on CPU. MKL and the small-matrix paths below 12 rows take the last `M mod 4` rows
 through another kernel, whose sums round differently (fp32: rows change bits for M = 1, 2, 3, 5, 6, 7, 9, 10, 11 and for
@@ -154,9 +160,9 @@ def matmul(leaf: Leaf, x_TK: Tensor, wide: bool = False) -> Tensor:
         case Dense(weight, bias):
             T = x_TK.shape[0]
             if x_TK.device.type != "cpu" or (isinstance(T, int) and T >= DENSE_ROWS):
-                y = F.linear(x_TK, weight, bias)
+                y = _dense(x_TK, weight, bias)
             else:  # while tracing, T is a symbol and must not be branched on: pad by max(16 - T, 0), whatever T will be
-                y = F.linear(_pad_rows(x_TK, DENSE_ROWS), weight, bias)[:T]
+                y = _dense(_pad_rows(x_TK, DENSE_ROWS), weight, bias)[:T]
             return y.float() if wide else y
     raise AssertionError(f"not a leaf: {type(leaf).__name__}")
 
@@ -446,3 +452,14 @@ def place_ends(params: dict[str, Any], how: Packing) -> dict[str, Leaf | None]:
 def _pad_rows(x: Tensor, least: int) -> Tensor:
     missing: Any = torch.sym_max(least - x.shape[0], 0)
     return torch.cat([x, x.new_zeros(missing, x.shape[1])])
+
+
+def _dense(x_TK: Tensor, weight_NK: Tensor, bias: Tensor | None) -> Tensor:
+    """y_TN, in float32 on CPU the sum of products over `DENSE_DEPTH` channels each, from the first on."""
+    if x_TK.device.type != "cpu" or x_TK.dtype != torch.float32:
+        return F.linear(x_TK, weight_NK, bias)
+    parts = [slice(k, k + DENSE_DEPTH) for k in range(0, x_TK.shape[1], DENSE_DEPTH)]
+    y_TN = F.linear(x_TK[:, parts[0]], weight_NK[:, parts[0]], bias)
+    for part in parts[1:]:
+        y_TN = y_TN + F.linear(x_TK[:, part], weight_NK[:, part])
+    return y_TN
