@@ -189,7 +189,7 @@ def test_the_prefix_cache_is_reported(client):
     ("body", "param"),
     [
         ({"prompt": STORY, "temperature": -1}, "temperature"),
-        ({"prompt": STORY, "best_of": 3}, "best_of"),
+        ({"prompt": STORY, "best_of": 3, "n": 4}, "best_of"),
         ({"prompt": STORY, "suffix": "end"}, "suffix"),
         ({"prompt": "", "max_tokens": 3}, "prompt"),
         ({"prompt": [1, 2, 999999]}, "prompt"),

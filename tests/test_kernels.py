@@ -745,7 +745,8 @@ def test_tokens_in_a_row_are_written_as_each_alone(dtype: torch.dtype, C: int):
 
 def test_ops_report_what_was_chosen(monkeypatch):
     o = ops("cpu", torch.bfloat16)
-    others = ("penalize", "grouped_tiles", "top_experts", "arrange_experts", "whole_attention")  # called by name
+    experts = ("grouped_tiles", "top_experts", "arrange_experts")
+    others = (*experts, "penalize", "whole_attention", "causal_conv", "gated_scan")  # called by name
     assert [line[0] for line in describe(o)] == [n for n in BACKENDS if not n.endswith("linear") and n not in others]
     assert o.invariant == all(line[2] for line in describe(o))
     plain = ops("cpu", torch.bfloat16, only="reference")

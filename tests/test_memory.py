@@ -368,7 +368,8 @@ def test_recording_a_step_does_not_bring_dynamo():
 
 def test_plan_knows_of_a_draft_model(capsys):
     """Oracle: the ledger of an engine with that companion. Methods without models change nothing, heads are refused."""
-    flags = ["plan", "--memory", "1GiB", "--max-model-len", "256", "--enforce-eager", "--json"]
+    # Room enough beside what this process holds by now, which a plan counts.
+    flags = ["plan", "--memory", "6GiB", "--max-model-len", "256", "--enforce-eager", "--json"]
     lines = {}
     for config in (None, '{"method": "ngram"}', '{"model": "demo-draft", "dtype": "float32"}'):
         assert main([*flags, *([] if config is None else ["--speculative-config", config])]) == 0
@@ -376,7 +377,7 @@ def test_plan_knows_of_a_draft_model(capsys):
     without, same, planned = lines.values()
     assert without.keys() == same.keys() and "companion" not in without
     draft = model.load(hub.resolve("demo-draft"), dtype="float32")
-    options = {"memory": 1 << 30, "max_model_len": 256, "enforce_eager": True}
+    options = {"memory": 6 << 30, "max_model_len": 256, "enforce_eager": True}
     built = Engine.build(model.load(hub.resolve("demo")), companion=draft, **options).built
     assert built is not None and built.account is not None
     for name in ("companion", "weights", "rows", "workspace", "sampling"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fnengine as fn
-from fnengine import decoding, program, step
+from fnengine import decoding, model, program
 from fnengine.errors import RequestError
 from fnengine.host.request import Sampling
 from fnengine.spec import tap_names
@@ -82,8 +82,8 @@ def test_tapped_steps_are_recorded_too(monkeypatch, mutant):
     if not made:
         pytest.skip(f"layers are not recorded here: {rt.built.execution}")
     if mutant:
-        honest = step.body
-        monkeypatch.setattr(step, "body", lambda *a: honest(*a[:-1], after=dict.fromkeys(a[-1], lambda x: x)))
+        honest = model.body
+        monkeypatch.setattr(model, "body", lambda *a: honest(*a[:-1], after=dict.fromkeys(a[-1], lambda x: x)))
     plain, tapped = rt.extend(rt.empty, PROMPT[:5])[0], rt.extend(rt.empty, PROMPT[:5])[0]
     for i in range(5):
         plain, want = rt.extend(plain, [i + 3])

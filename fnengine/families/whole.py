@@ -41,7 +41,7 @@ def read(family: Family, architecture: str, config: dict[str, Any], where: str) 
     if family.encodes:
         return family.read(config, where)
     spec = family.read({**own, "architectures": [family.architecture]}, where)
-    if architecture.endswith(("Model", CLASSIFIES)):
+    if architecture != family.architecture and architecture.endswith(("Model", CLASSIFIES)):
         found = head(config, where, pooling="last", bias=False) if architecture.endswith(CLASSIFIES) else None
         return of(replace(spec, architecture=architecture), Whole(head=found), where)
     if not all(
