@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import dataclasses
 import functools
 import shutil
@@ -611,7 +612,8 @@ WRITTEN: dict[str, dict[str, Any]] = {
 def _config(name: str) -> tuple[Any, Any]:
     import transformers
 
-    options = {**SHARED, **{**TINY, **MORE, **HYBRID, **OTHERS, **WRITTEN}[name]}
+    # Copied to the last dictionary: transformers writes into rope_parameters, which models share here.
+    options = copy.deepcopy({**SHARED, **{**TINY, **MORE, **HYBRID, **OTHERS, **WRITTEN}[name]})
     for key in options.pop("drop", ()):
         del options[key]
     if "rope_parameters" in options and int(transformers.__version__.split(".")[0]) < 5:  # the old spelling of the same
