@@ -53,7 +53,8 @@ def account(s: Shapes) -> Account:
     layer = max(layer_bytes(kind, spec.width, T, lean) for kind in spec.layers)
     if not s.compiled:
         layer += max(T * 2 * activated(kind.mlp) * 4 for kind in spec.layers)
-    attention = max(attention_bytes(kind.mixer, T, min(T, s.max_len), item, s.threads) for kind in spec.layers)
+    mixers = [kind.mixer for kind in spec.layers if isinstance(kind.mixer, Attention)]
+    attention = max(attention_bytes(a, T, min(T, s.max_len), item, s.threads) for a in mixers)
     ends = T * spec.width * (2 * item + 4) + s.mode.rows * (spec.vector + spec.width) * 8
     rest = (
         Line("base", s.base, "interpreter, torch and what serving imports: measured, not computed"),

@@ -27,7 +27,7 @@ from fnengine.fallback.attending import Call, over
 from fnengine.graphs import compile
 from fnengine.graphs.compile import Artifact, Traces, Wanted, wanted
 from fnengine.host.step import BLOCK
-from fnengine.spec import ModelSpec
+from fnengine.spec import Attention, ModelSpec
 from fnengine.state import Pool, Where
 
 _T, _R, _N, _M, _P = probe.T, 11, 17, 19, 23
@@ -192,7 +192,7 @@ def _wanted(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Wanted:
-    mixers = [x.mixer for x in spec.layers[slice(*called.attends)]]
+    mixers = [x.mixer for x in spec.layers[slice(*called.attends)] if isinstance(x.mixer, Attention)]
 
     def empty(*shape: int, dt: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dt, device="meta")

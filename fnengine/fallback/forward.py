@@ -15,8 +15,8 @@ from torch.func import functional_call
 from fnengine import tree
 from fnengine.fallback import template
 from fnengine.fallback.attending import Call, over
-from fnengine.spec import ModelSpec
-from fnengine.state import Pool, Where
+from fnengine.spec import Attention, ModelSpec
+from fnengine.state import LayerState, Pool, Where
 
 
 class Fallback:
@@ -60,7 +60,7 @@ class Fallback:
         self,
         spec: ModelSpec,
         params: Any,
-        pool: Sequence[Pool],
+        pool: Sequence[LayerState],
         where: Where,
         ops: Any,
         x_TD: Tensor,
@@ -73,7 +73,8 @@ class Fallback:
             x_TD: what `embed` gave, the tokens, [T].
         """
         assert not after, "nothing is tapped or steered between upstream's layers"
-        call = Call([x.mixer for x in spec.layers], pool, where, ops)
+        mixers = [x.mixer for x in spec.layers if isinstance(x.mixer, Attention)]
+        call = Call(mixers, [p for p in pool if isinstance(p, Pool)], where, ops)
         position_T = where.position.long().clamp(max=self.longest - 1)
         given = dict(input_ids=x_TD.long()[None], position_ids=position_T[None], use_cache=False)
         with over(call):
