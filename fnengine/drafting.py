@@ -273,9 +273,6 @@ class Drafting:
             guess.k = guess.how.k
             return
         pace = self._paced(guess, rows)
-        if guess.empty:
-            pace = guess.pace = passed(pace, guess.empty, guess.looked, guess.silent)
-            guess.empty = 0
         guess.k = pick(pace, guess.how.k)
         if not pace.steps[0]:  # no step of so many rows was timed yet
             guess.k = -1
@@ -345,15 +342,17 @@ class Drafting:
             counts.deep[position] += 1
         if guess.how.adapt:
             pace = self._paced(guess, rows)
-            if guess.empty:
-                pace, guess.empty = passed(pace, guess.empty, guess.looked, guess.silent), 0
             guess.pace = observe(pace, guess.asked, event.proposed, event.accepted, guess.proposing, seconds)
             guess.k = -1
 
     def _paced(self, guess: _Guess, rows: int) -> Pace:
-        """The run's pace, with the seconds that steps of so many rows take."""
+        """The run's pace, with the seconds that steps of so many rows take, told of rounds in which nothing came."""
         times = self.seconds.get(rows)
-        return guess.pace if times is None else replace(guess.pace, steps=times[: guess.how.k + 1])
+        pace = guess.pace if times is None else replace(guess.pace, steps=times[: guess.how.k + 1])
+        if guess.empty:
+            pace = guess.pace = passed(pace, guess.empty, guess.looked, guess.silent)
+            guess.empty = 0
+        return pace
 
     def predicted(self, run: Run) -> tuple[int, int] | None:
         """(accepted, rejected) tokens of the run's prediction, if it has one."""

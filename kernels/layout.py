@@ -9,7 +9,6 @@ Dimension letters: N blocks, B tokens a block, K KV heads, C head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Protocol
 
 import torch
@@ -266,11 +265,6 @@ def shapes_of(layout: KVLayout, N: int, B: int, K: int, C: int, shares: bool = F
     """Shapes of a layer's two tensors; `shares`: its values are its keys."""
     k, v = layout.shapes(N, B, K, C)
     return k, (N, 0) if shares else v
-
-
-def block_bytes(layout: KVLayout, B: int, K: int, C: int, dtype: torch.dtype) -> int:
-    """Bytes of a block of one layer whose values are its own."""
-    return sum(map(prod, shapes_of(layout, 1, B, K, C))) * layout.element(dtype).itemsize
 
 
 def movable(x: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ from fnengine import kernels
 from fnengine.build import build
 from fnengine.errors import ConfigError
 from fnengine.kernels import attention, cpu, native, reference
-from fnengine.kernels.layout import Rounded, block_bytes, put, round_codes
+from fnengine.kernels.layout import Rounded, put, round_codes
 from fnengine.kernels.rope import ROPE_WRITE
 from fnengine.program import wanted_layers
 from fnengine.runtime import Runtime
 from fnengine.settings import Settings, check_kv
+from fnengine.state import block_bytes
 from tests import test_kernels
 from tests.models import tiny_model
 
@@ -168,9 +169,7 @@ def test_a_pool_of_the_same_bytes_holds_more_blocks():
     limits = Settings(kv_cache_memory_bytes=1 << 18, max_num_seqs=64, enforce_eager=True)
     built = [build(model, dataclasses.replace(limits, kv_cache_dtype=kind)) for kind in ("auto", "int8")]
     for b in built:
-        per_block = sum(
-            block_bytes(b.ops.kv, 16, x.mixer.kv_heads, x.mixer.width, model.dtype) for x in model.spec.layers
-        )
+        per_block = sum(block_bytes(b.ops.kv, x.mixer, model.dtype) for x in model.spec.layers)
         held = sum(t.nbytes for p in b.device.state.pool for t in (p.k, p.v))
         assert held == b.pool.blocks * per_block == b.pool.bytes <= 1 << 18
     assert built[1].pool.blocks > 1.5 * built[0].pool.blocks
