@@ -115,6 +115,8 @@ class ScriptedStream:
         self.items: deque[Delta] = deque()
         self.open = request.n
         self.wake = asyncio.Event()
+        self.waits = False
+        self.take = lambda delta: False
 
     def __aiter__(self):
         return self
@@ -124,7 +126,9 @@ class ScriptedStream:
             if self.open <= 0:
                 raise StopAsyncIteration
             self.wake.clear()
+            self.waits = True
             await self.wake.wait()
+            self.waits = False
         delta = self.items.popleft()
         self.open -= delta.finish is not None
         return delta
@@ -132,7 +136,12 @@ class ScriptedStream:
     def ready(self) -> bool:
         return bool(self.items)
 
+    def straight(self, take) -> None:
+        self.take = take
+
     def put(self, delta: Delta) -> None:
+        if self.waits and not self.items and self.take(delta):
+            return
         self.items.append(delta)
         self.wake.set()
 

@@ -300,13 +300,22 @@ class Answer:
 
     def chunks(self, prompt: int, delta: Delta) -> str:
         """Server-sent events for one delta; empty when there is nothing to show yet."""
-        if self._fronts is not None and delta.finish is None and delta.text and delta.prompt_logprobs is None:
-            c = self.choices[prompt * self.shape.n + delta.index]
-            if c.opened:  # the same as below, at a fifth of its time
-                c.length += len(delta.text)
-                c.tokens += len(delta.tokens)
-                return f"{self._fronts[c.index]}{quote(delta.text)}{self._back}"
+        told: list[str] = []
+        if self.straight(prompt, delta, lambda text: not told.append(text)):
+            return told[0]
         return "".join([self._chunk(c, piece) for c, piece in self.pieces(prompt, delta)])
+
+    def straight(self, prompt: int, delta: Delta, write: Callable[[str], bool]) -> bool:
+        """Writes the event of a delta that is nothing but more text, as nearly all are; where it is more, or `write`
+        says False, nothing is done. The event is what `_chunk` makes of it, at a fifth of the time."""
+        if self._fronts is None or delta.finish is not None or not delta.text or delta.prompt_logprobs is not None:
+            return False
+        c = self.choices[prompt * self.shape.n + delta.index]
+        if not c.opened or not write(f"{self._fronts[c.index]}{quote(delta.text)}{self._back}"):
+            return False
+        c.length += len(delta.text)
+        c.tokens += len(delta.tokens)
+        return True
 
     def _chunk(self, c: _Choice, piece: dict[str, Any]) -> str:
         shape = self.shape

@@ -243,7 +243,12 @@ def make_app(
         headers = {"x-fnengine-ignored": header(ignored)} if ignored else {}
         if job.shape.stream:
             thin = Thinning(job.shape.interval or stream_interval)
-            return EventStream(events(flight, answer, thin, log, blame), close, headers, silence)
+
+            def straight(write: Callable[[str], bool]) -> None:
+                if thin.interval <= 1:
+                    flight.straight(lambda prompt, delta: answer.straight(prompt, delta, write))
+
+            return EventStream(events(flight, answer, thin, log, blame), close, headers, silence, straight)
 
         async def rest(client: Request | None) -> Response:
             try:
@@ -495,7 +500,7 @@ def guard(
         headers = dict(scope["headers"])
         wanted = headers.get(b"x-request-id", b"").decode("latin-1")
         id = wanted if _REQUEST_ID.fullmatch(wanted) else uuid.uuid4().hex
-        scope["fnengine.id"], scope["fnengine.ends"], scope["fnengine.send"] = id, {}, send
+        scope["fnengine.id"], scope["fnengine.ends"] = id, {}
         begun, status = time.perf_counter(), 499  # unless an answer begins before the client has gone
         path = scope["path"].removeprefix(scope.get("root_path", ""))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -282,6 +282,9 @@ class Message:
 
     def chunks(self, prompt: int, delta: Delta) -> str:
         return "".join([named_event(e["type"], dump(e)) for e in self.events(prompt, delta)])
+
+    def straight(self, prompt: int, delta: Delta, write: Callable[[str], bool]) -> bool:
+        return False
 
     def last(self) -> str:
         reason, sequence = self.ended

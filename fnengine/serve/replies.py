@@ -33,6 +33,11 @@ class Writer(Protocol):
         """Events for one delta; empty when there is nothing to show yet."""
         ...
 
+    def straight(self, prompt: int, delta: Delta, write: Callable[[str], bool]) -> bool:
+        """Whether the delta's event was given to `write`, which took it. It is not, and the delta comes to `chunks`,
+        unless that is quick and cannot fail."""
+        ...
+
     def last(self) -> str:
         """Events after the last delta."""
         ...
