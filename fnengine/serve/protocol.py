@@ -161,6 +161,7 @@ class Generate(BaseModel):
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None
     prompt_logprobs: Int | None = None
+    logprob_token_ids: list[Int] | None = None
     return_tokens_as_token_ids: Bool = None
     return_token_ids: Bool = None
     timing: Bool = None
@@ -253,7 +254,6 @@ REFUSED: dict[str, tuple] = {
     "modalities": (None, [], ["text"]),
     "mm_processor_kwargs": (None, {}),
     "media_io_kwargs": (None, {}),
-    "logprob_token_ids": (None, []),
     "logprobs_mode": (None, "raw_logprobs"),
     "stop_regex": (None, []),
     "chat_template": _NONE,

@@ -352,6 +352,9 @@ def _requests(
     stop = _stop(body, most, engine.tokenizer.vocab_size, explicit)
     for prompt in ids:
         _check_room(len(prompt), most, engine.max_len)
+    watched = tuple(dict.fromkeys(body.logprob_token_ids or ()))
+    if watched and shape.logprobs is None and prompt_logprobs is None:
+        _refuse("logprob_token_ids", "needs logprobs", "in chats logprobs: true")
     now = engine.clock()
     return tuple(
         Request(
@@ -362,6 +365,7 @@ def _requests(
             n=shape.n,
             logprobs=shape.logprobs if shape.best is None else shape.logprobs or 0,
             prompt_logprobs=prompt_logprobs,
+            watched=watched,
             priority=0 if body.priority is None else body.priority,
             salt=body.cache_salt or "",
             steer=body.steer or {},
