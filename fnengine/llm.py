@@ -299,7 +299,8 @@ class LLM:
             seed = self.engine.host.new_seed() if sampling.seed is None else sampling.seed
             for i in range(n):
                 sink = functools.partial(tell, len(jobs))
-                text = TextStream.start(self.engine.tokenizer, prompt, stop.strings, include_stop=stop.include_stop)
+                how: dict[str, Any] = dict(patterns=stop.patterns, include_stop=stop.include_stop)
+                text = TextStream.start(self.engine.tokenizer, prompt, stop.strings, **how)
                 jobs.append(Job(strategy, prompt, args, replace(sampling, seed=fold_in(seed, i)), stop))
                 answers.append(Answer(i, text, len(prompt), stop, ends, sink))
         self._runtime.forget_rows()

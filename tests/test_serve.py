@@ -687,7 +687,7 @@ CHAT_REFUSED = [
     ("beam_width", 3),
     ("best_of", 2),
     ("suffix", "x"),
-    ("stop_regex", "x"),
+    ("stop_regex", "(?=x)"),
     ("audio", {"voice": "x"}),
     ("modalities", ["text", "audio"]),
     ("logits_processors", ["x"]),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fnengine.errors import RequestError
+from fnengine.host.patterns import program
 from fnengine.host.repeats import Repetition
 
 if TYPE_CHECKING:
@@ -191,11 +192,13 @@ class Stop:
     min_tokens: int = 0
     """No end-of-sequence, stop string or stop id ends the text before this many tokens."""
     strings: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
+    """Regular expressions: the text ends with the first character at which one is matched, see `patterns`."""
     ids: tuple[int, ...] = ()
     """Token ids that end the text, beside the model's end-of-sequence ids."""
     ignore_eos: bool = False
     include_stop: bool = False
-    """Keep the matched stop string in the text."""
+    """Keep the matched stop string, or match of a pattern, in the text."""
     repetition: Repetition | None = None
     """What counts as going in circles, which ends the text; None for nothing."""
 
@@ -209,6 +212,8 @@ class Stop:
             )
         if any(not s for s in self.strings):
             raise RequestError("stop strings must not be empty", param="stop")
+        if self.patterns:
+            program(self.strings, self.patterns)
 
 
 @dataclass(frozen=True)

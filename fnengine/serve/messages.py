@@ -318,12 +318,12 @@ def routes(core: Core) -> list[Route]:
         chat, ignored = chat_of(body, core.thinks)
         form, notes = form_of(body)
         job: Job = core.from_chat(chat, engine, id=id, created=created, model=model, form=form)
-        shape, stops = replace(job.shape, id=f"msg_{id}"), job.requests[0].stop.strings
+        shape, stop = replace(job.shape, id=f"msg_{id}"), job.requests[0].stop
         return Job(
             job.requests,
             shape,
             job.ignored + ignored + notes,
-            lambda shape, *more: Message(Answer(shape, *more), stops),
+            lambda shape, *more: Message(Answer(shape, *more), stop.strings + stop.patterns),
         )
 
     async def messages(request: Request) -> Response:

@@ -577,7 +577,7 @@ def _stop(body: Generate, most: int | None, vocab: int, explicit: bool) -> Stop:
             _refuse("stop_token_ids", f"holds token id {i}, the vocabulary has {vocab} tokens")
     if most is not None and most < 0:
         _refuse("max_tokens", f"must be at least 0, got {most}")
-    least = body.min_tokens or 0
+    asked, least = body.stop_regex, body.min_tokens or 0
     if least < 0 or (most is not None and least > most):
         limit = "" if most is None else f" and max_tokens ({most}{'' if explicit else ', the default'})"
         _refuse("min_tokens", f"must be between 0{limit}, got {least}" if limit else f"must be at least 0, got {least}")
@@ -585,6 +585,7 @@ def _stop(body: Generate, most: int | None, vocab: int, explicit: bool) -> Stop:
         max_tokens=most,
         min_tokens=least,
         strings=strings,
+        patterns=() if asked is None else (asked,) if isinstance(asked, str) else tuple(asked),
         ids=tuple(dict.fromkeys(body.stop_token_ids or ())),
         ignore_eos=bool(body.ignore_eos),
         include_stop=bool(body.include_stop_str_in_output),
