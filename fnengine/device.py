@@ -26,7 +26,7 @@ from fnengine.graphs.dispatch import Capturing, Choice, Graphs
 from fnengine.graphs.report import Usage
 from fnengine.host.ahead import Ahead
 from fnengine.host.ask import is_rare
-from fnengine.host.request import MAX_BIAS
+from fnengine.host.request import MAX_BIAS, MAX_WATCHED
 from fnengine.host.step import BLOCK, NEWEST, Admission, Ask, Scores, StepInput, StepOutput, Ticket
 from fnengine.kernels import KVLayout, Ops, memory
 from fnengine.kernels.layout import movable
@@ -129,7 +129,8 @@ class Launched:
             token = token[place]
             if scores is not None:
                 at = place.ravel()
-                scores = Scores(scores.chosen[at], scores.top_ids[at], scores.top[at])
+                watched = None if scores.watched is None else scores.watched[at]
+                scores = Scores(scores.chosen[at], scores.top_ids[at], scores.top[at], watched)
         taps = tuple(x[:T] for x in out.taps)
         return StepOutput(token, out.count[:R].numpy(), scores, _scores(out.score, T), logits, taps)
 
@@ -151,7 +152,8 @@ def _count(usage: Usage, c: Choice[Ask], seconds: float) -> None:
 def _scores(top: Top | None, n: int) -> Scores | None:
     if top is None:
         return None
-    return Scores(top.chosen[:n].numpy(), top.ids[:n].numpy(), top.values[:n].numpy())
+    watched = None if top.watched is None else top.watched[:n].numpy()
+    return Scores(top.chosen[:n].numpy(), top.ids[:n].numpy(), top.values[:n].numpy(), watched)
 
 
 class Steps(Protocol):
@@ -467,6 +469,11 @@ class TorchDevice:
             for name, values in _biases(edited).items():
                 getattr(rows, name)[at] = self._stage(values)
             self._biased = self._biased - {a.row for a in edited} | biased
+        if watching := [a for a in admissions if a.watched]:  # nobody reads what an earlier sequence left in other rows
+            ids = np.full((len(watching), MAX_WATCHED), -1, np.int32)
+            for given, a in zip(ids, watching, strict=True):
+                given[: len(a.watched)] = a.watched
+            rows.watched[self._stage(np.array([a.row for a in watching], np.int64))] = self._stage(ids)
         # One write for all rows; what is put behind a row's tokens is written over before it is read.
         rows.table[index] = self._stage(_ragged([a.blocks for a in admissions], rows.table.shape[1]))
         if most := max(len(a.tokens) for a in admissions):

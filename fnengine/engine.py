@@ -291,6 +291,7 @@ class Engine:
             self.tokenizer,
             request.prompt,  # pyright: ignore[reportArgumentType]
             stops.strings,
+            patterns=stops.patterns,
             include_stop=stops.include_stop,
             from_token=max(0, stops.min_tokens - 1),
             skip_special=request.skip_special_tokens,

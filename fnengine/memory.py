@@ -24,6 +24,7 @@ from fnengine.errors import ConfigError
 from fnengine.graphs.bucket import fit
 from fnengine.graphs.ladder import MIXED
 from fnengine.host.answers import most_logprobs
+from fnengine.host.request import MAX_WATCHED
 from fnengine.host.runs import picks_of
 from fnengine.host.step import BLOCK
 from fnengine.kernels.layout import KVLayout, Tokens
@@ -446,13 +447,13 @@ def _sampling(R: int, V: int, narrow: int, k: int, S: int, ranked: int) -> int:
     head = R * V * (4 + narrow)
     some = min(R, AT_ONCE)
     processing = R * V * 4 + some * V * PROCESSED + max(ranked, some * S * LOOKED_BACK)
-    return max(head, processing, R * V * 4 + _logprobs(min(R, rows_at_once(k)), V, k) + R * k * 16)
+    return max(head, processing, R * V * 4 + _logprobs(min(R, rows_at_once(k)), V, k) + R * (k * 16 + MAX_WATCHED * 4))
 
 
 def _scoring(T: int, V: int, narrow: int, k: int) -> int:
     n = min(T, SCORED_AT_ONCE)
     head = n * V * (4 + narrow)
-    return max(head, n * V * 4 + _logprobs(min(n, rows_at_once(k)), V, k)) + T * k * 16
+    return max(head, n * V * 4 + _logprobs(min(n, rows_at_once(k)), V, k)) + T * (k * 16 + MAX_WATCHED * 4)
 
 
 def _logprobs(n: int, V: int, k: int) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fnengine.graphs.bucket import Bucket
-from fnengine.host.request import MAX_ARGUMENTS, MAX_BAD, MAX_BIAS, MAX_BREAKERS, Sampling
+from fnengine.host.request import MAX_ARGUMENTS, MAX_BAD, MAX_BIAS, MAX_BREAKERS, MAX_WATCHED, Sampling
 from fnengine.host.step import BLOCK, Ask
 from fnengine.kernels.layout import KVLayout, Shape, shapes_of
 from fnengine.spec import Attending, ModelSpec, attentions, shares
@@ -89,6 +89,8 @@ class Rows:
     """[M+1, U, 8] float32"""
     steer: Tensor
     """[M+1, S, D] float32: what is added to the row's residual stream after each of S declared layers."""
+    watched: Tensor
+    """[M+1, 128] int32 token ids whose log-probabilities are wanted, -1 where unused."""
 
 
 def empty_rows(
@@ -107,7 +109,7 @@ def empty_rows(
 
     Args:
         columns, tokens: widths of block tables and histories.
-        lists: whether there is room for allowed tokens, bad words and sequence breakers.
+        lists: whether there is room for allowed tokens, bad words, sequence breakers and watched tokens.
         own: processors of the engine's own.
         steer: layers that may be steered, and the model's width.
     """
@@ -148,6 +150,7 @@ def empty_rows(
         own=full(False, torch.bool, own),
         own_args=full(0, f32, own, MAX_ARGUMENTS),
         steer=full(0, f32, *steer),
+        watched=full(-1, i32, some * MAX_WATCHED),
     )
 
 
@@ -357,6 +360,8 @@ class Top:
     """[n, k] int32"""
     values: Tensor
     """[n, k]"""
+    watched: Tensor | None = None
+    """[n, 128] of the tokens that the row watches"""
 
 
 @dataclass(frozen=True)

@@ -476,6 +476,15 @@ def _flags() -> tuple[Flag, ...]:
             (),
             "S",
         ),
+        Flag(
+            ("--request-timeout",),
+            "serve.request_timeout",
+            "seconds from a request to the end of its answer, where it names none in `timeout`; 0: no limit",
+            server,
+            float,
+            (),
+            "S",
+        ),
         Flag(("--disable-log-requests",), "-", "as without --enable-log-requests", server),
         Flag(
             ("--uvicorn-log-level",),

@@ -75,7 +75,7 @@ def commit(host: Host, planned: Planned, output: StepOutput, now: float) -> list
         elif emit[r]:
             logprobs = None
             if scores is not None and (k := run.request.logprobs) is not None:
-                logprobs = (_logprob(scores, r * W, token[r], k),)
+                logprobs = (_logprob(scores, r * W, token[r], k, run.request.watched),)
             events.append(_looked(host, run, _append(host, run, token[r], logprobs, now)))
         elif run.until > run.limit and planned.paths[r].length == run.limit:
             end(host, run, "length")
@@ -124,7 +124,9 @@ def _judge(host: Host, run: Run, output: StepOutput, r: int, now: float) -> Even
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     for j, token in enumerate(output.token[r, :n].tolist()):
-        scores = None if k is None or output.logprobs is None else (_logprob(output.logprobs, r * W + j, token, k),)
+        scores = None
+        if k is not None and output.logprobs is not None:
+            scores = (_logprob(output.logprobs, r * W + j, token, k, run.request.watched),)
         one = _append(host, run, token, scores, now)
         tokens, logprobs = tokens + one.tokens, logprobs + (one.logprobs or ())
         event = one if event is None else event._replace(finish=one.finish, stop_token=one.stop_token, error=one.error)
@@ -223,10 +225,11 @@ def fail(host: Host, planned: Planned, error: str) -> list[Event]:
 def _score(planned: Planned, output: StepOutput, r: int, run: Run) -> None:
     """Adds the scores of batch row `r` to its run."""
     step = planned.input
-    assert output.score is not None and step.target is not None and run.request.prompt_logprobs is not None
+    k, watched = run.request.prompt_logprobs, run.request.watched
+    assert output.score is not None and step.target is not None and k is not None
     for t in range(step.start[r], step.start[r + 1]):
         if (target := int(step.target[t])) >= 0:
-            run.scores.append(_logprob(output.score, t, target, run.request.prompt_logprobs))
+            run.scores.append(_logprob(output.score, t, target, k, watched))
 
 
 def _see(planned: Planned, output: StepOutput, r: int, run: Run) -> None:
@@ -251,6 +254,10 @@ def _scores_of(run: Run) -> tuple[TokenLogprob | None, ...] | None:
     return (None, *run.scores)
 
 
-def _logprob(scores: Scores, at: int, token: int, k: int) -> TokenLogprob:
+def _logprob(scores: Scores, at: int, token: int, k: int, watched: tuple[int, ...]) -> TokenLogprob:
     top = tuple(zip(scores.top_ids[at, :k].tolist(), scores.top[at, :k].tolist(), strict=True))
-    return TokenLogprob(token, float(scores.chosen[at]), top)
+    if not watched:
+        return TokenLogprob(token, float(scores.chosen[at]), top)
+    assert scores.watched is not None
+    seen = zip(watched, scores.watched[at, : len(watched)].tolist(), strict=True)
+    return TokenLogprob(token, float(scores.chosen[at]), top, tuple(seen))

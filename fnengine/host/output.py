@@ -19,6 +19,8 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
     """(id, logprob) of the most likely tokens, most likely first, ties by lowest id; read from the same tensor as
     `logprob`, so that equal tokens have equal floats."""
+    watched: tuple[tuple[int, float], ...] = ()
+    """The same of the tokens that the request watches, in its order."""
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class Draft:
     """Bits of all rows that emit."""
     logprobs: int | None = None
     score: int | None = None
+    watched: bool = False
     logits: bool = False
     picks: bool = False
     """Some row wants something after another token than its last."""
@@ -89,6 +90,7 @@ def add(draft: Draft, run: Run, n: int, emits: int) -> None:
         k = run.request.prompt_logprobs
         assert k is not None
         draft.score = k if draft.score is None else max(k, draft.score)
+        draft.watched |= bool(run.request.watched)
 
 
 def ask(draft: Draft, run: Run) -> None:
@@ -99,6 +101,7 @@ def ask(draft: Draft, run: Run) -> None:
     draft.masked |= run.guide is not None
     if (k := run.request.logprobs) is not None:
         draft.logprobs = k if draft.logprobs is None else max(k, draft.logprobs)
+        draft.watched |= bool(run.request.watched)
     if run.taps:
         draft.taps.update(run.taps)
 
@@ -151,6 +154,7 @@ def pack(draft: Draft, leaving: list[tuple[Run, np.ndarray, tuple[int, ...]]]) -
             sample=bool(emit.any()),
             logprobs=draft.logprobs,
             score=draft.score,
+            watched=draft.watched,
             logits=draft.logits,
             picks=0 if pick is None else len(pick),
             masked=draft.masked,

@@ -27,7 +27,7 @@ from fnengine.host.blocks import Extension, Ledger, Path
 from fnengine.host.output import Gauges
 from fnengine.host.pack import Draft, add, ask, needs_of, pack
 from fnengine.host.pooling import TAP, check_pooling
-from fnengine.host.request import MAX_BIAS, PLAIN, Request, Sampling, check_sampling, fold_in
+from fnengine.host.request import MAX_BIAS, PLAIN, Request, Sampling, check_sampling, check_watched, fold_in
 from fnengine.host.runs import Host, Policy, Run, end, enqueue, first_waiting, key_of, preempt
 from fnengine.host.states import NOWHERE, States
 from fnengine.host.steer import salted, steering
@@ -231,6 +231,7 @@ def _check(host: Host, request: Request) -> int:
         bad = int(prompt[(prompt < 0) | (prompt >= vocab)][0])
         raise RequestError(f"token {bad} is outside the vocabulary of {vocab}", param="prompt")
     check_sampling(request.sampling, vocab, policy.processors)
+    check_watched(request, vocab)
     for i in stop.ids:
         if not 0 <= i < vocab:
             raise RequestError(f"token {i} is outside the vocabulary of {vocab}", param="stop_token_ids")
@@ -586,6 +587,7 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
             suppress_until=run.suppress_until,
             state=place,
             steer=() if run.steer is None else run.steer.vectors,
+            watched=run.request.watched,
         )
     )
     _take(host, walk, run, n)

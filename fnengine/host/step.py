@@ -58,6 +58,8 @@ class Admission:
     """The place of the state that the row begins from, in layers that have states; -1 where it has no tokens yet."""
     steer: tuple[tuple[str, np.ndarray], ...] = ()
     """(layer, [D] float32): what is added to the residual stream after layers that were declared."""
+    watched: tuple[int, ...] = ()
+    """Token ids, at most `request.MAX_WATCHED`, whose log-probabilities the row wants."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Ask:
     """Top-k log-probabilities after the picked tokens, beside the chosen token's where one is; None for none."""
     score: int | None = None
     """Log-probabilities of `StepInput.target` at every new token, with this many most likely ones; None for none."""
+    watched: bool = False
+    """With both: those of the tokens that each row watches."""
     logits: bool = False
     """Raw float32 logits after the picked tokens in the output."""
     picks: int = 0
@@ -151,6 +155,8 @@ class Scores:
     """[n, k] int32, most likely first, ties by lowest id."""
     top: np.ndarray
     """[n, k]"""
+    watched: np.ndarray | None = None
+    """[n, 128] of the tokens that the row watches, in its order; beyond them anything"""
 
 
 @dataclass(frozen=True)

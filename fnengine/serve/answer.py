@@ -36,6 +36,14 @@ def error_value(message: str, type: str, param: str | None, code: int | str | No
 # --- log-probabilities ------------------------------------------------------------------------------------------------
 
 
+def listed(first: Sequence[tuple[int, float]], e: TokenLogprob) -> list[tuple[int, float]]:
+    """(id, log-probability) pairs, and the watched ones that are not among them."""
+    if not e.watched:
+        return list(first)
+    known = {id for id, _ in first}
+    return [*first, *(pair for pair in e.watched if pair[0] not in known)]
+
+
 def _number(logprob: float) -> float:
     return logprob if logprob > LOWEST else LOWEST
 
@@ -45,12 +53,13 @@ def _name(text: Text, id: int, as_ids: bool) -> str:
 
 
 def chat_logprobs(text: Text, entries: Sequence[TokenLogprob], top: int, as_ids: bool) -> list[dict[str, Any]]:
-    """`choices[].logprobs.content`: for each token its text, bytes, and exactly the `top` most likely tokens."""
+    """`choices[].logprobs.content`: for each token its text, bytes, and exactly the `top` most likely tokens, behind
+    them the watched ones that are not among these."""
 
     def one(id: int, logprob: float) -> dict[str, Any]:
         return {"token": _name(text, id, as_ids), "logprob": _number(logprob), "bytes": list(text.token_bytes(id))}
 
-    return [one(e.id, e.logprob) | {"top_logprobs": [one(id, logprob) for id, logprob in e.top[:top]]} for e in entries]
+    return [one(e.id, e.logprob) | {"top_logprobs": [one(*pair) for pair in listed(e.top[:top], e)]} for e in entries]
 
 
 def text_logprobs(
@@ -71,7 +80,7 @@ def text_logprobs(
         if all(id != e.id for id, _ in likely):
             likely.append((e.id, e.logprob))
         found: dict[str, float] = {}
-        for id, logprob in likely:
+        for id, logprob in listed(likely, e):
             name = _name(text, id, as_ids)
             found[f"token_id:{id}" if name in found else name] = _number(logprob)
         maps.append(found)
@@ -98,7 +107,8 @@ def prompt_logprobs(text: Text, entries: Sequence[TokenLogprob | None], as_ids: 
             out.append(None)
             continue
         found = {str(id): one(id, logprob, r) for r, (id, logprob) in enumerate(e.top, 1)}
-        found.setdefault(str(e.id), one(e.id, e.logprob, None))
+        for id, logprob in ((e.id, e.logprob), *e.watched):
+            found.setdefault(str(id), one(id, logprob, None))
         out.append(found)
     return out
 

@@ -147,6 +147,7 @@ class Generate(BaseModel):
     speculative: Speculative = None
     prediction: PredictionBody | None = None
     stop: str | list[str] | None = None
+    stop_regex: str | list[str] | None = None
     stop_token_ids: list[Int] | None = None
     include_stop_str_in_output: Bool = None
     ignore_eos: Bool = None
@@ -161,6 +162,7 @@ class Generate(BaseModel):
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None
     prompt_logprobs: Int | None = None
+    logprob_token_ids: list[Int] | None = None
     return_tokens_as_token_ids: Bool = None
     return_token_ids: Bool = None
     timing: Bool = None
@@ -253,9 +255,7 @@ REFUSED: dict[str, tuple] = {
     "modalities": (None, [], ["text"]),
     "mm_processor_kwargs": (None, {}),
     "media_io_kwargs": (None, {}),
-    "logprob_token_ids": (None, []),
     "logprobs_mode": (None, "raw_logprobs"),
-    "stop_regex": (None, []),
     "chat_template": _NONE,
     "web_search_options": _NONE,
     "kv_transfer_params": _NONE,
@@ -393,8 +393,8 @@ def _first(error: ValidationError) -> RequestError:
             where="prompt",
             param="prompt",
         )
-    if loc[0] == "stop":
-        return RequestError("must be a string or a list of strings", where="stop", param="stop")
+    if loc[0] in ("stop", "stop_regex"):
+        return RequestError("must be a string or a list of strings", where=loc[0], param=loc[0])
     if e["type"] == "missing":
         return RequestError("is required", where=param, param=param)
     message = e["msg"].replace("Input should be", "must be")

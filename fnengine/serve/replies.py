@@ -74,7 +74,7 @@ class Unavailable(FnError):
 
 
 class TooLate(FnError):
-    """The time that the request gave itself is over. Asking again would take as long, and the client did not wait."""
+    """The time that the request, or the server, gave it is over. Asking again would take as long."""
 
     code, type = 408, "TimeoutError"
 
