@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fnengine import experts, fallback, gguf_file, modules, packed, pickled, products, tree
+from fnengine import experts, fallback, fp8_file, gguf_file, modules, packed, pickled, products, tree
 from fnengine.errors import CheckpointError, ConfigError, SpecError
 from fnengine.experts import Experts
 from fnengine.families import Unknown, family_of, spec_from_config, whole
@@ -197,7 +197,7 @@ def fill(
         CheckpointError: see `load`.
     """
     how = products.packing(spec, device, dtype, quantization)
-    notes = [f"weights {how.name}: {how.reason}"]
+    notes = [f"weights {how.name}: {how.reason}", *left_out(spec)]
     if spec.tied and not how.at(spec.vocab, spec.width).indexable:
         notes.append("the tied embedding is kept twice: dense to look up, packed as the head")
     if load_format == "dummy":
@@ -209,12 +209,20 @@ def fill(
         )
     if load_format == "gguf" and not is_gguf(folder):
         raise ConfigError("the model is no .gguf file", where="--load-format gguf", remedy="give the file itself")
+    if not is_gguf(folder):
+        notes += fp8_file.said(Path(folder), dtype)
     if load_format == "pt":
         return load(folder, spec, dtype, device, how, progress=progress, unpickle=True), how, tuple(notes)
     kept = packed_key(folder, spec, dtype, device, how)
     if kept is not None and (params := packed.load(kept, outline(spec, dtype, how))) is not None:
         return params, how, (*notes, f"weights read from {packed.path_of(kept)}, where they were kept in this form")
     return load(folder, spec, dtype, device, how, progress=progress), how, tuple(notes)
+
+
+def left_out(spec: ModelSpec) -> tuple[str, ...]:
+    """What a start says of the parts of a checkpoint that are not loaded, if it may have some."""
+    apart = family_of(spec).apart
+    return (f"read for text alone: tensors that begin with {', '.join(apart)} are left out",) if apart else ()
 
 
 def packed_key(
@@ -435,10 +443,30 @@ def _opened(folder: Path, spec: ModelSpec, unpickle: bool) -> Iterator[dict[str,
 
 
 def named(spec: ModelSpec, files: dict[str, Stored]) -> dict[str, Stored]:
-    """The files under the names that the spec's arrays have, where a checkpoint has others."""
+    """The files under the names that the spec's arrays have, where a checkpoint has others; what is stored in 8 bits as
+    what it stands for."""
     if spec.upstream is None:
-        return with_prefix(files, prefix(family_of(spec)))
+        family = family_of(spec)
+        return with_prefix(widened({respelt(name, family): file for name, file in files.items()}), prefix(family))
     return {name: files[stored] for stored, name in fallback.names(spec, files).items()}
+
+
+def widened(files: dict[str, Stored]) -> dict[str, Stored]:
+    """The files with every weight of 8 bits as one of 32, made of it and its scales as it is read."""
+    weights = fp8_file.pairs(files)
+    if not weights:
+        return files
+    gone = fp8_file.unread(files, weights)
+    wide = {name: Stored(w.path, fp8_file.Scaled(w, s), name) for name, (w, s) in weights.items()}
+    return {name: wide.get(name, file) for name, file in files.items() if name not in gone}
+
+
+def respelt(name: str, family: Family) -> str:
+    """A tensor's name as the family has it."""
+    for theirs, ours in family.spelt.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
 
 
 def with_prefix(files: dict[str, Stored], prefix: str) -> dict[str, Stored]:

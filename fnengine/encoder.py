@@ -22,7 +22,7 @@ from fnengine import kernels
 from fnengine.host.step import BLOCK
 from fnengine.kernels import Chosen, Heads
 from fnengine.kernels.rope import apply_rope
-from fnengine.layers import ACTS, Angles, block, normed, normed_heads, rope_angles
+from fnengine.layers import ACTS, Angles, apart, block, normed, normed_heads, rope_angles, tempered
 from fnengine.leaves import matmul
 from fnengine.model import embed, final_norm
 from fnengine.spec import Attention, Layer, ModelSpec, Turning
@@ -71,7 +71,8 @@ def attention(
         qkv_TE = qkv_TE.clamp(-a.clip, a.clip)
     q_THC, k_TKC, v_TKC = qkv_TE.unflatten(1, (-1, a.width)).split((a.heads, a.kv_heads, a.kv_heads), dim=1)
     if a.rope is not None:
-        q_THC, k_TKC = apply_rope(q_THC, *angles), apply_rope(k_TKC, *angles)
+        turning, temperature_T = apart(a.rope, angles)
+        q_THC, k_TKC = tempered(apply_rope(q_THC, *turning), temperature_T), apply_rope(k_TKC, *turning)
     window = 0 if a.window is None else a.window
     sinks = params["sinks"] if a.sinks else None
     o_THC = attend(q_THC, k_TKC, v_TKC, start_S1, a.scale, window, a.soft_cap, sinks, a.causal)

@@ -165,11 +165,22 @@ def queries(
         qkv_TE = normed_heads(a, params, eps, qkv_TE)
     if a.clip:
         qkv_TE = qkv_TE.clamp(-a.clip, a.clip)
-    if not isinstance(a.rope, Tempered):
-        return ops.rope_write(qkv_TE, *norms, *angles, pool.k, pool.v, where.slot, eps), gate_TE
-    still = (x_T2[:, :1].contiguous() for x_T2 in angles)
-    q_THC = ops.rope_write(qkv_TE, *norms, *still, pool.k, pool.v, where.slot, eps)
-    return (q_THC.float() * angles[0][:, 1, None, None]).to(q_THC.dtype), gate_TE
+    turning, temperature_T = apart(a.rope, angles)
+    q_THC = ops.rope_write(qkv_TE, *norms, *turning, pool.k, pool.v, where.slot, eps)
+    return tempered(q_THC, temperature_T), gate_TE
+
+
+def apart(rope: Turning, angles: Angles) -> tuple[Angles, Tensor | None]:
+    """(the angles that rotate, the temperature that stands behind their cosines, [T], if there is one)."""
+    if not isinstance(rope, Tempered):
+        return angles, None
+    cos, sin = (x[:, :-1].contiguous() for x in angles)
+    return (cos, sin), angles[0][:, -1]
+
+
+def tempered(q_THC: Tensor, temperature_T: Tensor | None) -> Tensor:
+    """Queries times the temperature of their positions."""
+    return q_THC if temperature_T is None else (q_THC.float() * temperature_T[:, None, None]).to(q_THC.dtype)
 
 
 def attended(
@@ -372,17 +383,16 @@ def rope_angles(rope: Turning, position_T: Tensor) -> Angles:
     """(cos, sin) of every token's rotary angles, [T, width / 2] float32; once a step for each distinct Rope.
 
     Where nothing rotates one pair of channels turns by 0, which leaves its bits, so that kernels need no second form.
-    A temperature stands beside the 1 of its cosine.
+    A temperature stands behind the cosines, in a column of its own.
     """
     if rope is None:
         still = torch.zeros(len(position_T), 1, device=position_T.device)
         return still + 1, still
     if isinstance(rope, Tempered):
-        times_T = torch.floor((position_T.float() + 1) / rope.every)
-        temperature_T = torch.log1p(times_T) * rope.scale + 1
-        return torch.stack([torch.ones_like(temperature_T), temperature_T], 1), torch.zeros(
-            len(position_T), 2, device=position_T.device
-        )
+        times_T = torch.floor((position_T.float() + rope.first) / rope.every)
+        temperature_T1 = (torch.log1p(times_T) * rope.scale + 1)[:, None]
+        cos, sin = rope_angles(rope.rope, position_T)
+        return torch.cat([cos, temperature_T1], 1), torch.cat([sin, torch.zeros_like(temperature_T1)], 1)
     gain = rope.scaling.gain if isinstance(rope.scaling, (YarnScaling, LongScaling)) else 1.0
     angle = position_T.float()[:, None] * inverse_frequencies(rope, position_T.device)
     return (angle.cos(), angle.sin()) if gain == 1 else (angle.cos() * gain, angle.sin() * gain)

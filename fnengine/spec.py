@@ -106,15 +106,20 @@ RMS = Norm()
 
 @dataclass(frozen=True)
 class Tempered:
-    """Nothing rotates, and the query at position p is multiplied by 1 + scale * ln(1 + floor((p + 1) / every)).
+    """The query at position p is multiplied by 1 + scale * ln(1 + floor((p + first) / every)), after it was rotated, if
+    it is.
 
-    Source: Nakanishi 2025 (arXiv 2501.19399), as in Llama 4.
+    Source: Nakanishi 2025 (arXiv 2501.19399), as in Llama 4 and Ministral 3.
     """
 
     every: int
     """floor_scale"""
     scale: float
     """attn_scale"""
+    first: int = 1
+    """What the first position counts as."""
+    rope: Rope | None = None
+    """None: nothing rotates."""
 
 
 @dataclass(frozen=True)
@@ -485,7 +490,8 @@ def features(spec: ModelSpec) -> tuple[str, ...]:
     layer, ends = spec.layers[0], spec.ends
     every = [kind.mixer for kind in spec.layers]
     mixers = [m for m in every if isinstance(m, Attention)]
-    turning = {m.rope for m in every if isinstance(m.rope, Rope)}
+    ropes = [rotation(m.rope) for m in mixers]
+    turning = {rotation(m.rope) for m in every} - {None}
     norms = {"one norm": "one norm for both", "two norms": "a norm for each", "": ""}[layer.parallel]
     said = {
         "transformers' own module": spec.upstream is not None,
@@ -497,10 +503,10 @@ def features(spec: ModelSpec) -> tuple[str, ...]:
         "norms before and after each part": layer.after and layer.before,
         f"parts side by side, {norms}": bool(layer.parallel),
         "learned positions": ends.positions > 0,
-        "layers without rope": len(turning) > 0 and any(not isinstance(m.rope, Rope) for m in mixers),
+        "layers without rope": len(turning) > 0 and None in ropes,
         "a temperature by position": any(isinstance(m.rope, Tempered) for m in mixers),
         "a rope for each kind of layer": len(turning) > 1,
-        "part of a head rotates": any(r.width < m.width for m in mixers if isinstance(r := m.rope, Rope)),
+        "part of a head rotates": any(r.width < m.width for m, r in zip(mixers, ropes, strict=True) if r),
         "q and k normed": any(m.qk_norm for m in mixers),
         "biases": any(m.qkv_bias or m.out_bias for m in mixers),
         "sliding window": any(m.window for m in mixers),
@@ -550,11 +556,12 @@ def for_length(spec: ModelSpec, longest: int) -> ModelSpec:
     """The spec for sequences of at most so many tokens: what a `LongScaling` divides by depends on it."""
 
     def fitted(kind: Layer) -> Layer:
-        mixer, rope = kind.mixer, kind.mixer.rope
-        if isinstance(mixer, Recurrent) or not isinstance(rope, Rope) or not isinstance(rope.scaling, LongScaling):
+        mixer, rope = kind.mixer, rotation(kind.mixer.rope)
+        if isinstance(mixer, Recurrent) or rope is None or not isinstance(rope.scaling, LongScaling):
             return kind
         rope = replace(rope, scaling=replace(rope.scaling, longest=longest))
-        return replace(kind, mixer=replace(mixer, rope=rope))
+        told = replace(mixer.rope, rope=rope) if isinstance(mixer.rope, Tempered) else rope
+        return replace(kind, mixer=replace(mixer, rope=told))
 
     return replace(spec, layers=tuple(fitted(kind) for kind in spec.layers))
 
@@ -593,7 +600,13 @@ Turning = Rope | Tempered | None
 """What a mixer is given angles by."""
 
 
+def rotation(rope: Turning) -> Rope | None:
+    """What of it rotates."""
+    return rope.rope if isinstance(rope, Tempered) else rope
+
+
 def angle_pairs(rope: Turning) -> int:
-    """Pairs of channels that a mixer is given angles for: one, which stands still, where nothing rotates, and beside it
-    the temperature where there is one."""
-    return rope.width // 2 if isinstance(rope, Rope) else 1 if rope is None else 2
+    """Pairs of channels that a mixer is given angles for: one, which stands still, where nothing rotates, and behind
+    them the temperature where there is one."""
+    turning = rotation(rope)
+    return (1 if turning is None else turning.width // 2) + isinstance(rope, Tempered)

@@ -340,6 +340,21 @@ MORE: dict[str, dict[str, Any]] = {
         layer_types=["full_attention", "sliding_attention"] * 2,
         rope_parameters=PLAIN,
     ),
+    "ministral3": dict(
+        architecture="Ministral3ForCausalLM",
+        **HEADS,
+        head_dim=16,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 8.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.6,
+        },
+    ),
     "smollm3": dict(architecture="SmolLM3ForCausalLM", **HEADS, num_hidden_layers=4, rope_parameters=PLAIN),
     "granite": dict(
         architecture="GraniteForCausalLM",
@@ -567,20 +582,6 @@ OTHERS: dict[str, dict[str, Any]] = {
         top_k_experts=2,
         moe_intermediate_size=40,
     ),
-    "ministral3": dict(
-        architecture="Ministral3ForCausalLM",
-        **HEADS,
-        head_dim=16,
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 4.0,
-            "original_max_position_embeddings": 16,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "llama_4_scaling_beta": 0.1,
-        },
-    ),
     "ernie-moe": dict(
         architecture="Ernie4_5_MoeForCausalLM",
         **HEADS,
@@ -635,12 +636,8 @@ def threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@functools.cache
-def tiny_folder(name: str, dtype: str = "float32") -> Path:
-    """A folder that transformers saved: config.json and model.safetensors. Made once a session."""
-    cls, config = _config(name)
-    torch.manual_seed(1234)
-    m = cls(config)
+def random_weights(m: Any) -> Any:
+    """The module with weights of torch's generator, so large that every part of it matters."""
     with torch.no_grad():  # norms and biases away from their 1 and 0, weights large enough to matter
         for key, p in m.named_parameters():
             if p.dim() == 1 and key.endswith(".weight"):
@@ -652,6 +649,20 @@ def tiny_folder(name: str, dtype: str = "float32") -> Path:
         for key, b in m.named_buffers():
             if key.endswith("e_score_correction_bias"):
                 b.copy_(0.2 * torch.randn_like(b))
+    return m
+
+
+def text_config(name: str) -> Any:
+    """transformers' config of a tiny model."""
+    return _config(name)[1]
+
+
+@functools.cache
+def tiny_folder(name: str, dtype: str = "float32") -> Path:
+    """A folder that transformers saved: config.json and model.safetensors. Made once a session."""
+    cls, config = _config(name)
+    torch.manual_seed(1234)
+    m = random_weights(cls(config))
     folder = Path(tempfile.mkdtemp(prefix=f"fnengine-tiny-{name}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     m.to(getattr(torch, dtype)).save_pretrained(folder)

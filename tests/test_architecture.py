@@ -33,6 +33,7 @@ FLOORS = {
     "fnengine.fallback": 2,
     "fnengine.gguf_file": 2,
     "fnengine.pickled": 2,
+    "fnengine.fp8_file": 2,
     "fnengine.state": 2,
     "fnengine.packed": 2,
     "fnengine.products": 2,

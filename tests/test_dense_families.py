@@ -17,7 +17,7 @@ from fnengine import cli
 from fnengine.errors import SpecError
 from fnengine.families import FAMILIES, spec_from_config
 from fnengine.model import Model
-from fnengine.spec import LongScaling, Norm
+from fnengine.spec import LongScaling, Norm, Tempered
 from tests.models import MORE, threads, tiny_model, upstream
 
 TOLERANCE = 1e-5
@@ -143,6 +143,8 @@ def told(name: str, ends: dict | None = None, mixer: dict | None = None, mlp: di
         ("smollm3", "rope"),
         ("gemma3", "rope"),
         ("llama-yarn", "gain"),
+        ("ministral3", "cold"),
+        ("ministral3", "one later"),
         ("phi3-long", "short"),
     ],
 )
@@ -151,7 +153,9 @@ def test_mutants_are_caught(name: str, change: dict | str):
     ropes = [k.mixer.rope for k in tiny_model(name).spec.layers]
     if isinstance(change, str):
         rope = next(r for r in ropes if r is not None)
-        if change == "gain":
+        if isinstance(rope, Tempered):
+            rope = rope.rope if change == "cold" else dataclasses.replace(rope, first=1)
+        elif change == "gain":
             assert rope.scaling is not None
             rope = dataclasses.replace(rope, scaling=dataclasses.replace(rope.scaling, gain=1.0))
         elif change == "short":

@@ -313,7 +313,7 @@ def test_gpu_kernels_say_why_they_pass():
         ("deepseek-v3", {"n_group": 3}, ["n_group", "does not divide n_routed_experts = 8"]),
         ("deepseek-v3", {"scoring_func": "softmax"}, ["scoring_func", "sigmoid"]),
         ("deepseek-v3", {"num_experts_per_tok": 5}, ["num_experts_per_tok", "more than there are experts, 4"]),
-        ("deepseek-v3", {"quantization_config": {"quant_method": "fp8"}}, ["stored quantized (fp8)"]),
+        ("deepseek-v3", {"quantization_config": {"quant_method": "awq"}}, ["stored quantized (awq)"]),
         ("deepseek-v2", {"topk_method": "noaux_tc"}, ["topk_method", "greedy"]),
         ("deepseek-v2", {"num_key_value_heads": 2}, ["num_key_value_heads", "belong to all heads"]),
         ("deepseek-v2", {"kv_lora_rank": 23}, ["kv_lora_rank", "odd"]),

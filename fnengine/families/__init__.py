@@ -27,6 +27,7 @@ from fnengine.families import (
     llama,
     llama4,
     mimo,
+    ministral3,
     mistral,
     mixtral,
     modernbert,
@@ -51,7 +52,8 @@ from fnengine.families.names import IGNORED, Family
 from fnengine.spec import ModelSpec
 
 _EVERY = (
-    *(llama.FAMILY, mistral.FAMILY, mistral.MINISTRAL, qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY, granite.FAMILY),
+    *(llama.FAMILY, mistral.FAMILY, mistral.MINISTRAL, ministral3.FAMILY, ministral3.WHOLE),
+    *(qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY, granite.FAMILY),
     *(olmo2.FAMILY, olmo2.OLMO3, phi3.FAMILY, gemma.FAMILY, gemma.GEMMA2, gemma3.FAMILY),
     *(cohere.FAMILY, cohere.COHERE2, glm4.GLM, glm4.FAMILY, starcoder2.FAMILY, stablelm.FAMILY),
     *(phi.FAMILY, gpt_neox.FAMILY, gpt2.FAMILY, opt.FAMILY, falcon.FAMILY),

@@ -109,15 +109,16 @@ class Fields:
 
     def close(self, inert: Iterable[str] = ()) -> None:
         """Raises for the first key that was neither read nor known to be inert."""
-        if self.config.get("quantization_config") is not None:
-            method = self.config["quantization_config"].get("quant_method", "unknown")
+        stored = self.config.get("quantization_config")
+        method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
+        if method is not None and method != "fp8":  # floats of 8 bits are decoded as they are read, `fp8_file`
             raise SpecError(
                 f"quantization_config: the weights are stored quantized ({method}), which cannot be read yet",
                 where=self.where,
                 remedy="use the unquantized checkpoint",
                 param="quantization_config",
             )
-        known = self.used | INERT | set(inert)
+        known = self.used | INERT | set(inert) | {"quantization_config"}
         for key, value in self.config.items():
             if value is not None and key not in known and not key.startswith("_"):
                 raise self.error(key, "is not understood and may change the maths", REMEDY)
@@ -231,6 +232,28 @@ def _factors(inner: Fields, key: str, pairs: int) -> tuple[float, ...]:
     if not isinstance(found, list) or len(found) != pairs or not all(isinstance(x, (int, float)) for x in found):
         raise inner.error(key, f"is not a list of {pairs} numbers, one for every pair of channels")
     return tuple(float(x) for x in found)
+
+
+def text_of(config: dict[str, Any], where: str, towers: Iterable[str], tied: bool = False) -> dict[str, Any]:
+    """The config of the text model in that of one that also sees or hears; of a text model itself, the same.
+
+    Args:
+        towers: keys of the outer config that say nothing about text.
+        tied: what it means where neither says whether embeddings are tied.
+    """
+    if config.get("text_config") is None:
+        return config
+    outer = Fields(config, where)
+    text = outer.take("text_config")
+    if not isinstance(text, dict):
+        raise outer.error("text_config", "is not an object")
+    shared = ("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "quantization_config")
+    dtypes = {key: outer.take(key, None) for key in shared}
+    inner = text.get("tie_word_embeddings")
+    tied = outer.flag("tie_word_embeddings", tied if inner is None else inner)
+    outer.close(towers)
+    own = {key: value for key, value in dtypes.items() if text.get(key) is None}
+    return {**text, **own, "tie_word_embeddings": tied}
 
 
 def is_a(config: dict[str, Any], architecture: str, model_type: str) -> bool:

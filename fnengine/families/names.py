@@ -126,6 +126,8 @@ class Family:
     apart: tuple[str, ...] = ()
     """Beginnings of names of tensors that are no part of what runs here, and are not loaded: heads that predict further
     tokens in another form, other towers."""
+    spelt: Mapping[str, str] = field(default_factory=dict)
+    """Beginnings of names as some checkpoints have them -> ours."""
 
 
 NAMES: Names = {
@@ -177,6 +179,16 @@ DELTA_NET: Names = {
     "o": "model.layers.{i}.linear_attn.out_proj",
 }
 """What layers of gated delta nets have in place of attention: `Family.renamed`."""
+
+
+def within(names: Names, outer: str) -> Names:
+    """The names where the text model is a part of another."""
+
+    def one(name: str) -> str:
+        return name.replace("model.", f"{outer}.", 1) if name.startswith("model.") else name
+
+    return {key: one(n) if isinstance(n, str) else tuple(map(one, n)) for key, n in names.items()}
+
 
 IGNORED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".self_attn.masked_bias")
 

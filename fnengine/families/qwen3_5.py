@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from fnengine.families.fields import Fields, experts, model_spec
-from fnengine.families.names import DELTA_NET, EXPERTS, IGNORED, NAMES, ROUTING, Family, Names
+from fnengine.families.fields import Fields, experts, model_spec, text_of
+from fnengine.families.names import DELTA_NET, EXPERTS, IGNORED, NAMES, ROUTING, Family, Names, within
 from fnengine.families.qwen3_next import ENDS, NORM, gated_queries, mixers, with_shared
 from fnengine.spec import DeltaNet, Layer, Mlp, ModelSpec
 
@@ -15,11 +15,7 @@ def read(config: dict, where: str = "config.json", *, family: str, architecture:
 
     Source: keys as in transformers' Qwen3_5TextConfig and Qwen3_5MoeTextConfig.
     """
-    if config.get("text_config") is not None:
-        whole = Fields(config, where)
-        config = {**whole.take("text_config"), "tie_word_embeddings": whole.flag("tie_word_embeddings")}
-        whole.close(TOWER)
-    f = Fields(config, where)
+    f = Fields(text_of(config, where, TOWER), where)
     D, L = f.integer("hidden_size"), f.integer("num_hidden_layers")
     max_len = f.integer("max_position_embeddings", 32768)
     eps = f.number("rms_norm_eps", 1e-6)
@@ -37,15 +33,6 @@ def read(config: dict, where: str = "config.json", *, family: str, architecture:
 def renamed(kind: Layer) -> Names:
     """What the arrays of a recurrent layer are called."""
     return DELTA_NET if isinstance(kind.mixer, DeltaNet) else {}
-
-
-def within(names: Names, outer: str) -> Names:
-    """The names where the text model is a part of another."""
-
-    def one(name: str) -> str:
-        return name.replace("model.", f"{outer}.", 1) if name.startswith("model.") else name
-
-    return {key: one(n) if isinstance(n, str) else tuple(map(one, n)) for key, n in names.items()}
 
 
 TOWER = ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
