@@ -388,10 +388,10 @@ def test_older_values_and_forks_stay_what_they_are():
         if not here.ended:
             values.append(M.advance(here, [draw.choice(sorted(masks[i]))]))
             # Oracle: a matcher that was never anywhere else.
-            fresh, tokens, node = M.start(compiled), [], values[-1]._node
-            while node is not None:
-                tokens.append(node.token)
-                node = node.parent
+            fresh, tokens, text = M.start(compiled), [], values[-1].text
+            while text is not None:
+                text, token = text
+                tokens.append(token)
             fresh = M.advance(fresh, tokens[::-1])
             masks.append(ids(M.allowed(fresh)) if not values[-1].ended else {0, 1})
     assert len(values) > 200 and len({frozenset(m) for m in masks}) > 5

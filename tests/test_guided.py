@@ -20,7 +20,7 @@ from fnengine.engine import Engine
 from fnengine.errors import RequestError
 from fnengine.host import grammar as G
 from fnengine.host import guide as guiding
-from fnengine.host.guide import Reasoning
+from fnengine.host.guide import Masks, Reasoning
 from fnengine.host.request import Request, Sampling, Speculate, Stop
 from fnengine.host.thinking import Budget
 from fnengine.host.tokenizer import Decoding, Tokenizer, byte_alphabet
@@ -381,14 +381,15 @@ def test_a_budget_around_the_grammar_of_messages_with_calls():
     opened = "<|channel|>analysis<|message|>abc"
     here, _ = walk(opened)
     assert here.forced() == tuple(ids)
-    mask = np.zeros(here.words, np.int32)
+    masks = Masks(np.zeros((1, here.words), np.int32))
+    mask = masks.array[0]
     for one in ids:
         here = here.after(one)
-    here.allow(mask)
+    here.allow(masks, 0)
     assert [chr(i) for i in range(126) if mask[i // 32] >> i % 32 & 1] == ["c", "f"], "commentary or final"
     _, said = walk(opened + "final<|message|>So.")
     assert said == opened + "<|end|><|start|>assistant<|channel|>final<|message|>So."
     call = 'commentary to=functions.go <|constrain|>json<|message|>{"city":"Oslo"}'
     here, said = walk(opened + call)
-    here.allow(mask)
+    here.allow(masks, 0)
     assert said.endswith(call) and mask[135 // 32] >> 135 % 32 & 1 and not here.can(text.encode("x", add_special=False))

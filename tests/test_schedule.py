@@ -424,10 +424,10 @@ def test_a_guide_that_fails_ends_its_own_run_only():
         def fork(self):
             return self
 
-        def allow(self, mask_W):
+        def allow(self, masks, i):
             if len(self.text) == 3:
                 raise RequestError("too much work")
-            mask_W[:] = -1
+            masks.array[i] = -1
 
         def forced(self):
             return ()

@@ -29,6 +29,7 @@ from fnengine.host import plan as planning
 from fnengine.host.ahead import Ahead
 from fnengine.host.blocks import Ledger, Path
 from fnengine.host.commit import Event
+from fnengine.host.guide import Masks
 from fnengine.host.plan import Host, Planned, Policy
 from fnengine.host.request import Request, Sampling, fold_in
 from fnengine.host.runs import Run
@@ -84,10 +85,10 @@ class Rule:
             return frozenset(plain[:1])
         return frozenset(plain[: rng.integers(2, 60)] + [t for t in (5, 8, 9, 40) if rng.random() < 0.2])
 
-    def allow(self, mask_W: np.ndarray) -> None:
+    def allow(self, masks: Masks, i: int) -> None:
         bits = np.zeros(32 * self.words, np.uint8)
         bits[list(self.may())] = 1
-        mask_W[:] = np.packbits(bits, bitorder="little").view(np.int32)
+        masks.array[i] = np.packbits(bits, bitorder="little").view(np.int32)
 
     def after(self, token: int) -> Rule:
         if token not in self.may():

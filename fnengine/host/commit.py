@@ -52,6 +52,7 @@ _tuple = tuple.__new__
 def commit(host: Host, planned: Planned, output: StepOutput, now: float) -> list[Event]:
     """Events of a step that was read, in the order of its batch rows. Steps are committed in the order of plans."""
     step, events = planned.input, []
+    guided: list[int] = []
     emit, token = step.emit.tolist(), output.token[:, 0].tolist()
     W = output.token.shape[1]
     if W == 1:
@@ -71,15 +72,23 @@ def commit(host: Host, planned: Planned, output: StepOutput, now: float) -> list
         if run.base is not None:
             _collect(host, planned, output, r, run, events)
         elif run.drafted:
-            events.append(_looked(host, run, _judge(host, run, output, r, now)))
+            events.append(_judge(host, run, output, r, now))
+            if run.guide is not None:  # an ended run has none
+                guided.append(len(events) - 1)
         elif emit[r]:
             logprobs = None
             if scores is not None and (k := run.request.logprobs) is not None:
                 logprobs = (_logprob(scores, r * W, token[r], k, run.request.watched),)
-            events.append(_looked(host, run, _append(host, run, token[r], logprobs, now)))
+            events.append(_append(host, run, token[r], logprobs, now))
+            if run.guide is not None:
+                guided.append(len(events) - 1)
         elif run.until > run.limit and planned.paths[r].length == run.limit:
             end(host, run, "length")
             events.append(Event(run, prompt_logprobs=_scores_of(run), finish="length"))
+    if guided:
+        for i, error in guiding.look([events[at].run for at in guided]).items():
+            event = events[guided[i]]
+            events[guided[i]] = _refused(host, event.run, error)._replace(tokens=event.tokens, logprobs=event.logprobs)
     return events
 
 
@@ -144,8 +153,14 @@ def _judge(host: Host, run: Run, output: StepOutput, r: int, now: float) -> Even
 def _append(host: Host, run: Run, token: int, logprobs: tuple[TokenLogprob, ...] | None, now: float) -> Event:
     """The run with one more token, ended if that was its last."""
     last, run.last_token = run.last_token, now
-    known = run.append(token)
-    if last is not None and known != run.limit and token not in run.ending and run.guide is None:
+    known, complete = run.append(token), False
+    if run.guide is not None:  # which is asked about an end as well: where nothing is left to choose, any token comes
+        try:
+            complete = guiding.follow(run, token)
+        except RequestError as e:
+            run.known = known - 1  # nobody is told of the token
+            return _refused(host, run, e)
+    if last is not None and known != run.limit and token not in run.ending and not complete:
         # For nearly every token; costs half of what calling the class costs.
         return _tuple(Event, (run, (token,), logprobs, None, None, None, False, now - last, None, 0, 0, None))
     first = last is None
@@ -156,27 +171,12 @@ def _append(host: Host, run: Run, token: int, logprobs: tuple[TokenLogprob, ...]
         finish, stop_token = "stop", token
     elif known == run.limit:
         finish = "length"
-    if run.guide is not None:  # which is asked about an end as well: where nothing is left to choose, any token comes
-        try:
-            if guiding.follow(run, token):
-                finish = "stop"
-        except RequestError as e:
-            run.known = known - 1  # nobody is told of the token
-            return _refused(host, run, e)
+    if complete:
+        finish = "stop"
     if finish is not None:
         end(host, run, finish)
     gap, prompt_logprobs = (None, _scores_of(run)) if last is None else (now - last, None)
     return Event(run, (token,), logprobs, prompt_logprobs, finish, stop_token, first, gap)
-
-
-def _looked(host: Host, run: Run, event: Event) -> Event:
-    """The event, after a look at what may come next in a run that is guided."""
-    if run.guide is not None:  # an ended run has none
-        try:
-            guiding.look(run)
-        except RequestError as e:
-            return _refused(host, run, e)._replace(tokens=event.tokens, logprobs=event.logprobs)
-    return event
 
 
 def _refused(host: Host, run: Run, error: RequestError) -> Event:

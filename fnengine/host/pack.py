@@ -187,9 +187,12 @@ def _looks(run: Run) -> bool:
 def _mask(draft: Draft, start: np.ndarray, pick: np.ndarray | None) -> np.ndarray:
     """What may be chosen after each picked token: everything in rows without a guide."""
     rows = [*zip(draft.runs, draft.emit, strict=True), *((run, emits) for run, _, _, emits in draft.many)]
-    # Row r's picked tokens end before `end[r]`; the last of them are those after which it chooses.
-    end = np.arange(1, len(rows) + 1) if pick is None else np.searchsorted(pick, start[1:])
     words = next(run.masks.shape[1] for run, _ in rows if run.masks is not None)
+    if pick is None:
+        free = np.full((1, words), -1, np.int32)
+        return np.concatenate([run.masks[:1] if n and run.masks is not None else free for run, n in rows])
+    # Row r's picked tokens end before `end[r]`; the last of them are those after which it chooses.
+    end = np.searchsorted(pick, start[1:])
     mask = np.full((end[-1], words), -1, np.int32)
     for (run, emits), last in zip(rows, end.tolist(), strict=True):
         if emits and run.masks is not None:

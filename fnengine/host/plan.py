@@ -120,10 +120,9 @@ def submit(host: Host, request: Request, now: float) -> tuple[Run, ...]:
         for i in range(request.n)
     )
     if request.guide is not None:
-        mask_W = np.empty(request.guide.words, np.int32)
-        request.guide.allow(mask_W)
+        mask_1W = guiding.first(request)
         for run in runs:
-            guiding.begin(run, request.guide.fork(), mask_W)
+            guiding.begin(run, request.guide.fork(), mask_1W)
     host.numbered += request.n
     host.requests[request.id] = runs
     for run in runs:

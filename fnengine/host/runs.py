@@ -362,6 +362,8 @@ def preempt(host: Host, run: Run) -> None:
     """
     policy, blocks = host.policy, host.ledger.blocks_of(run.path)
     run.draft = ()
+    if run.masks is not None:  # of an array with those of a whole step
+        run.masks = run.masks[:1].copy()
     if run.base is not None:  # an extension begins again; what is seen of any other run's tokens is so once and for all
         run.logits.clear()
         run.inside.clear()
