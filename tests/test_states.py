@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -164,6 +165,37 @@ def test_a_prompt_ends_chunks_where_states_are_wanted_and_is_found_up_to_there()
     w.drain()
     assert [len(x.input.token) for x in plans] == [11, 1, 1] and b.cached == 64
     assert plans[0].input.admit[0].state == 4
+    for run in w.runs:
+        w.verify(run)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_choices_and_equal_prompts_wait_for_the_state_of_the_first(depth):
+    """75 tokens are computed once, up to the last kept state, and 11 by each of the others; who has another prompt
+    does not wait. Oracle: worked by hand."""
+    w = world(depth=depth, rows=6, kept=8, budget=200, blocks=64)
+    plans = []
+    w.watch = plans.append
+    p = tokens(75)
+    w.submit(request("a", p, 3, n=3, temperature=1.0))
+    w.submit(request("b", [*p[:70], 9], 3))
+    w.submit(request("c", tokens(20, 1), 3))
+    w.drain()
+    sizes = [x.input.token.size - sum(np.diff(x.input.start) == 1) for x in plans]
+    assert sizes[:3] == [32 + 16, 32 + 4, 11 + 11 + 11 + 7] and sum(sizes) == sum(sizes[:3])
+    assert [run.cached for run in w.runs] == [0, 64, 64, 64, 0]
+    assert [len(x.input.admit) for x in plans[:3]] == [2, 0, 3]
+    for run in w.runs:
+        w.verify(run)
+
+
+def test_without_places_nobody_waits():
+    w = world(rows=4, kept=0, budget=200, blocks=64)
+    plans = []
+    w.watch = plans.append
+    w.submit(request("a", tokens(40), 3, n=3, temperature=1.0))
+    w.drain()
+    assert len(plans[0].input.admit) == 3
     for run in w.runs:
         w.verify(run)
 
