@@ -421,15 +421,16 @@ class TorchDevice:
         pick[:] = 0
         if step.pick is not None:
             pick[: len(step.pick)] = step.pick
+            pick[len(step.pick) :] = step.pick[0]  # once more, under the same mask: the same token is chosen
         return Packed(ints, bucket, ask, self._mask(step, ask.picks or bucket.rows) if ask.masked else None)
 
     def _mask(self, step: StepInput, rows: int) -> Tensor:
-        """The step's masks, padded with rows that allow everything."""
+        """The step's masks, padded with what its first row allows, or everything."""
         mask = torch.empty(rows, -(-self.spec.vocab // 32), dtype=torch.int32, pin_memory=self._pinned)
         array, n = mask.numpy(), 0 if step.mask is None else len(step.mask)
         if step.mask is not None:
             array[:n] = step.mask
-        array[n:] = -1
+        array[n:] = -1 if step.mask is None else step.mask[0]
         return mask
 
     def _admit(self, admissions: tuple[Admission, ...]) -> None:

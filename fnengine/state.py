@@ -286,9 +286,9 @@ class Batch:
     target: Tensor | None
     """[T] int32 or None, see `StepInput.target`."""
     pick: Tensor | None = None
-    """[E] int32, see `StepInput.pick`; None: the last token of each row. Padding picks token 0."""
+    """[E] int32, see `StepInput.pick`; None: the last token of each row. Padding picks the first once more."""
     mask: Tensor | None = None
-    """[E, ceil(V / 32)] int32 or None, see `StepInput.mask`. Padding allows everything."""
+    """[E, ceil(V / 32)] int32 or None, see `StepInput.mask`. Padding allows what the first row does."""
     ask: Ask = static(default=Ask())
 
 
