@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from fnengine.graphs.bucket import Bucket
-from fnengine.host.request import MAX_ARGUMENTS, MAX_BAD, MAX_BIAS, MAX_BREAKERS, Sampling
+from fnengine.host.request import MAX_ARGUMENTS, MAX_BAD, MAX_BIAS, MAX_BREAKERS, MAX_DRAFT, Sampling
 from fnengine.host.step import BLOCK, Ask
 from fnengine.kernels.layout import KVLayout, Shape, shapes_of
-from fnengine.spec import Attending, ModelSpec, attentions, shares
+from fnengine.spec import Attending, ModelSpec, Recurrent, attentions, recurrents, shares, state_bytes
 from fnengine.tree import static
 
 
@@ -89,6 +89,9 @@ class Rows:
     """[M+1, U, 8] float32"""
     steer: Tensor
     """[M+1, S, D] float32: what is added to the row's residual stream after each of S declared layers."""
+    behind: Tensor | None = None
+    """[M+1] int32, where layers have states: the last tokens of its length that these have noted and not taken in yet,
+    guesses that turned out to be right."""
 
 
 def empty_rows(
@@ -102,6 +105,7 @@ def empty_rows(
     lists: bool = True,
     own: int = 0,
     steer: tuple[int, int] = (0, 0),
+    states: bool = False,
 ) -> Rows:
     """M rows that hold nothing and ask for nothing.
 
@@ -110,6 +114,7 @@ def empty_rows(
         lists: whether there is room for allowed tokens, bad words and sequence breakers.
         own: processors of the engine's own.
         steer: layers that may be steered, and the model's width.
+        states: whether layers have states.
     """
 
     def full(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -148,6 +153,7 @@ def empty_rows(
         own=full(False, torch.bool, own),
         own_args=full(0, f32, own, MAX_ARGUMENTS),
         steer=full(0, f32, *steer),
+        behind=full(0, i32) if states else None,
     )
 
 
@@ -237,12 +243,34 @@ def block_bytes(kv: KVLayout, mixer: Attending, dtype: torch.dtype) -> int:
 class Memory:
     """What one recurrent layer remembers, in S places: those of the rows, the null row's, and those of states that are
     kept. Donated like a pool. A row of no tokens remembers nothing, whatever lies here.
+
+    A state cannot be cut, so it holds no token that is only guessed: of these a row has notes, of which its next step
+    takes in those that were right (`Rows.behind`).
     """
 
     tail: Tensor
     """[S, Y - 1, X] float32: what the convolution reads of the last tokens, newest last."""
     matrix: Tensor
     """[S, H, C, P] float32"""
+    heard: Tensor
+    """[M+1, NOTED, X] float32: what the convolution is to read of guesses, ..."""
+    noted: Tensor
+    """[M+1, NOTED, J] float32: ... and the matrix: k, v, decay and, in a delta net, rate."""
+
+
+NOTED = MAX_DRAFT
+"""Most guesses of a row in a step."""
+
+
+def memory_shapes(mixer: Recurrent) -> tuple[tuple[Shape, Shape], tuple[Shape, Shape]]:
+    """Shapes of a state of a layer, the tail and the matrix, and of a row's notes for each."""
+    return ((mixer.taps - 1, mixer.channels), mixer.memory), ((NOTED, mixer.channels), (NOTED, mixer.note))
+
+
+def memory_bytes(spec: ModelSpec, rows: int, kept: int) -> int:
+    """Bytes of what all recurrent layers remember, of so many rows, the null row, and states that are kept."""
+    notes = sum(4 * sum(map(prod, memory_shapes(m)[1])) for m in recurrents(spec))
+    return (rows + 1 + kept) * state_bytes(spec) + (rows + 1) * notes
 
 
 LayerState = Pool | Memory
@@ -345,6 +373,10 @@ class Where:
     """[R] int32 KV length including the new tokens"""
     table: Tensor
     """[M+1, P] int32, the rows' own"""
+    guessed: Tensor | None = None
+    """[R] int32, where layers have states: the last new tokens, which are only guessed"""
+    behind: Tensor | None = None
+    """[M+1] int32, the rows' own"""
 
 
 @dataclass(frozen=True)
@@ -390,4 +422,5 @@ def locate(rows: Rows, batch: Batch, block: int) -> Where:
     column = (position // block).clamp_(max=rows.table.shape[1] - 1).long()
     slot = rows.table[row_T, column] * block + position % block
     length = rows.length[batch.row.long()] + batch.start[1:] - batch.start[:-1]
-    return Where(batch.row, batch.start, row_T, position, slot, length, rows.table)
+    guessed = None if rows.behind is None else (batch.emit - 1).clamp_(min=0)
+    return Where(batch.row, batch.start, row_T, position, slot, length, rows.table, guessed, rows.behind)

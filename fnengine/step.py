@@ -78,6 +78,8 @@ def make_step(
             assert logits_EV is not None
             logprobs = sampling.logprobs(logits_EV, token_E, ask.logprobs)
         rows.length[row_R] = length_R
+        if rows.behind is not None:
+            rows.behind[row_R] = (count_R - 1).clamp(min=0)
         rows.length[-1:] = 0  # the null row stays empty, whatever padding did to it
         score = None
         if ask.score is not None:

@@ -236,9 +236,9 @@ def test_extensions_go_on_from_the_end_of_the_last():
 @settings(max_examples=25, **LAWS)
 @given(traces(), st.sampled_from([0, 1, 2, 5, 20]))
 def test_traces_over_layers_with_states(trace, kept):
-    """Preemption, forks, hits, faults; every tick checks that blocks and places are conserved."""
+    """Preemption, forks, hits, faults, drafts; every tick checks that blocks and places are conserved."""
     sizes, events = trace
-    play(({**sizes, "kept": kept, "guesses": 0}, events))
+    play(({**sizes, "kept": kept}, events))
 
 
 def test_a_wrong_state_is_caught(monkeypatch):
