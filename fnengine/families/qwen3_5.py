@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from fnengine.families.fields import Fields, experts, model_spec
-from fnengine.families.names import DELTA_NET, EXPERTS, IGNORED, NAMES, ROUTING, Family, Names
+from fnengine.families.names import DELTA_NET, EXPERTS, IGNORED, NAMES, QWEN, ROUTING, Family, Names
 from fnengine.families.qwen3_next import ENDS, NORM, gated_queries, mixers, with_shared
 from fnengine.spec import DeltaNet, Layer, Mlp, ModelSpec
 
@@ -62,7 +62,8 @@ def _family(name: str, architecture: str, whole: bool) -> Family:
         orders={"qkv": gated_queries},
         renamed=(lambda kind: within(renamed(kind), "model.language_model")) if whole else renamed,
         asks=() if "Moe" in architecture else ("intermediate_size",),
-        apart=("mtp.", "model.visual."),
+        further=QWEN,
+        apart=("model.visual.",),
     )
 
 
