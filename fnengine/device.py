@@ -401,6 +401,14 @@ class TorchDevice:
             grow = self._stage(added).long()
             self.state.rows.table[grow[:, 0], grow[:, 1]] = grow[:, 2].int()
 
+    @torch.inference_mode()
+    def keep(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies states, (row, place), between two steps: what `StepInput.keep` asks of the next one."""
+        if pairs:
+            with self._current():
+                self._catch_up({row for row, _ in pairs} & self._guessed)
+                self._move_states(np.array(pairs, np.int32))
+
     def _catch_up(self, rows: set[int]) -> None:
         """Lets states take in all tokens of these rows, so that they can be kept."""
         behind = self.state.rows.behind

@@ -397,16 +397,61 @@ def test_strategies_go_on_where_they_left(monkeypatch):
     assert sum(steps) == 37 + 19
 
 
-def test_what_cannot_be_done_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize("name", ["qwen3-next", "bamba"])
+@pytest.mark.parametrize("places", [0, 8])
+def test_a_loaded_sequence_goes_on_as_the_saved_one(name: str, places: int, tmp_path):
+    """Also one whose row is gone, whose state is not kept, and a slice; and what is loaded is found by others. Oracle:
+    the bits of a runtime in which nothing was saved."""
+    model, more, file = tiny_model(name), tokens(9, 51), tmp_path / "kept"
+    here, there = runtime(model, rows=2, kept_states=places), runtime(model, rows=2, kept_states=places)
+    for n, cut in ((1, 1), (16, 16), (37, 37), (75, 75), (75, 50)):
+        fresh = runtime(model)
+        want = fresh.extend(fresh.empty, tokens(n, n)[:cut] + more, logits="all")[1][cut:]
+        seq = here.extend(here.empty, tokens(n, n))[0][:cut]
+        for lost in (False, True):
+            if lost:
+                for i in range(9):
+                    here.extend(here.empty, tokens(40, 100 + i))
+            here.save(seq, file)
+            again = there.load(file)
+            assert again.tokens == tokens(n, n)[:cut] and torch.equal(there.extend(again, more, logits="all")[1], want)
+            assert torch.equal(here.extend(seq, more, logits="all")[1], want), "saving changes nothing"
+            here.check()
+            there.check()
+            if places:
+                steps: list[int] = []
+                launch = there.built.device.launch
+                there.built.device.launch = lambda step, f=launch, to=steps: to.append(len(step.token)) or f(step)
+                there.extend(there.load(file), more)
+                there.built.device.launch = launch
+                assert sum(steps) == 9, "nothing was computed again"
+    here.save(here.empty, file)
+    assert len(there.load(file)) == 0
+
+
+def test_a_damaged_file_of_states_is_refused_and_changes_nothing(tmp_path):
+    model, file = tiny_model("bamba"), tmp_path / "kept"
+    rt = runtime(model)
+    seq, _ = rt.extend(rt.empty, tokens(40, 1))
+    rt.save(seq, file)
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 1  # of the last state: 160 bytes of tokens are behind it
+    file.write_bytes(bytes(data))
+    fresh = runtime(model)
+    free = fresh.free_blocks
+    with pytest.raises(KeptError, match="not what was written"):
+        fresh.load(file)
+    assert fresh.free_blocks == free and len(fresh._ledger.states) == 0
+    with pytest.raises(KeptError, match="made by something else"):
+        runtime(tiny_model("qwen3-5")).load(file)
+
+
+def test_what_cannot_be_done_is_refused_by_name():
     model = tiny_model("bamba")
     with pytest.raises(ConfigError, match="BambaForCausalLM has recurrent layers"):
         runtime(model, steer=("layers.0",))
     with pytest.raises(ConfigError, match="--kept-states"):
         runtime(model, kept_states=-1)
-    rt = runtime(model)
-    seq, _ = rt.extend(rt.empty, [5, 6])
-    with pytest.raises(KeptError, match="recurrent"):
-        rt.save(seq, tmp_path / "kept")
 
 
 def test_taps_tell_of_new_tokens_only():
