@@ -32,7 +32,8 @@ from fnengine.params import memory_plan
 from fnengine.processors import Own, check_own
 from fnengine.program import Recorded, compiled_layers, wanted_kinds
 from fnengine.settings import Mode, PoolSize, Settings, check_kv, kept_states, size_pool, wanted_len
-from fnengine.spec import ModelSpec, attentions, for_length, recurrents, state_bytes, steerable
+from fnengine.spec import ModelSpec, attentions, for_length, recurrents, steerable
+from fnengine.state import memory_bytes
 from fnengine.step import make_step
 
 log = logging.getLogger("fnengine")
@@ -167,7 +168,7 @@ def build(
             drafting=companion is not None,
         )
         beside += 0 if extra is None else extra.on_card
-        beside += (mode.rows + 1 + (places or 0)) * state_bytes(spec)
+        beside += memory_bytes(spec, mode.rows, places or 0)
         pool = size_pool(
             settings=settings,
             model_len=spec.max_len,

@@ -30,7 +30,8 @@ from fnengine.host.request import MAX_BIAS, MAX_WATCHED
 from fnengine.host.step import BLOCK, NEWEST, Admission, Ask, Scores, StepInput, StepOutput, Ticket
 from fnengine.kernels import KVLayout, Ops, memory
 from fnengine.kernels.layout import movable
-from fnengine.spec import Attending, Mixer, ModelSpec, Recurrent
+from fnengine.recurrent import take_in
+from fnengine.spec import Attending, Mixer, ModelSpec, Recurrent, recurrents
 from fnengine.state import (
     Carry,
     LayerState,
@@ -42,6 +43,7 @@ from fnengine.state import (
     Top,
     common_columns,
     empty_rows,
+    memory_shapes,
     packed_parts,
     pool_shapes,
     rare_columns,
@@ -69,12 +71,14 @@ def make_state(
     def of_layer(mixer: Mixer) -> LayerState:
         if not isinstance(mixer, Recurrent):
             return make_pool([mixer], kv, blocks, dtype, device)[0]
-        shapes = ((mixer.taps - 1, mixer.channels), mixer.memory)
-        return Memory(*(_zeros((rows + 1 + kept, *shape), torch.float32, device) for shape in shapes))
+        states, notes = memory_shapes(mixer)
+        every = [(rows + 1 + kept, *shape) for shape in states] + [(rows + 1, *shape) for shape in notes]
+        return Memory(*(_zeros(shape, torch.float32, device) for shape in every))
 
     pool = tuple(of_layer(layer.mixer) for layer in spec.layers)
     columns = -(-max_len // BLOCK)
     sizes: dict[str, Any] = dict(columns=columns, tokens=max_len + 1, vocab=spec.vocab, own=own)
+    sizes["states"] = len(recurrents(spec)) > 0
     return State(pool, empty_rows(rows + 1, **sizes, device=device, steer=(steer, spec.width)))
 
 
@@ -244,6 +248,8 @@ class TorchDevice:
         """Rows that hold a bias."""
         self._steered: set[int] = set()
         """Rows that hold a vector."""
+        self._guessed: set[int] = set()
+        """Rows whose last step held guesses: their states may be behind."""
         self._pinned = device.type == "cuda"
         self._host = tuple(
             Pool(*(torch.zeros(host_slots, *t.shape[1:], dtype=t.dtype, pin_memory=self._pinned) for t in (p.k, p.v)))
@@ -330,14 +336,19 @@ class TorchDevice:
         if step.swap_in is not None and len(step.swap_in):
             _move(self._host, step.swap_in[:, 0], pool, step.swap_in[:, 1])
         if step.keep is not None:
+            self._catch_up(set(step.keep[:, 0].tolist()) & self._guessed)
             self._move_states(step.keep)
         if step.admit:
             self._admit(step.admit)
             if begun := [(a.state, a.row) for a in step.admit if a.state >= 0]:
+                self._catch_up({place for place, _ in begun} & self._guessed)
                 self._move_states(np.array(begun, np.int32))
         self._grow(step.grow)
         if len(step.copy):
             self.ops.copy_blocks([t for p in pool for t in (p.k, p.v) if t.numel()], self._stage(step.copy))
+        if self.memories:
+            guessing = set(step.row[step.emit > 1].tolist())
+            self._guessed = self._guessed - set(step.row.tolist()) | guessing
         choice = self.steps.choose(len(step.token), len(step.row), step.ask)
         out = self.steps.run(choice, self.params, self.state, self._packed(step, choice.bucket, choice.ask))
         done = None
@@ -392,6 +403,24 @@ class TorchDevice:
             grow = self._stage(added).long()
             self.state.rows.table[grow[:, 0], grow[:, 1]] = grow[:, 2].int()
 
+    @torch.inference_mode()
+    def keep(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies states, (row, place), between two steps: what `StepInput.keep` asks of the next one."""
+        if pairs:
+            with self._current():
+                self._catch_up({row for row, _ in pairs} & self._guessed)
+                self._move_states(np.array(pairs, np.int32))
+
+    def _catch_up(self, rows: set[int]) -> None:
+        """Lets states take in all tokens of these rows, so that they can be kept."""
+        behind = self.state.rows.behind
+        if rows and behind is not None:
+            row = self._stage(np.array(sorted(rows), np.int32))
+            for mixer, m in zip(recurrents(self.spec), self.memories, strict=True):
+                take_in(mixer, m, row, behind)
+            behind[row.long()] = 0
+            self._guessed -= rows
+
     def _move_states(self, pairs: np.ndarray) -> None:
         """Copies states of all recurrent layers, (from, to) places: all are read before any is written."""
         source, target = self._stage(pairs).long().unbind(1)
@@ -423,15 +452,16 @@ class TorchDevice:
         pick[:] = 0
         if step.pick is not None:
             pick[: len(step.pick)] = step.pick
+            pick[len(step.pick) :] = step.pick[0]  # once more, under the same mask: the same token is chosen
         return Packed(ints, bucket, ask, self._mask(step, ask.picks or bucket.rows) if ask.masked else None)
 
     def _mask(self, step: StepInput, rows: int) -> Tensor:
-        """The step's masks, padded with rows that allow everything."""
+        """The step's masks, padded with what its first row allows, or everything."""
         mask = torch.empty(rows, -(-self.spec.vocab // 32), dtype=torch.int32, pin_memory=self._pinned)
         array, n = mask.numpy(), 0 if step.mask is None else len(step.mask)
         if step.mask is not None:
             array[:n] = step.mask
-        array[n:] = -1
+        array[n:] = -1 if step.mask is None else step.mask[0]
         return mask
 
     def _admit(self, admissions: tuple[Admission, ...]) -> None:
@@ -445,6 +475,8 @@ class TorchDevice:
         put("length", np.int32, [a.length for a in admissions])
         put("prompt_len", np.int32, [a.prompt_len for a in admissions])
         put("seed", np.int64, [_signed(a.seed) for a in admissions])
+        if rows.behind is not None:
+            put("behind", np.int32, [0 for _ in admissions])
         for name, values in common_columns([a.sampling for a in admissions]).items():
             getattr(rows, name)[index] = self._stage(values)
         # What rare processors read is written where it is asked for, and undone when the row goes to somebody else.

@@ -24,8 +24,8 @@ from fnengine.build import Built, build, fingerprint, policy_of
 from fnengine.companions import Beside, SecondModel
 from fnengine.decoding.live import Bounds
 from fnengine.decoding.strategy import Strategy
-from fnengine.drafting import CANNOT_CUT, Drafting, Jointly, Maker
-from fnengine.errors import ConfigError, DeviceFault, FnError, QueueFull, RequestError
+from fnengine.drafting import Drafting, Jointly, Maker
+from fnengine.errors import DeviceFault, FnError, QueueFull, RequestError
 from fnengine.graphs.report import as_json
 from fnengine.host import ahead
 from fnengine.host import commit as committing
@@ -48,7 +48,7 @@ from fnengine.model import Model
 from fnengine.processors import Own
 from fnengine.runtime import Runtime
 from fnengine.settings import Settings
-from fnengine.spec import recurrents, tap_names
+from fnengine.spec import tap_names
 from fnengine.strategies import Strategies, named
 from fnengine.stream import Stream
 
@@ -169,9 +169,6 @@ class Engine:
         """
         settings = settings or Settings(**options)
         beside = SecondModel(companion) if isinstance(companion, Model) else companion
-        whole = not recurrents(model.spec)
-        if (speculate is not None or beside is not None) and not whole:
-            raise ConfigError(CANNOT_CUT.format(model.spec.architecture), where="speculate", remedy="run it without")
         built = build(model, settings, lazy=False, processors=processors, companion=beside)
         device, made = built.device, dict(proposers or {})
         if beside is not None:
@@ -194,7 +191,6 @@ class Engine:
                 speculate,
                 made,
                 tap_names(model.spec),
-                refused="" if whole else CANNOT_CUT.format(model.spec.architecture),
             ),
             strategies={s.name: s for s in strategies},
             bounds=bounds,

@@ -37,8 +37,8 @@ from fnengine.params import memory_plan, products
 from fnengine.program import PROGRAMS
 from fnengine.sampling import AT_ONCE, rows_at_once
 from fnengine.settings import Mode, PoolSize, Settings, size_pool, wanted_len
-from fnengine.spec import Latent, Layer, Mixer, Mlp, ModelSpec, MoE, Recurrent, angle_pairs, attentions, state_bytes
-from fnengine.state import pool_bytes
+from fnengine.spec import Latent, Layer, Mixer, Mlp, ModelSpec, MoE, Recurrent, angle_pairs, attentions
+from fnengine.state import memory_bytes, pool_bytes
 from fnengine.step import SCORED_AT_ONCE
 
 MIB = 1 << 20
@@ -150,8 +150,9 @@ class Shapes:
 
     @property
     def states(self) -> int:
-        """Bytes of the states of recurrent layers: those of the rows, the null row's, and the kept ones."""
-        return (self.mode.rows + 1 + self.kept) * state_bytes(self.spec)
+        """Bytes of the states of recurrent layers: those of the rows, the null row's, and the kept ones; and of what
+        rows note of guesses."""
+        return memory_bytes(self.spec, self.mode.rows, self.kept)
 
 
 def block_of(spec: ModelSpec, kv: KVLayout, dtype: torch.dtype) -> int:
@@ -253,7 +254,7 @@ def account(s: Shapes) -> Account:
         Line("weights", plan.weights, f"{s.how.name}, {'the embedding is the head' if spec.tied else 'own head'}"),
         *second,
         Line("rows", rows + x.rows, f"{s.mode.rows} + 1 rows of {s.max_len:,} tokens"),
-        *([Line("states", s.states, f"{s.mode.rows} + 1 of rows, {s.kept} kept")] if s.states else []),
+        *([Line("states", s.states, f"{s.mode.rows} + 1 of rows and their notes, {s.kept} kept")] if s.states else []),
         Line("swap space", s.host_slots * per_block, f"{s.host_slots} blocks of host memory"),
         Line("recorded steps", programs + x.recorded, f"up to {RECORDED_TOKENS} tokens, at most {PROGRAMS} sizes"),
         Line("workspace", workspace, f"one layer of {b.tokens:,} tokens, {s.threads} threads"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from fnengine.kernels.recording import (
 from fnengine.layers import Angles
 from fnengine.model import RunLayers, one_by_one
 from fnengine.spec import Layer, ModelSpec, Recurrent, Turning, angle_pairs
-from fnengine.state import LayerState, Memory, Pool, Where, pool_shapes
+from fnengine.state import LayerState, Memory, Pool, Where, memory_shapes, pool_shapes
 
 log = logging.getLogger("fnengine")
 
@@ -70,7 +70,7 @@ def compiled_layers(kinds: list[Kind], params: Any, folder: Path | None, traces:
     ) -> Tensor:
         w = where
         return of_layer[id(p)].call(
-            x_TD, *angles, w.slot, w.row, w.start, w.length, w.table, *_two(state), *flat[id(p)]
+            x_TD, *angles, w.slot, w.row, w.start, w.length, w.table, *_remembered(state, w), *flat[id(p)]
         )
 
     layers_in_a_row = one_by_one(run_layer)
@@ -110,7 +110,8 @@ class Recorded:
             return self.run(*everything)
         w = where
         inputs = (x_TD, *(t for pair in angles.values() for t in pair), w.slot, w.row, w.start, w.length, w.table)
-        key = (len(x_TD), len(w.row), len(kinds), id(params[0]), _two(pool[0])[0].data_ptr())
+        inputs += () if w.guessed is None or w.behind is None else (w.guessed, w.behind)
+        key = (len(x_TD), len(w.row), len(kinds), id(params[0]), tree.leaves(pool[0])[0].data_ptr())
         program = self.programs.get(key)
         if program is not None:
             self.programs[key] = self.programs.pop(key)  # the newest is last
@@ -141,15 +142,18 @@ class Recorded:
         return first
 
 
-def _two(state: LayerState) -> tuple[Tensor, Tensor]:
-    """The tensors of a layer's state."""
-    return (state.k, state.v) if isinstance(state, Pool) else (state.tail, state.matrix)
+def _remembered(state: LayerState, where: Where) -> tuple[Tensor, ...]:
+    """The tensors of a layer's state, and what layers that cannot cut theirs are told beside it."""
+    if isinstance(state, Pool):
+        return state.k, state.v
+    assert where.guessed is not None and where.behind is not None
+    return state.tail, state.matrix, state.heard, state.noted, where.guessed, where.behind
 
 
 def _restorable(states: Sequence[LayerState], where: Where) -> Callable[[], None]:
     """Gives recurrent layers back, when it is called, what the step's rows remember now."""
     at = where.row.long()
-    before = [(t, t[at]) for state in states if isinstance(state, Memory) for t in _two(state)]
+    before = [(t, t[at]) for state in states if isinstance(state, Memory) for t in tree.leaves(state)]
 
     def restore() -> None:
         for t, was in before:
@@ -180,8 +184,10 @@ def wanted_layers(spec: ModelSpec, params: Any, ops: Ops, dtype: torch.dtype, de
     ]
 
 
-FIXED = ("x", "cos", "sin", "slot", "row", "start", "length", "table", "k", "v")
-"""Names of an artifact's first tensors; the weights follow under their paths."""
+FIXED = ("x", "cos", "sin", "slot", "row", "start", "length", "table")
+"""Names of an artifact's first tensors, ..."""
+KEPT = ("k", "v"), ("tail", "matrix", "heard", "noted", "guessed", "behind")
+"""... and of what follows, in layers of attention and in recurrent ones; then the weights under their paths."""
 
 
 def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.dtype, device: torch.device) -> Wanted:
@@ -195,12 +201,13 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
 
     angles = [floats(_T, angle_pairs(a.rope), dt=torch.float32) for _ in range(2)]
     if isinstance(a, Recurrent):
-        shapes, element = ((_N, a.taps - 1, a.channels), (_N, *a.memory)), torch.float32
+        states, notes = memory_shapes(a)
+        kept = [floats(n, *shape, dt=torch.float32) for n, some in ((_N, states), (_M, notes)) for shape in some]
+        kept += [ints(_R), ints(_M)]
     else:
-        shapes, element = pool_shapes(ops.kv, a, _N), ops.kv.element(dtype)
-    kept = [floats(*shape, dt=element) for shape in shapes]
+        kept = [floats(*shape, dt=ops.kv.element(dtype)) for shape in pool_shapes(ops.kv, a, _N)]
     fixed = [floats(_T, width), *angles, ints(_T), ints(_R), ints(_R + 1), ints(_R), ints(_M, _P), *kept]
-    dynamic: list[tuple[int, ...]] = [(0,), (0,), (0,), (0,), (0,), (0,), (0,), (0, 1), (0,), (0,)]
+    dynamic: list[tuple[int, ...]] = [(0,), (0,), (0,), (0,), (0,), (0,), (0,), (0, 1), *((0,) for _ in kept)]
     weights = tree.leaves(p)
 
     def fn(
@@ -212,14 +219,16 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
         start: Tensor,
         length: Tensor,
         table: Tensor,
-        k: Tensor,
-        v: Tensor,
         *flat: Tensor,
     ) -> Tensor:
-        rest = iter(flat)
+        rest = iter(flat[len(kept) :])
         params = tree.map_with_path(lambda _path, _leaf: next(rest), p)
         where = Where(row=row, start=start, row_T=row, position=slot, slot=slot, length=length, table=table)
-        state = Memory(k, v) if isinstance(a, Recurrent) else Pool(k, v)
+        if isinstance(a, Recurrent):
+            *four, guessed, behind = flat[: len(kept)]
+            state, where = Memory(*four), replace(where, guessed=guessed, behind=behind)
+        else:
+            state = Pool(*flat[: len(kept)])
         return layers.layer(kind, params, state, where, (cos, sin), ops, x)
 
     return wanted(
@@ -235,7 +244,7 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
             "ops": {op: backend for op, backend, _, _ in kernels.describe(ops)},
             "source": _sources(),
         },
-        names=[*FIXED, *(path for path, _ in tree.items(p))],
+        names=[*FIXED, *KEPT[isinstance(a, Recurrent)], *(path for path, _ in tree.items(p))],
     )
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fnengine import kept, keys
 from fnengine.build import Built, build
-from fnengine.errors import ContextLengthError, KeptError, OutOfBlocks, RequestError
+from fnengine.errors import ContextLengthError, OutOfBlocks, RequestError
 from fnengine.host.ask import pipeline_of
 from fnengine.host.blocks import Extension, Ledger, Path, Salt
 from fnengine.host.request import PLAIN, Sampling, check_sampling, fold_in
@@ -229,19 +229,33 @@ class Runtime:
 
     def save(self, seq: Sequence, path: str | FilePath) -> None:
         """Writes tokens and KV of a sequence to one file, which `load` gives back. A file of that name is replaced, at
-        once and only when the new one is whole.
+        once and only when the new one is whole. In models with recurrent layers it holds their state, too; where that
+        is not kept, it is computed anew.
 
         Raises:
             RequestError: a closed or foreign sequence.
             KeptError: it cannot be written.
+            OutOfBlocks: there is no room to compute a state. Nothing was written.
         """
         self._need_open(seq)
-        self._need_no_states(path)
+        place = NOWHERE if self._ledger.states is None or not len(seq) else self._state_after(seq)
         tokens, blocks = seq._buffer.data[: len(seq)], self._ledger.blocks_of(seq._path)
         pool, kv = self._pool, self.built.ops.kv
         salt, pure = seq._path.salt, seq._pure
         steer = salt if isinstance(salt, str) else salt[0]
-        kept.write(FilePath(path), self._identity, tokens, seq._prompt_len, pool, blocks, kv, steer=steer, pure=pure)
+        kept.write(
+            FilePath(path),
+            self._identity,
+            tokens,
+            seq._prompt_len,
+            pool,
+            blocks,
+            kv,
+            steer=steer,
+            pure=pure,
+            memories=self._device.memories,
+            place=place,
+        )
 
     def load(self, path: str | FilePath) -> Sequence:
         """The sequence of a file that `save` wrote, here or in another process: extending it gives the bits that
@@ -252,9 +266,8 @@ class Runtime:
             ContextLengthError: it is longer than `max_len`.
             OutOfBlocks: the pool has too few free blocks. After any of these nothing was changed.
         """
-        self._need_no_states(path)
-        pool = self._pool
-        with kept.opened(FilePath(path), self._identity, pool) as file:
+        pool, memories, states, null = self._pool, self._device.memories, self._ledger.states, self._device.rows
+        with kept.opened(FilePath(path), self._identity, pool, memories) as file:
             n = file.length
             if n > self.max_len:
                 raise ContextLengthError(f"{n} tokens exceed the context of {self.max_len}", where=str(path))
@@ -264,11 +277,13 @@ class Runtime:
             salt = (file.steer, "") if file.steer else ""
             whole = self._extensions([(self._ledger.empty(salt), n)])[0].path
             try:
-                tokens = file.fill(pool, self._ledger.blocks_of(whole))
+                tokens = file.fill(pool, self._ledger.blocks_of(whole), memories, null)
             except BaseException:
                 self._ledger.free(whole)
                 raise
         self._ledger.publish(whole, tokens[: file.pure])
+        if states is not None and states.keep(whole, n, null):  # without a place it is computed anew
+            self._device.keep(states.drain())
         return Sequence(self, whole, Tokens(tokens, n), file.prompt_len, file.pure)
 
     @property
@@ -276,13 +291,20 @@ class Runtime:
         """KV of the model; that of a companion is not kept."""
         return tuple(p for p in self._device.state.pool[: len(self.model.spec.layers)] if isinstance(p, Pool))
 
-    def _need_no_states(self, path: str | FilePath) -> None:
-        if self._ledger.states is not None:
-            raise KeptError(
-                f"a file holds KV, but no states of recurrent layers, which {self.model.spec.architecture} has",
-                where=str(path),
-                remedy="compute the sequence from its tokens",
-            )
+    def _state_after(self, seq: Sequence) -> int:
+        """The place that holds the state after a sequence, until the next step: its row, a kept one, or a row in which
+        it is computed anew."""
+        states, n = self._ledger.states, len(seq)
+        assert states is not None
+        held = self._rows.get(seq._row[0])
+        if held is not None and held[:2] == (seq._row[1], n):
+            return seq._row[0]
+        length, place = states.find(seq._path)
+        if length == n:
+            self._device.keep(states.drain())
+            return place
+        again, _ = self.extend(seq[: n - 1], seq._buffer.data[n - 1 : n], logits=None)
+        return again._row[0]
 
     @cached_property
     def _identity(self) -> keys.Key:

@@ -229,6 +229,11 @@ class DeltaNet:
         return self.heads, self.key_width, self.width
 
     @property
+    def note(self) -> int:
+        """Numbers that a token brings to the memory: k, v, decay and rate."""
+        return self.key_heads * self.key_width + self.heads * (self.width + 2)
+
+    @property
     def rope(self) -> None:
         """Nothing rotates."""
         return None
@@ -268,6 +273,11 @@ class Mamba2:
     @property
     def memory(self) -> tuple[int, int, int]:
         return self.heads, self.key_width, self.width
+
+    @property
+    def note(self) -> int:
+        """Numbers that a token brings to the memory: k, v and decay."""
+        return self.groups * self.key_width + self.heads * (self.width + 1)
 
     @property
     def rope(self) -> None:

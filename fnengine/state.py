@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from fnengine.graphs.bucket import Bucket
-from fnengine.host.request import MAX_ARGUMENTS, MAX_BAD, MAX_BIAS, MAX_BREAKERS, MAX_WATCHED, Sampling
+from fnengine.host.request import MAX_ARGUMENTS, MAX_BAD, MAX_BIAS, MAX_BREAKERS, MAX_DRAFT, MAX_WATCHED, Sampling
 from fnengine.host.step import BLOCK, Ask
 from fnengine.kernels.layout import KVLayout, Shape, shapes_of
-from fnengine.spec import Attending, ModelSpec, attentions, shares
+from fnengine.spec import Attending, ModelSpec, Recurrent, attentions, recurrents, shares, state_bytes
 from fnengine.tree import static
 
 
@@ -91,6 +91,9 @@ class Rows:
     """[M+1, S, D] float32: what is added to the row's residual stream after each of S declared layers."""
     watched: Tensor
     """[M+1, 128] int32 token ids whose log-probabilities are wanted, -1 where unused."""
+    behind: Tensor | None = None
+    """[M+1] int32, where layers have states: the last tokens of its length that these have noted and not taken in yet,
+    guesses that turned out to be right."""
 
 
 def empty_rows(
@@ -104,6 +107,7 @@ def empty_rows(
     lists: bool = True,
     own: int = 0,
     steer: tuple[int, int] = (0, 0),
+    states: bool = False,
 ) -> Rows:
     """M rows that hold nothing and ask for nothing.
 
@@ -112,6 +116,7 @@ def empty_rows(
         lists: whether there is room for allowed tokens, bad words, sequence breakers and watched tokens.
         own: processors of the engine's own.
         steer: layers that may be steered, and the model's width.
+        states: whether layers have states.
     """
 
     def full(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -151,6 +156,7 @@ def empty_rows(
         own_args=full(0, f32, own, MAX_ARGUMENTS),
         steer=full(0, f32, *steer),
         watched=full(-1, i32, some * MAX_WATCHED),
+        behind=full(0, i32) if states else None,
     )
 
 
@@ -240,12 +246,34 @@ def block_bytes(kv: KVLayout, mixer: Attending, dtype: torch.dtype) -> int:
 class Memory:
     """What one recurrent layer remembers, in S places: those of the rows, the null row's, and those of states that are
     kept. Donated like a pool. A row of no tokens remembers nothing, whatever lies here.
+
+    A state cannot be cut, so it holds no token that is only guessed: of these a row has notes, of which its next step
+    takes in those that were right (`Rows.behind`).
     """
 
     tail: Tensor
     """[S, Y - 1, X] float32: what the convolution reads of the last tokens, newest last."""
     matrix: Tensor
     """[S, H, C, P] float32"""
+    heard: Tensor
+    """[M+1, NOTED, X] float32: what the convolution is to read of guesses, ..."""
+    noted: Tensor
+    """[M+1, NOTED, J] float32: ... and the matrix: k, v, decay and, in a delta net, rate."""
+
+
+NOTED = MAX_DRAFT
+"""Most guesses of a row in a step."""
+
+
+def memory_shapes(mixer: Recurrent) -> tuple[tuple[Shape, Shape], tuple[Shape, Shape]]:
+    """Shapes of a state of a layer, the tail and the matrix, and of a row's notes for each."""
+    return ((mixer.taps - 1, mixer.channels), mixer.memory), ((NOTED, mixer.channels), (NOTED, mixer.note))
+
+
+def memory_bytes(spec: ModelSpec, rows: int, kept: int) -> int:
+    """Bytes of what all recurrent layers remember, of so many rows, the null row, and states that are kept."""
+    notes = sum(4 * sum(map(prod, memory_shapes(m)[1])) for m in recurrents(spec))
+    return (rows + 1 + kept) * state_bytes(spec) + (rows + 1) * notes
 
 
 LayerState = Pool | Memory
@@ -289,9 +317,9 @@ class Batch:
     target: Tensor | None
     """[T] int32 or None, see `StepInput.target`."""
     pick: Tensor | None = None
-    """[E] int32, see `StepInput.pick`; None: the last token of each row. Padding picks token 0."""
+    """[E] int32, see `StepInput.pick`; None: the last token of each row. Padding picks the first once more."""
     mask: Tensor | None = None
-    """[E, ceil(V / 32)] int32 or None, see `StepInput.mask`. Padding allows everything."""
+    """[E, ceil(V / 32)] int32 or None, see `StepInput.mask`. Padding allows what the first row does."""
     ask: Ask = static(default=Ask())
 
 
@@ -348,6 +376,10 @@ class Where:
     """[R] int32 KV length including the new tokens"""
     table: Tensor
     """[M+1, P] int32, the rows' own"""
+    guessed: Tensor | None = None
+    """[R] int32, where layers have states: the last new tokens, which are only guessed"""
+    behind: Tensor | None = None
+    """[M+1] int32, the rows' own"""
 
 
 @dataclass(frozen=True)
@@ -395,4 +427,5 @@ def locate(rows: Rows, batch: Batch, block: int) -> Where:
     column = (position // block).clamp_(max=rows.table.shape[1] - 1).long()
     slot = rows.table[row_T, column] * block + position % block
     length = rows.length[batch.row.long()] + batch.start[1:] - batch.start[:-1]
-    return Where(batch.row, batch.start, row_T, position, slot, length, rows.table)
+    guessed = None if rows.behind is None else (batch.emit - 1).clamp_(min=0)
+    return Where(batch.row, batch.start, row_T, position, slot, length, rows.table, guessed, rows.behind)

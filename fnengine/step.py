@@ -79,6 +79,8 @@ def make_step(
             watched_EJ = rows.watched[row_E] if ask.watched else None
             logprobs = sampling.logprobs(logits_EV, token_E, ask.logprobs, watched_EJ)
         rows.length[row_R] = length_R
+        if rows.behind is not None:
+            rows.behind[row_R] = (count_R - 1).clamp(min=0)
         rows.length[-1:] = 0  # the null row stays empty, whatever padding did to it
         score = None
         if ask.score is not None:

@@ -171,6 +171,15 @@ def test_what_must_come_takes_fewer_steps_and_the_same_tokens(engine, monkeypatc
     assert middle - before <= engine.gauges().steps - middle - 18
 
 
+@pytest.mark.parametrize("n", [2, 3, 4, 6, 9, 12])
+def test_a_forced_run_is_one_step_whatever_it_is_padded_to(engine, n):
+    """The prompt's step chooses the first letter, the next one computes it with the run behind it, and that is all."""
+    before = engine.gauges().steps
+    (made,) = run(engine, ask(G.Grammar("regex", "[ab]" + "c" * n), 1))
+    assert re.fullmatch("[ab]c+", text(made[0])) and len(text(made[0])) == n + 1
+    assert engine.gauges().steps - before == 2
+
+
 def test_log_probabilities_are_those_of_all_tokens(engine):
     """Raw logits: what a free row at the same place gets for its most likely tokens."""
     (held,), (free,) = run(engine, ask(CHOICE, 1, logprobs=5), ask(None, 1, logprobs=5, max_tokens=1))

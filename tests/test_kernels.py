@@ -740,6 +740,61 @@ def test_tokens_in_a_row_are_written_as_each_alone(dtype: torch.dtype, C: int):
         assert all(map(torch.equal, together, alone)), (T, first)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("delta", [True, False])
+def test_guesses_come_into_a_state_when_they_were_right(backend, delta):
+    """Rounds of guesses, some of them right, and tokens that follow. Oracle: the same op over what was right at once,
+    to the bit."""
+    g = torch.Generator().manual_seed(1)
+    G, H, C, P, X, Y, K = 2, 4, 24, 40, 70, 4, 6
+    T, row, S = 60, 2, 5
+
+    def inputs(n: int) -> tuple[torch.Tensor, ...]:
+        k = torch.randn(n, G, C, generator=g) / (C**0.5 * 2)
+        rates = torch.rand(2, n, H, generator=g)
+        beta = rates[1] if delta else None
+        return torch.randn(n, G, C, generator=g), k, torch.randn(n, H, P, generator=g), rates[0], beta
+
+    right, x_TX = inputs(T), torch.randn(T, X, generator=g)
+    weight = torch.randn(X, Y, generator=g)
+    conv, scan = (next(b.fn for b in BACKENDS[op] if b.name == backend) for op in ("causal_conv", "gated_scan"))
+    J = G * C + H * P + (2 if delta else 1) * H
+
+    def fresh() -> tuple[torch.Tensor, ...]:
+        sizes = (S, Y - 1, X), (S, K, X), (S, H, C, P), (S, K, J)
+        return tuple(torch.randn(*size, generator=g) for size in sizes)
+
+    def run(state, x, parts, length: int, behind: int, guessed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        i32 = lambda *v: torch.tensor(v, dtype=torch.int32)  # noqa: E731
+        tail, heard, memory, noted = state
+        at = i32(row), i32(0, len(x)), i32(length), torch.full((S,), behind, dtype=torch.int32), i32(guessed)
+        return conv(x, weight, None, tail, heard, *at), scan(*parts, memory, noted, *at)
+
+    one = fresh()
+    y, o = run(one, x_TX, right, T, 0, 0)
+    many, at, behind = fresh(), 0, 0
+    for guessed, kept in ((0, 0), (3, 3), (3, 0), (5, 2), (6, 6), (1, 1), (6, 5), (2, 1)):
+        new, wrong = 1 + guessed, inputs(guessed)
+        bad_x = torch.randn(guessed, X, generator=g)
+
+        def line(a, b, at=at, kept=kept):
+            return None if a is None else torch.cat([a[at : at + 1 + kept], b[kept:]])
+
+        parts = tuple(line(a, b) for a, b in zip(right, wrong, strict=True))
+        got = run(many, line(x_TX, bad_x), parts, at + new, behind, guessed)
+        assert torch.equal(got[0][: 1 + kept], y[at : at + 1 + kept])
+        assert torch.equal(got[1][: 1 + kept], o[at : at + 1 + kept]), (at, behind, guessed, kept)
+        at, behind = at + 1 + kept, kept
+        if kept == 2:  # a state that catches up without new tokens
+            run(many, x_TX[:0], tuple(None if a is None else a[:0] for a in right), at, behind, 0)
+            behind = 0
+    rest = tuple(None if a is None else a[at:] for a in right)
+    got = run(many, x_TX[at:], rest, T, behind, 0)
+    assert torch.equal(got[0], y[at:]) and torch.equal(got[1], o[at:])
+    for a, b in ((many[0], one[0]), (many[2], one[2])):
+        assert torch.equal(a[row], b[row])
+
+
 # ---- choosing and building --------------------------------------------------------------------------------------
 
 

@@ -347,6 +347,7 @@ class ToyDevice:
                 self.state[row].length = length
                 if logprobs is not None:
                     _fill(logprobs, r * W + w, kv[:length, 0], t)
+                self.memory[row] = kv[length - 1, 1]  # of the tokens that stay
                 if length < end and kv[length, 0] != t:
                     break
             if logprobs is not None and not step.emit[r]:  # what comes after its last token

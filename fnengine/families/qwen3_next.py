@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fnengine.families.fields import Fields, check_layer_types, experts, kv_heads, model_spec, rope, sparse
-from fnengine.families.names import DELTA_NET, EXPERTS, IGNORED, NAMES, ROUTING, Family, Names, Sorted
+from fnengine.families.names import DELTA_NET, EXPERTS, IGNORED, NAMES, QWEN, ROUTING, Family, Names, Sorted
 from fnengine.spec import Attention, DeltaNet, Ends, Layer, Mlp, ModelSpec, MoE, Norm
 
 NORM = Norm(plus=1.0)
@@ -101,5 +101,5 @@ FAMILY = Family(
     IGNORED,
     orders={"qkv": gated_queries, "mix": grouped_mix},
     renamed=renamed,
-    apart=("mtp.",),
+    further=QWEN,
 )

@@ -301,13 +301,21 @@ def plan(host: Host, now: float) -> Planned | None:
         elif not (run.newest and _generate(ledger, walk, run)):
             _advance(host, walk, run)
         i += 1
-    while host.waiting and not walk.shut and (first := first_waiting(host)):
-        walk.shut = not _admit(host, walk, first, now, urgent=False)
     draft = walk.draft
+    aside: list[Run] = []
+    if ledger.states is not None:  # before anybody is admitted, who may begin from one of them
+        _keep(ledger.states, draft)
+    while host.waiting and not walk.shut and (first := first_waiting(host)):
+        if len(aside) < len(host.free_rows) and _comes(host, first):
+            aside.append(heapq.heappop(host.queue)[1])  # those behind it are served meanwhile
+        else:
+            walk.shut = not _admit(host, walk, first, now, urgent=False)
+    for run in aside:
+        heapq.heappush(host.queue, (run.key, run))
     if not draft.runs and not draft.many:
         return None
     if ledger.states is not None:
-        _keep(ledger.states, draft)
+        draft.keep = ledger.states.drain()
     host.steps += 1
     step = pack(draft, host.leaving)
     leaving = tuple([e[0] for e in host.leaving])
@@ -324,7 +332,22 @@ def _keep(states: States, draft: Draft) -> None:
         before = run.path.length - n
         if states.wanted(before, _prompt_of(run)) and run.row not in fresh:
             states.keep(run.path, before, run.row)
-    draft.keep = states.drain()
+
+
+def _comes(host: Host, run: Run) -> bool:
+    """Whether somebody is computing the first tokens of a waiting run, up to a place whose state will be kept: blocks
+    are shared within a step, states only after it, so choices and equal prompts would all compute what one has to."""
+    states = host.ledger.states
+    if states is None or not states.count or not host.policy.chunked or not host.policy.caching:
+        return False
+    if run.base is not None or run.taps or run.unscored():  # it computes all of its prompt anyway
+        return False
+    for other in host.running:
+        at, prompt, known = other.path.length, _prompt_of(other), min(other.known, run.known)
+        place = at if states.wanted(at, prompt) else at + states.chunk(at, known, prompt)
+        if place < known and other.salt == run.salt and np.array_equal(run.tokens[:place], other.tokens[:place]):
+            return True
+    return False
 
 
 def _prompt_of(run: Run) -> int:
@@ -414,6 +437,8 @@ def _verify(host: Host, walk: _Walk, run: Run) -> bool:
     B = ledger.block
     room = max(ledger.available - host.owed, 0) * B + -before % B
     k = min(len(draft), run.limit - known - 1, walk.left - walk.reserved, room - 1, walk.picks)
+    if ledger.states is not None:  # a draft ends, too, where a state is wanted
+        k = ledger.states.chunk(before, k + 1, _prompt_of(run)) - 1
     if k <= 0:
         return False
     try:

@@ -13,7 +13,7 @@ along and is set back by whoever asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -74,7 +74,8 @@ def of_model(
         return only
 
     def first(params: Any, state: State, batch: Batch) -> tuple[State, Out]:
-        _, out = whole(params[1], State(state.pool[layers:], state.rows), batch)
+        rows = replace(state.rows, behind=None)  # of states, which only the target may have
+        _, out = whole(params[1], State(state.pool[layers:], rows), batch)
         return state, out
 
     def later(params: Any, state: State, batch: Batch) -> tuple[State, Out]:
