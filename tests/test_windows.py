@@ -1,0 +1,445 @@
+"""Window blocks: who may still read what, and that nothing else of a layer with a window is kept.
+
+Oracles: examples worked by hand; sequences as plain lists of tokens, whose windows are found by brute force; the toy
+device, whose window layer finds in each window the tokens that must stand there; the same model with windows kept
+whole, bit by bit; transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, multiple, rule
+from hypothesis.stateful import run_state_machine_as_test as run_machine
+
+from fnengine.errors import OutOfBlocks
+from fnengine.host.blocks import Ledger, Path
+from fnengine.host.windows import Windows, span
+from tests.toy import digest
+
+B = 4
+"""Tokens of a block in examples and in the machine."""
+
+
+def books(near: int, reach: int, blocks: int = 30) -> tuple[Ledger, Windows]:
+    windows = Windows(near + 1, reach, B)
+    return Ledger(blocks, B, windows=windows), windows
+
+
+def grow(ledger: Ledger, path: Path, n: int) -> Path:
+    longer = ledger.extend(path, n).path
+    ledger.free(path)
+    return longer
+
+
+def path_of(ledger: Ledger, ids: list[int]) -> Path:
+    path = ledger.extend(ledger.empty(), len(ids)).path
+    ledger.publish(path, ids)
+    return path
+
+
+def columns(path: Path) -> list[int]:
+    """Columns whose node has a window block."""
+    node, out = path.tip, []
+    while node is not None:
+        out += [node.column] if node.near else []
+        node = node.parent
+    return out[::-1]
+
+
+# --- worked by hand ---------------------------------------------------------------------------------------------------
+
+
+def test_the_columns_that_a_token_sees():
+    w = Windows(9, 6, B)
+    # after 17 tokens the next is number 17 and sees 12 to 17; after 9 it sees 4 to 9; a block begins at 8
+    assert [w.first(n) for n in (0, 5, 8, 9, 12, 13, 17, 21)] == [0, 0, 0, 1, 1, 2, 3, 4]
+    assert [span(n, B) for n in (1, 2, 4, 5, 6, 9)] == [2, 2, 2, 2, 3, 3]
+
+
+def test_generation_holds_no_more_than_its_window_covers():
+    ledger, windows = books(4, 6)
+    path = grow(ledger, ledger.empty(), 1)
+    for n in range(2, 100):
+        longer = ledger.advance(path, 1)
+        path = longer if longer is not None else grow(ledger, path, 1)
+        assert windows.held <= windows.span == 3 and ledger.held == -(-n // B)
+        assert columns(path) == list(range(path.low, (n - 1) // B + 1)) and windows.whole(path)
+        ledger.check([path])
+    ledger.free(path)
+    assert (windows.held, windows.available) == (0, 4)
+
+
+def test_a_prompt_in_pieces_needs_a_window_and_a_piece():
+    ledger, windows = books(5, 6, blocks=60)
+    path = grow(ledger, ledger.empty(), 8)
+    for _ in range(20):
+        path = grow(ledger, ledger.trim(path, path.length), 8)
+        assert windows.held <= 5
+    with pytest.raises(OutOfBlocks, match="4 window blocks of KV needed, 3 free, 2 held by live sequences"):
+        ledger.extend(ledger.trim(path, path.length), 16)
+    ledger.check()
+
+
+def test_a_draft_may_be_cut_back_to_where_it_was_begun():
+    ledger, windows = books(6, 6)
+    path = grow(ledger, ledger.empty(), 12)
+    long = grow(ledger, path, 9)
+    for n in range(12, 22):
+        short = ledger.cut(long, n)
+        assert windows.whole(short)
+        ledger.free(short)
+    assert not windows.whole(ledger.cut(long, 8))
+
+
+def test_what_is_let_go_of_stays_as_cache_where_it_is_indexed():
+    ledger, windows = books(6, 6)
+    ids = list(range(20))
+    path = ledger.trim(path_of(ledger, ids), 20)
+    assert (path.low, windows.held, windows.cached, windows.available) == (3, 2, 3, 4)
+    assert (ledger.match(ids).length, ledger.match([*ids, 1]).length) == (16, 20)
+    ledger.check()
+
+
+def test_a_prefix_is_found_where_its_window_is_whole():
+    ledger, windows = books(6, 6)
+    ids = list(range(20))
+    path = ledger.trim(path_of(ledger, ids), 20)
+    other = ledger.extend(ledger.empty(), 8).path  # takes the free one and evicts column 2, let go of first
+    assert columns(path) == [0, 1, 3, 4]
+    assert ledger.match(ids[:17]).length == 8, "column 3 is there, and column 2 before it is not"
+    assert ledger.match([*ids, 1]).length == 20
+    ledger.free(other)
+    ledger.reset_cache()
+    assert ledger.match(ids[:9]).length == 0 or columns(path)[0] == 0
+
+
+def test_a_slice_whose_window_is_gone_is_begun_again_from_a_shorter_prefix():
+    ledger, windows = books(6, 6)
+    path = ledger.trim(path_of(ledger, list(range(20))), 20)
+    held = ledger.extend(ledger.empty(), 8).path
+    short = ledger.cut(path, 15)
+    assert not windows.whole(short)
+    resumed = ledger.resumed(short)
+    assert (resumed.length, resumed.low) == (8, 0)
+    assert ledger.resumed(resumed) is resumed
+    ledger.check([path, held, resumed])
+
+
+def test_a_copied_tail_is_copied_in_both_pools():
+    ledger, _ = books(8, 6)
+    path = grow(ledger, ledger.empty(), 6)
+    a, b = ledger.extend_many([(path, 1), (path, 1)])
+    assert path.tip is not None and b.path.tip is not None
+    assert (a.near_copy, b.near_copy) == ((), ((path.tip.near, b.path.tip.near),))
+    ledger.check([path, a.path, b.path])
+
+
+def test_the_source_of_a_copy_is_not_handed_out_in_the_same_step():
+    ledger, windows = books(3, 6)
+    path = grow(ledger, ledger.empty(), 3)
+    short = ledger.cut(path, 2)
+    e = ledger.extend(short, 1)
+    ((source, _),) = e.near_copy
+    ledger.free(path)
+    ledger.free(short)
+    assert windows.available == 1
+    other = ledger.extend(ledger.empty(), 1).path
+    assert other.tip is not None and other.tip.near != source
+    ledger.check([e.path, other])
+    ledger.settle()
+    assert windows.available == 1
+
+
+def test_an_equal_block_offers_its_window_block_to_the_indexed_one():
+    ledger, windows = books(9, 6, blocks=40)
+    ids = list(range(20))
+    first = ledger.trim(path_of(ledger, ids), 20)
+    windows.reset()  # what lies before column 3 is gone
+    assert ledger.match(ids[:16]).length == 0
+    second = path_of(ledger, ids[:16])  # computed again: its blocks are known already
+    ledger.free(second)
+    assert ledger.match(ids[:16]).length == 0, "the step that computes it may still fail"
+    ledger.settle()
+    assert ledger.match(ids[:16]).length == 12
+    ledger.check()
+    assert columns(first) == [0, 1, 2, 3, 4]
+
+
+def test_what_a_failed_step_computed_is_offered_to_nobody():
+    ledger, windows = books(9, 6, blocks=40)
+    ids = list(range(20))
+    ledger.trim(path_of(ledger, ids), 20)
+    windows.reset()
+    second = path_of(ledger, ids[:16])
+    ledger.free(second)
+    ledger.unpublish(second, 0)
+    ledger.settle()
+    assert ledger.match(ids[:16]).length == 0
+    ledger.check()
+
+
+def test_blocks_that_nobody_computes_yet_are_supplied_later():
+    ledger, windows = books(5, 6, blocks=40)
+    (e,) = ledger.extend_many([(ledger.empty(), 60)], first=8)
+    path = e.path
+    assert columns(path) == [0, 1] and len(e.grown) == 15
+    for at in range(8, 60, 8):
+        path = ledger.trim(path, at)
+        n = min(8, 60 - at)
+        assert [c for c, _ in ledger.supply(path, at + n)][::-1] == list(range(at // B, -(-(at + n) // B)))
+        assert windows.held <= 5
+    ledger.check([path])
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Seq:
+    path: Path
+    tokens: tuple[int, ...]
+    before: int = 0
+    """Where it was extended from: it may be cut back to there."""
+
+
+class Machine(RuleBasedStateMachine):
+    """Everything one can do with a ledger with windows. KV of a token is the digest of all tokens up to it, in window
+    blocks that are written, copied and read as a device would."""
+
+    seqs = Bundle("seqs")
+    reach, near, ledger_type, windows_type = 6, 9, Ledger, Windows
+
+    def __init__(self):
+        super().__init__()
+        self.windows = self.windows_type(self.near + 1, self.reach, B)
+        self.ledger = self.ledger_type(15, B, windows=self.windows)
+        self.kv = np.full((self.near + 1, B), -1, np.int64)
+        self.live: list[Seq] = []
+
+    def keep(self, seq: Seq) -> Seq:
+        self.live.append(seq)
+        return seq
+
+    def let_go(self, seq: Seq) -> None:
+        self.live = [s for s in self.live if s is not seq]
+        self.ledger.free(seq.path)
+
+    def needed(self, n: int) -> list[int]:
+        """Positions before its own that a token after n tokens sees."""
+        return [p for p in range(n) if p > n - self.reach]
+
+    def chain(self, path: Path) -> list:
+        node, out = path.tip, []
+        while node is not None:
+            out.append(node)
+            node = node.parent
+        return out[::-1]
+
+    def write(self, path: Path, tokens: tuple[int, ...], begin: int) -> None:
+        nodes, d = self.chain(path), 0
+        for i, token in enumerate(tokens):
+            d = digest(d, token)
+            if i >= begin:
+                near = nodes[i // B].near
+                assert near, "a token is written to the null block"
+                self.kv[near, i % B] = d
+
+    def reads(self, path: Path, tokens: tuple[int, ...]) -> None:
+        """A token after the path finds in its window what must stand there."""
+        nodes, d, want = self.chain(path), 0, []
+        for token in tokens:
+            d = digest(d, token)
+            want.append(d)
+        for p in self.needed(len(tokens)):
+            near = nodes[p // B].near
+            assert near and self.kv[near, p % B] == want[p], f"token {p} of {tokens} is not in its window"
+
+    def resumed(self, path: Path, tokens: tuple[int, ...]) -> tuple[Path, tuple[int, ...]]:
+        """Oracle: the longest prefix, of all tokens or of full blocks, all of whose window is there."""
+        nodes = self.chain(path)
+        ends = [path.length, *range((path.length - 1) // B * B, 0, -B)]
+        best = next((n for n in ends if all(nodes[p // B].near for p in self.needed(n))), 0)
+        path = self.ledger.resumed(path)
+        assert path.length == best
+        return path, tokens[: path.length]
+
+    words = st.lists(st.integers(0, 1), min_size=1, max_size=11).map(tuple)
+
+    @rule(target=seqs)
+    def empty(self):
+        return self.keep(Seq(self.ledger.empty(), ()))
+
+    @rule(target=seqs, tokens=st.lists(st.integers(0, 1), max_size=24).map(tuple))
+    def match(self, tokens):
+        path = self.ledger.match(np.array(tokens, np.int32))
+        assert path.length % B == 0 and path.length <= max(len(tokens) - 1, 0)
+        return self.keep(Seq(path, tokens[: path.length], path.length))
+
+    @rule(target=seqs, seq=seqs, tokens=words, trimmed=st.booleans(), later=st.integers(0, 11))
+    def extend(self, seq, tokens, trimmed, later):
+        self.ledger.settle()
+        base, known = self.resumed(self.ledger.share(seq.path), seq.tokens)
+        if trimmed:
+            base = self.ledger.trim(base, base.length)
+        whole = (*seq.tokens, *tokens)
+        n, first = len(whole) - len(known), max(later, 1)
+        try:
+            (e,) = self.ledger.extend_many([(base, n)], first=first)
+        except OutOfBlocks:
+            self.ledger.free(base)
+            return multiple()
+        for source, target in e.near_copy:
+            self.kv[target] = self.kv[source]
+        path, at = e.path, base.length
+        self.ledger.free(base)
+        while at < len(whole):  # as a prompt is computed, a piece at a time
+            n = min(first, len(whole) - at)
+            path = self.ledger.trim(path, at)
+            try:
+                self.ledger.supply(path, at + n)
+            except OutOfBlocks:
+                self.ledger.free(path)
+                return multiple()
+            self.reads(self.ledger_path(path, at), whole[:at])
+            self.write(path, whole[: at + n], at)
+            before, at = at, at + n
+        return multiple(self.keep(Seq(path, whole, before)))
+
+    def ledger_path(self, path: Path, n: int) -> Path:
+        return path._replace(length=n)
+
+    @rule(target=seqs, seq=consumes(seqs), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=3).map(tuple))
+    def advance(self, seq, tokens):
+        if not self.windows.whole(seq.path):
+            return seq
+        before = self.ledger_path(seq.path, len(seq.tokens))
+        self.reads(before, seq.tokens)
+        path = self.ledger.advance(seq.path, len(tokens))
+        if path is None:
+            return seq
+        new = Seq(path, (*seq.tokens, *tokens), len(seq.tokens))
+        self.write(path, new.tokens, len(seq.tokens))
+        self.live = [s for s in self.live if s is not seq]
+        return self.keep(new)
+
+    @rule(target=seqs, seq=seqs)
+    def share(self, seq):
+        return self.keep(Seq(self.ledger.share(seq.path), seq.tokens, seq.before))
+
+    @rule(target=seqs, seq=seqs, data=st.data())
+    def cut(self, seq, data):
+        n = data.draw(st.integers(0, len(seq.tokens)))
+        short = self.ledger.cut(seq.path, n)
+        return self.keep(Seq(short, seq.tokens[:n], n if self.windows.whole(short) else n + 1))
+
+    @rule(seq=consumes(seqs))
+    def free(self, seq):
+        self.let_go(seq)
+
+    @rule(seq=seqs)
+    def publish(self, seq):
+        self.ledger.publish(seq.path, np.array(seq.tokens, np.int32))
+
+    @rule()
+    def settle(self):
+        self.ledger.settle()
+
+    @rule()
+    def reset(self):
+        self.ledger.reset_cache()
+        assert self.ledger.cached == self.windows.cached == 0
+
+    @rule(seq=seqs, data=st.data())
+    def unpublish(self, seq, data):
+        self.ledger.unpublish(seq.path, data.draw(st.integers(0, len(seq.tokens))))
+
+    def check_invariants(self, *args, **kw):
+        self.ledger.check([s.path for s in self.live])
+        for seq in self.live:
+            for n in range(seq.before, len(seq.tokens) + 1):
+                short = self.ledger.cut(seq.path, n)
+                assert self.windows.whole(short), "it cannot be cut back to where it was extended from"
+                self.reads(short, seq.tokens[:n])
+                self.ledger.free(short)
+        found = {}
+        for (_, _, ids), node in self.ledger._index.items():
+            above = () if node.parent is None else found[node.parent]
+            found[node] = (*above, *np.frombuffer(ids, np.int32).tolist())
+            if node.near:
+                d, want = 0, []
+                for token in found[node]:
+                    d = digest(d, token)
+                    want.append(d)
+                assert self.kv[node.near].tolist() == want[-B:], "an indexed block has the window block of another"
+        super().check_invariants(*args, **kw)
+
+
+def play(machine: type[Machine], examples: int, **kw) -> None:
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+    run_machine(
+        machine,
+        settings=settings(
+            max_examples=examples, stateful_step_count=40, deadline=None, suppress_health_check=checks, **kw
+        ),
+    )
+
+
+@pytest.mark.parametrize(("reach", "near"), [(1, 6), (5, 7), (6, 9), (9, 14)])
+def test_every_window_holds_what_its_tokens_wrote(reach, near):
+    play(type("Sized", (Machine,), {"reach": reach, "near": near}), 25)
+
+
+class LetsGoTooEarly(Windows):
+    def first(self, length):
+        return super().first(length + 3)
+
+
+class TakesAnyPrefix(Windows):
+    def last_whole(self, nodes, length):
+        node = None
+        for node in nodes:  # noqa: B007
+            pass
+        return (None, 0, 0) if node is None else (node, length, self.kept_from(node, length))
+
+
+class OffersAtOnce(Windows):
+    """Does not wait for the step that computed it."""
+
+    def _return(self, node):
+        super()._return(node)
+        self.settle()
+
+
+class NeverLetsGo(Windows):
+    def trim(self, *_):
+        return None
+
+    def let_go(self, tip, low, high=None):
+        if high is None:
+            super().let_go(tip, low)
+
+
+@pytest.mark.parametrize("mutant", [LetsGoTooEarly, NeverLetsGo], ids=lambda m: m.__name__)
+def test_the_machine_catches_broken_books(mutant):
+    machine = type(mutant.__name__ + "Machine", (Machine,), {"windows_type": mutant})
+    with pytest.raises((AssertionError, KeyError, ExceptionGroup)):
+        play(machine, 200, derandomize=True, database=None, phases=[Phase.generate])
+
+
+@pytest.mark.parametrize(
+    ("mutant", "example"),
+    [
+        (TakesAnyPrefix, test_a_prefix_is_found_where_its_window_is_whole),
+        (OffersAtOnce, test_what_a_failed_step_computed_is_offered_to_nobody),
+    ],
+    ids=lambda x: x.__name__,
+)
+def test_examples_catch_books_that_break_too_rarely(mutant, example, monkeypatch):
+    monkeypatch.setitem(globals(), "Windows", mutant)
+    with pytest.raises(AssertionError):
+        example()
