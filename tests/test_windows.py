@@ -19,7 +19,10 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 from fnengine.errors import OutOfBlocks
 from fnengine.host.blocks import Ledger, Path
 from fnengine.host.windows import Windows, span
-from tests.toy import digest
+from fnengine.host.request import Sampling, Stop
+from tests.test_schedule import LAWS, request, tokens, traces
+from tests.test_schedule import play as play_trace
+from tests.toy import World, digest, world
 
 B = 4
 """Tokens of a block in examples and in the machine."""
@@ -443,3 +446,102 @@ def test_examples_catch_books_that_break_too_rarely(mutant, example, monkeypatch
     monkeypatch.setitem(globals(), "Windows", mutant)
     with pytest.raises(AssertionError):
         example()
+
+
+# --- with the scheduler -----------------------------------------------------------------------------------------------
+
+
+def least(reach: int, budget: int) -> int:
+    """Window blocks with which the first run always gets on."""
+    return span(reach) + -(-budget // 16) + 3
+
+
+def run_all(w: World, *requests) -> World:
+    for r in requests:
+        w.submit(r)
+    w.drain()
+    for run in w.runs:
+        w.verify(run)
+    return w
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_long_run_holds_a_window(depth):
+    """400 tokens through windows of 40, in pieces of 32, and 80 more: 4 columns and a piece are held, of 30."""
+    w = world(depth=depth, max_len=512, blocks=40, budget=32, windows=(least(40, 32), 40))
+    held = []
+    w.watch = lambda _: held.append(w.host.ledger.windows.held)
+    run_all(w, request("a", tokens(400), stop=Stop(max_tokens=80, ignore_eos=True)))
+    assert max(held) <= span(40) + 2 and max(held[14:]) <= span(40)
+    assert (w.runs[0].preemptions, w.runs[0].known) == (0, 480)
+
+
+def test_window_blocks_that_do_not_do_for_two_send_the_later_back():
+    w = world(rows=2, max_len=256, blocks=60, budget=32, caching=False, windows=(8, 60))
+    stop = Stop(max_tokens=120, ignore_eos=True)
+    run_all(w, request("a", tokens(40), stop=stop), request("b", tokens(40, 1), stop=stop))
+    a, b = w.runs
+    assert (a.preemptions, b.preemptions > 0) == (0, True) and w.host.swaps == 0
+
+
+def test_a_conversation_finds_the_end_of_its_last_turn():
+    w = world(max_len=400, blocks=40, budget=64, windows=(least(40, 64), 40))
+    (a,) = w.submit(request("a", tokens(200), stop=Stop(max_tokens=30, ignore_eos=True)))
+    w.drain()
+    chat = [*a.tokens[: a.known].tolist(), *tokens(20, 7).tolist()]
+    (b,) = w.submit(request("b", chat, 3))
+    (c,) = w.submit(request("c", chat[:60], 3))  # its window is gone
+    w.drain()
+    assert (b.cached, c.cached) == (224, 0)
+    for run in w.runs:
+        w.verify(run)
+
+
+def test_a_prefix_whose_window_was_lost_is_found_again_once_somebody_computed_it():
+    shared = tokens(64).tolist()
+    w = world(max_len=256, blocks=60, budget=64, rows=1, windows=(16, 40))
+    runs = []
+    for i in range(4):
+        runs += w.submit(request(f"r{i}", [*shared, *tokens(80, 50 + i).tolist()], 3))
+        w.drain()
+        if i == 1:
+            w.host.ledger.windows.reset()
+    for run in w.runs:
+        w.verify(run)
+    assert [r.cached for r in runs[2:]] == [0, 64]
+
+
+def test_extensions_are_cut_back_and_begun_again():
+    w = world(rows=2, max_len=400, blocks=60, budget=32, windows=(least(40, 32) + 14, 40))
+    plans = []
+    w.watch = plans.append
+    greedy = dict(prompt_len=1, sampling=Sampling(temperature=0.0), seed=1, wish="all")
+
+    def rest() -> None:
+        while w.tick():
+            pass
+
+    w.extend("x", None, 0, tokens(200).tolist(), **greedy)
+    rest()
+    plans.clear()
+    w.extend("x", "x", 190, [9, 8, 7], **greedy)
+    rest()
+    assert [len(p.input.token) for p in plans] == [3], "within reach of a draft it goes on at once"
+    w.host.ledger.windows.reset()
+    plans.clear()
+    w.extend("x", "x", 100, [4], **greedy)
+    rest()
+    assert sum(len(p.input.token) for p in plans) > 1, "its window is gone: computed again, and not told"
+    w.let_go("x")
+    w.drain()
+
+
+@settings(max_examples=25, **LAWS)
+@given(traces(), st.sampled_from([1, 5, 20, 40, 200]), st.sampled_from([0, 0, 3, 30]))
+def test_traces_over_layers_with_windows(trace, reach, more):
+    """Preemption, forks, hits, drafts, faults; every tick checks that blocks of both kinds are conserved."""
+    sizes, events = trace
+    near = least(reach, sizes["budget"]) + more
+    if sizes["max_len"] % 2:  # a companion's drafts keep windows whole
+        sizes = {**sizes, "max_len": sizes["max_len"] + 1}
+    play_trace(({**sizes, "chunked": True, "windows": (near, reach)}, events))

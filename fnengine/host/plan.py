@@ -309,6 +309,7 @@ def plan(host: Host, now: float) -> Planned | None:
     if ledger.states is not None:
         _keep(ledger.states, draft)
     host.steps += 1
+    draft.nears = None if ledger.windows is None else ledger.nears_of
     step = pack(draft, host.leaving)
     leaving = tuple([e[0] for e in host.leaving])
     host.leaving = []
@@ -425,6 +426,7 @@ def _verify(host: Host, walk: _Walk, run: Run) -> bool:
     run.path, run.drafted, run.total = extension.path, k, known + k
     walk.draft.grow += [(run.row, column, block) for column, block in extension.grown]
     walk.draft.copy += extension.copy
+    walk.draft.near_copy += extension.near_copy
     walk.reserved -= 1
     walk.left -= k + 1
     walk.picks -= k
@@ -453,6 +455,7 @@ def _advance(host: Host, walk: _Walk, run: Run) -> None:
         n = min(n, walk.picks)
     if n <= 0:
         return
+    run.path = ledger.trim(run.path, run.path.length)
     while True:
         try:
             extension = ledger.extend(run.path, n)
@@ -472,6 +475,7 @@ def _advance(host: Host, walk: _Walk, run: Run) -> None:
         walk.draft.grow += [(run.row, column, block) for column, block in extension.grown]
         if extension.copy:
             walk.draft.copy += extension.copy
+            walk.draft.near_copy += extension.near_copy
     _take(host, walk, run, n)
 
 
@@ -534,6 +538,7 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
         since = ledger.states.when(place)
         path = ledger.cut(whole, length)
         ledger.free(whole)
+    path = ledger.resumed(path)
     base = max(path.length, run.saved)
     n = _chunk(host, walk, run, base)
     if run.wish == "all":
@@ -541,14 +546,13 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
     if n <= 0:
         ledger.free(path)
         return False
-    need = -(-run.total // B) - path.length // B
-    while running and need + host.owed + _spare(host) > ledger.available:
+    while running and not _fits(host, path, run.total, base + n):
         if not urgent or host.ending or running[-1].priority <= run.priority:
             break
         _preempt_last(host, walk)
     alone = not running and not host.ending
     extension = None
-    if alone or (need + host.owed + _spare(host) <= ledger.available):
+    if alone or _fits(host, path, run.total, base + n):
         extension = _extend(ledger, path, base + n - path.length)
     if extension is None:
         ledger.free(path)
@@ -571,6 +575,7 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
         run.slots, run.saved = (), 0
     ledger.free(path)
     walk.draft.copy += extension.copy
+    walk.draft.near_copy += extension.near_copy
     run.path, run.status, run.row, run.since = extension.path, "running", host.free_rows.pop(), since
     insort(running, run, key=key_of)
     walk.draft.admit.append(
@@ -585,6 +590,7 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
             suppress=run.suppress,
             suppress_until=run.suppress_until,
             state=place,
+            near=None if ledger.windows is None else ledger.nears_of(blocks.tolist()),
             steer=() if run.steer is None else run.steer.vectors,
         )
     )
@@ -597,6 +603,20 @@ def _extend(ledger: Ledger, path: Path, n: int) -> Extension | None:
         return ledger.extend(path, n)
     except OutOfBlocks:
         return None
+
+
+def _fits(host: Host, path: Path, total: int, upto: int) -> bool:
+    """Whether a run that begins after `path` has blocks for all of its `total` tokens, and window blocks for those up
+    to `upto` and for the most that it will hold, beside what running prompts will still take."""
+    ledger, B, windows = host.ledger, host.ledger.block, host.ledger.windows
+    if -(-total // B) - path.length // B + host.owed + _spare(host) > ledger.spare:
+        return False
+    if windows is None:
+        return True
+    now = -(-upto // B) - path.length // B
+    later = min(-(-total // B), windows.span + 1) - (-(-path.length // B) - path.low)
+    owed = sum([min(r.owed, windows.span) for r in host.running if r.owed])
+    return max(now, later) + owed + len(host.running) <= windows.available
 
 
 def _spare(host: Host) -> int:

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from fnengine.host.blocks import Node, Path
     from fnengine.host.step import Device
 
+BACK = 64
+"""Tokens that a caller's value can be cut back by and still be gone on from at once, whatever happened to its blocks in
+the meantime: more than drafts have."""
+
 
 def windows_of(device: Device) -> Windows | None:
     """Books over the window blocks of a device, if it has any."""
