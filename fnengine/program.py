@@ -68,10 +68,8 @@ def compiled_layers(kinds: list[Kind], params: Any, folder: Path | None, traces:
     def run_layer(
         kind: Layer, p: Any, state: LayerState, where: Where, angles: tuple[Tensor, Tensor], ops: Ops, x_TD: Tensor
     ) -> Tensor:
-        w = where
-        return of_layer[id(p)].call(
-            x_TD, *angles, w.slot, w.row, w.start, w.length, w.table, *_two(state), *flat[id(p)]
-        )
+        w, (slot, table) = where, where.of(kind.mixer)
+        return of_layer[id(p)].call(x_TD, *angles, slot, w.row, w.start, w.length, table, *_two(state), *flat[id(p)])
 
     layers_in_a_row = one_by_one(run_layer)
     unrecorded = (*leaves.UNRECORDED, Experts)
@@ -110,6 +108,8 @@ class Recorded:
             return self.run(*everything)
         w = where
         inputs = (x_TD, *(t for pair in angles.values() for t in pair), w.slot, w.row, w.start, w.length, w.table)
+        if w.near_slot is not None and w.near is not None:
+            inputs = (*inputs, w.near_slot, w.near)
         key = (len(x_TD), len(w.row), len(kinds), id(params[0]), _two(pool[0])[0].data_ptr())
         program = self.programs.get(key)
         if program is not None:
