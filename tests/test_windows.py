@@ -18,8 +18,8 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 
 from fnengine.errors import OutOfBlocks
 from fnengine.host.blocks import Ledger, Path
-from fnengine.host.windows import Windows, span
 from fnengine.host.request import Sampling, Stop
+from fnengine.host.windows import Windows, span
 from tests.test_schedule import LAWS, request, tokens, traces
 from tests.test_schedule import play as play_trace
 from tests.toy import World, digest, world

@@ -78,8 +78,8 @@ class Path(NamedTuple):
     """Tokens."""
     salt: Salt = ""
     low: int = 0
-    """The first column whose window block it holds, where layers have windows. Where that lies behind what a token after
-    its end may see, its window is not whole, and it is begun again from a shorter prefix (`Ledger.resumed`)."""
+    """The first column whose window block it holds, where layers have windows. Where that lies behind what a token
+    after its end may see, its window is not whole, and it is begun again from a shorter prefix (`Ledger.resumed`)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -259,7 +259,7 @@ class Ledger:
 
     def resumed(self, path: Path) -> Path:
         """What the path can be gone on from, in its place: itself, or, where layers have windows and its own is not
-        whole, its longest prefix with one that is. The tokens behind that are computed again, in blocks of their own."""
+        whole, its longest prefix with one that is. Tokens behind that are computed again, in blocks of their own."""
         windows = self.windows
         if windows is None or windows.whole(path):
             return path
@@ -370,10 +370,8 @@ class Ledger:
         if need > (available := self.spare):
             raise OutOfBlocks(need, available, self.held)
         if self.windows is not None:
-            last = [self._last(path, n, first) for path, n in pairs]
-            new = [((path.length + n - 1) // self.block, need) for (path, n), (*_, need) in zip(pairs, decided)]
-            # Of `need` new columns up to `end` those that are not behind `upto`.
-            self.windows.need(sum(max(0, need - (end - upto)) for upto, (end, need) in zip(last, new)))
+            later = [self._last(path, n, None) - self._last(path, n, first) for path, n in pairs]
+            self.windows.need(sum(max(0, d[3] - columns) for d, columns in zip(decided, later, strict=True)))
         return [self._extend(path, n, *self._decide(path, n, None)[:3], first) for path, n in pairs]
 
     def supply(self, path: Path, n: int) -> tuple[tuple[int, int], ...]:

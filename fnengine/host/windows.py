@@ -97,8 +97,8 @@ class Windows:
         return path.low <= self.first(path.length)
 
     def last_whole(self, nodes: Iterable[Node], length: int) -> tuple[Node | None, int, int]:
-        """(tip, length, low) of the longest prefix of a chain, given from its beginning, with a whole window at its end:
-        of `length` tokens or of full blocks."""
+        """(tip, length, low) of the longest prefix of a chain, given from its beginning, with a whole window at its
+        end: of `length` tokens or of full blocks."""
         best, run = (None, 0, 0), 0
         for node in nodes:
             run = run + 1 if node.near else 0
