@@ -8,20 +8,31 @@ whole, bit by bit; transformers.
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, multiple, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 
-from fnengine.errors import OutOfBlocks
+import fnengine as fn
+from fnengine import memory
+from fnengine.engine import Engine
+from fnengine.errors import ConfigError, KeptError, OutOfBlocks
 from fnengine.host.blocks import Ledger, Path
-from fnengine.host.request import Sampling, Stop
+from fnengine.host.request import Request, Sampling, Speculate, Stop
 from fnengine.host.windows import Windows, span
+from fnengine.settings import Apart, Mode, Settings, size_pool, split, window_blocks
+from fnengine.spec import reach
+from tests.models import tiny_model, upstream
+from tests.test_hybrid_families import answers
+from tests.test_hybrid_families import request as asked
 from tests.test_schedule import LAWS, request, tokens, traces
 from tests.test_schedule import play as play_trace
+from tests.text_models import byte_tokenizer
 from tests.toy import World, digest, world
 
 B = 4
@@ -545,3 +556,234 @@ def test_traces_over_layers_with_windows(trace, reach, more):
     if sizes["max_len"] % 2:  # a companion's drafts keep windows whole
         sizes = {**sizes, "max_len": sizes["max_len"] + 1}
     play_trace(({**sizes, "chunked": True, "windows": (near, reach)}, events))
+
+
+# --- with models ------------------------------------------------------------------------------------------------------
+
+SIZES = dict(max_num_seqs=4, max_model_len=256, max_num_batched_tokens=32, kv_cache_memory_bytes=1 << 21)
+EAGER = {**SIZES, "enforce_eager": True}
+
+
+def enough(name: str) -> int:
+    """Window blocks of four sequences and the prompts of a step."""
+    return 1 + 4 * (span(reach(tiny_model(name).spec)) + 2) + 4
+
+
+def both(name: str, **options) -> tuple[fn.Runtime, fn.Runtime]:
+    """The same model with windows kept whole, and with window blocks."""
+    model = tiny_model(name)
+    whole = fn.Runtime(model, **{**EAGER, **options}, window_blocks=0)
+    near = fn.Runtime(model, **{**EAGER, **options}, window_blocks=enough(name))
+    assert whole.built.device.windows is None and near.built.device.windows is not None
+    return whole, near
+
+
+def ids_of(n: int, seed: int = 0, vocab: int = 97) -> list[int]:
+    return np.random.default_rng(seed).integers(0, vocab, n).tolist()
+
+
+@cache
+def oracle_of(name: str):
+    return upstream(name)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt-oss", "mistral", "llama4"])
+def test_logits_are_those_of_windows_kept_whole_and_of_transformers(name: str):
+    """A prompt in pieces, then token by token, over 13 to 26 windows."""
+    ids, got = ids_of(240), []
+    for rt in both(name):
+        seq, logits = rt.extend(rt.empty, ids[:160])
+        lines = [logits]
+        for token in ids[160:]:
+            seq, logits = rt.extend(seq, [token])
+            lines.append(logits)
+        got.append(torch.stack(lines))
+        windows = rt._ledger.windows
+        if windows is not None:
+            seq, _ = rt.extend(seq, [1] * 8)
+            assert windows.held <= 2 * (span(reach(rt.model.spec)) + 5)
+        rt.check()
+    assert torch.equal(*got)
+    with torch.no_grad():
+        want = oracle_of(name)(torch.tensor([ids]), use_cache=False).logits[0, 159:]
+    assert (got[1] - want).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt-oss"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_verb_gives_the_bits_of_windows_kept_whole(name: str, seed: int):
+    """Forks, slices, rejected drafts, company, prefix hits and values that were let go of, drawn at random."""
+    rng = np.random.default_rng(seed)
+    whole, near = both(name)
+    ledger = near._ledger
+    assert ledger.windows is not None
+    ids = ids_of(150, seed)
+    pairs, x, y = [(whole.empty, near.empty)], None, None
+    for _ in range(60):
+        what, i = rng.integers(0, 6), rng.integers(0, len(pairs))
+        a, b = pairs[i]
+        if what == 0 and len(pairs) > 1:  # company, the same value twice among it
+            some = [*rng.choice(len(pairs), 2, replace=False), i]
+            new = [ids_of(int(rng.integers(1, 9)), int(rng.integers(99))) for _ in some]
+            x = whole.extend([(pairs[j][0], t) for j, t in zip(some, new, strict=True) if len(pairs[j][0]) < 300])
+            y = near.extend([(pairs[j][1], t) for j, t in zip(some, new, strict=True) if len(pairs[j][1]) < 300])
+            assert all(torch.equal(p[1], q[1]) for p, q in zip(x, y, strict=True))
+            pairs[i] = (x[-1][0], y[-1][0]) if len(x) == 3 else pairs[i]
+        elif what == 1:  # a fork, far behind or near the end
+            n = int(rng.integers(0, len(a) + 1))
+            pairs.append((a[:n], b[:n]))
+        elif what == 2:  # a prompt that begins like others
+            n = int(rng.integers(1, 150))
+            pairs.append((whole.extend(whole.empty, ids[:n])[0], near.extend(near.empty, ids[:n])[0]))
+        elif what == 3 and len(pairs) > 3:
+            del pairs[i]
+        elif len(a) < 230:  # drafts, of which some stay
+            new = ids_of(int(rng.integers(1, 7)), int(rng.integers(99)))
+            (x, p), (y, q) = whole.extend(a, new, logits="all"), near.extend(b, new, logits="all")
+            assert torch.equal(p, q)
+            stay = len(a) + int(rng.integers(0, len(new) + 1))
+            pairs[i] = x[:stay], y[:stay]
+        near.check()
+    del pairs, a, b, x, y
+    near.check()
+    assert ledger.held == ledger.windows.held == 0
+
+
+def test_a_step_that_fails_leaves_every_value_as_it_was(monkeypatch):
+    name = "gemma3"
+    whole, near = both(name)
+    ids = ids_of(120)
+    a, b = whole.extend(whole.empty, ids)[0], near.extend(near.empty, ids)[0]
+    real, left = near._device.launch, [2]
+
+    def launch(step):
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("broken")
+        return real(step)
+
+    monkeypatch.setattr(near._device, "launch", launch)
+    with pytest.raises(RuntimeError, match="broken"):
+        near.extend(b, ids_of(80, 1))  # in its second step
+    near.check()
+    assert near._ledger.windows is not None and near._ledger.windows.held <= span(9) + 5
+    for new in (ids_of(80, 2), ids_of(3, 3)):
+        (a, p), (b, q) = whole.extend(a, new), near.extend(b, new)
+        assert torch.equal(p, q)
+
+
+def test_compiled_and_recorded_steps_give_the_same_bits():
+    options = dict(enforce_eager=False)
+    whole, near = both("gemma3", **options)
+    assert near.built.execution.startswith("compiled")
+    ids, got = ids_of(130), []
+    for rt in (whole, near):
+        seq, logits = rt.extend(rt.empty, ids[:70])
+        lines = [logits]
+        for token in ids[70:]:
+            seq, logits = rt.extend(seq, [token])
+            lines.append(logits)
+        got.append(torch.stack(lines))
+    assert torch.equal(*got)
+    assert near.built.traces.compiled == 0, "other artifacts than those of windows kept whole"
+
+
+def engine(name: str, **options) -> Engine:
+    return Engine.build(tiny_model(name), tokenizer=byte_tokenizer(131), **{**EAGER, **options})
+
+
+@pytest.mark.parametrize("twin", [False, True], ids=["direct", "twin"])
+def test_an_engine_in_company_preempted_and_drafting(twin: bool):
+    """Oracle: the engine with windows kept whole. Prefix hits, n-gram drafts, and so few window blocks that runs are
+    sent back; once as graphs would run it, padded and one step ahead."""
+    common = ids_of(60, 5)
+    short, long = [ids_of(n, n) for n in (9, 12, 5, 14, 10)], [common + ids_of(n, n) for n in (9, 3)]
+    prompts = [*short, common[:40] + common[:40], *long]
+    how = Speculate("ngram", 4)
+
+    def requests():
+        return [asked(p, 60, **({"speculate": how} if i % 2 else {})) for i, p in enumerate(prompts)]
+
+    want = answers(engine("phi3", window_blocks=0, graph_twin=twin), requests())
+    e = engine("phi3", window_blocks=span(20) + 2 + 3, graph_twin=twin, max_num_seqs=6)
+    assert answers(e, requests()) == want
+    gauges = e.gauges()
+    assert gauges.preemptions > 0 and gauges.prefix_hits > 0
+    assert gauges.window_blocks_held == 0 < gauges.window_blocks_total == 7
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pool_that_could_not_hold_a_sequence_does():
+    """Room for 10 blocks of all layers of a model whose layers all have windows: 144 tokens. Now 256 fit."""
+    model = tiny_model("mistral")
+    room = 10 * memory.block_of(model.spec, fn.Runtime(model, **EAGER).built.ops.kv, torch.float32)
+    options = {**EAGER, "max_num_seqs": 1, "max_num_batched_tokens": 16, "kv_cache_memory_bytes": room}
+    with pytest.raises(ConfigError, match="the largest --max-model-len that fits is 144"):
+        fn.Runtime(model, **options, window_blocks=0)
+    rt = fn.Runtime(model, **options)
+    pool = rt.built.pool
+    assert 0 < pool.near <= 10 and pool.bytes <= room and pool.max_len == 256
+    assert "window blocks for layers that see 9 tokens" in pool.reason
+    seq, _ = rt.extend(rt.empty, ids_of(250))
+    assert len(seq) == 250
+
+
+def test_bytes_of_both_kinds():
+    """Worked by hand: 100 bytes a block, 80 of them of layers with a window, 10 window blocks."""
+    apart = Apart(10, 80, 9)
+    assert split(5000, 100, 1000, apart) == (210, apart), "(5000 - 800) / 20"
+    assert split(900, 100, 1000, apart) == (9, None)
+    assert split(5000, 100, 9, apart) == (50, None), "all rows together use no more"
+    assert split(900, 100, 1000, dataclasses.replace(apart, asked=True))[0] == 5
+    assert split(5000, 80, 1000, apart)[0] > 1000, "blocks without KV cost nothing"
+    facts = dict(model_len=4096, bytes_per_token=100, rows=64, device="cpu", available=0)
+    some = Settings(kv_cache_memory_bytes=1 << 20)
+    whole = size_pool(settings=some, **facts)
+    pool = size_pool(settings=some, **facts, apart=Apart(64, 1200, 100))
+    assert whole.blocks == 655 and pool.near == 64
+    assert pool.blocks == ((1 << 20) - 64 * 1200) // 400 and pool.bytes == pool.blocks * 400 + 64 * 1200 <= 1 << 20
+
+
+def test_so_many_that_no_row_ever_lacks_one():
+    mode = Mode(budget=64, rows=8)
+    apart, why = window_blocks(Settings(), mode, 40, 100, "")
+    assert apart is not None and not why
+    assert apart.blocks == 1 + (8 + 2) * (span(40) + 1) + 2 * 4
+    assert window_blocks(Settings(window_blocks=0), mode, 40, 100, "") == (None, "--window-blocks")
+    with pytest.raises(ConfigError, match="5 are too few for a window of 40 tokens and 64 new ones a step"):
+        window_blocks(Settings(window_blocks=5), mode, 40, 100, "")
+    with pytest.raises(ConfigError, match="windows are kept whole: something"):
+        window_blocks(Settings(window_blocks=50), mode, 40, 100, "something")
+
+
+def test_where_windows_are_kept_whole_it_is_said():
+    model = tiny_model("gemma3")
+    for options, why in (
+        ({"max_model_len": 9}, ""),
+        ({"swap_space": 0.001}, "--swap-space saves blocks of one kind"),
+        ({"enable_chunked_prefill": False}, "prompts come in one piece"),
+        ({"max_num_seqs": 32}, "which takes no more here"),
+    ):
+        pool = fn.Runtime(model, **{**EAGER, **options, "kv_cache_memory_bytes": 1 << 19}).built.pool
+        assert pool.near == 0 and why in pool.reason
+    assert fn.Runtime(tiny_model("qwen3"), **EAGER).built.pool.reason.count("window") == 0
+
+
+def test_a_sequence_without_its_past_is_not_saved(tmp_path):
+    _, rt = both("gemma3")
+    seq, _ = rt.extend(rt.empty, ids_of(50))
+    with pytest.raises(KeptError, match="layers with a window have let go"):
+        rt.save(seq, tmp_path / "a")
+
+
+def test_the_byte_ledger_counts_both_kinds():
+    """Oracle: the tensors of the state."""
+    model = tiny_model("gemma3")
+    rt = fn.Runtime(model, **EAGER, window_blocks=20)
+    account = rt.built.account
+    assert account is not None
+    held = sum(t.nbytes for p in rt.built.device.pools for t in (p.k, p.v))
+    assert account.line("KV pool").bytes == rt.built.pool.bytes == held
+    assert {len(p.k) for p in rt.built.device.pools} == {20, rt.built.pool.blocks}

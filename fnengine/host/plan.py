@@ -240,7 +240,7 @@ def _check(host: Host, request: Request) -> int:
         )
     # The last token that is generated is never computed, so a pool of p tokens serves a sequence of p + 1.
     room = policy.max_len - n
-    pool = host.ledger.total * host.ledger.block + 1 - n
+    pool = host.ledger.total * host.ledger.block + 1 - n  # layers with a window need a window of it, which is there
     if room < min(1, 1 if stop.max_tokens is None else stop.max_tokens):
         raise ContextLengthError(
             f"the prompt has {n} tokens, the context holds {policy.max_len}, prompt and output together",
@@ -635,7 +635,7 @@ def abort(host: Host, request_id: str) -> None:
 
 def gauges(host: Host) -> Gauges:
     """A reading of the scheduler; `steps` counts plans and `recompiles` is left at 0."""
-    ledger = host.ledger
+    ledger, windows = host.ledger, host.ledger.windows
     return Gauges(
         running=len(host.running),
         waiting=host.waiting,
@@ -652,4 +652,7 @@ def gauges(host: Host) -> Gauges:
         rejections=host.rejections,
         steps=host.steps,
         recompiles=0,
+        window_blocks_total=0 if windows is None else windows.total,
+        window_blocks_held=0 if windows is None else windows.held,
+        window_blocks_cached=0 if windows is None else windows.cached,
     )
