@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import psutil
 import torch
@@ -32,7 +32,7 @@ from fnengine.params import memory_plan
 from fnengine.processors import Own, check_own
 from fnengine.program import Recorded, compiled_layers, wanted_kinds
 from fnengine.settings import Mode, PoolSize, Settings, check_kv, kept_states, size_pool, wanted_len
-from fnengine.spec import ModelSpec, attentions, for_length, recurrents, steerable
+from fnengine.spec import ModelSpec, attentions, for_length, reach, recurrents, steerable
 from fnengine.state import memory_bytes
 from fnengine.step import make_step
 
@@ -114,6 +114,8 @@ def build(
         ready = companion.ready(Ground(model, settings, mode, tuple(own.values()), layers, capturing, ops_for))
     extra = None if ready is None else ready.extra
     per_block = accounting.block_of(spec, ops.kv, model.dtype) + (0 if extra is None else extra.per_block)
+    attention, drafting = ops.paged_attention.backend.name, "" if companion is None else companion.name
+    apart, whole = accounting.apart_of(spec, ops.kv, model.dtype, settings, mode, attention, drafting)
     slots = int(settings.swap_space * 2**30) // per_block
     kinds, uncompiled = [], ""
     if compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu"):
@@ -143,6 +145,7 @@ def build(
             steer=len(steer),
             extra=extra,
             kept=places or 0,
+            apart=apart,
         )
         pool, account = accounting.size(shapes, settings, *memory(device), now=accounting.base_now())
     else:
@@ -166,6 +169,7 @@ def build(
             compiled=bool(kinds),
             steer=len(steer),
             drafting=companion is not None,
+            near=apart is not None,
         )
         beside += 0 if extra is None else extra.on_card
         beside += memory_bytes(spec, mode.rows, places or 0)
@@ -178,7 +182,11 @@ def build(
             available=available,
             total=total,
             beside=beside,
+            apart=apart,
         )
+    if whole and pool.max_len > reach(spec) > 0:
+        kept_whole = f"windows of {reach(spec)} tokens are kept whole: {whole}"
+        pool = replace(pool, reason=f"{pool.reason}; {kept_whole}")
     threads = team.members(torch.get_num_threads()) if device.type == "cpu" else []
     pinned = team.pin(threads, environment.processors()) if settings.pin_threads else {}
     traces = Traces()
@@ -233,6 +241,7 @@ def build(
         capturing=captured.capturing,
         companion=second,
         kept=places,
+        windows=(pool.near, reach(spec)) if pool.near else None,
     )
     runner.capture()
     return Built(

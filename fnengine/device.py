@@ -31,7 +31,7 @@ from fnengine.host.step import BLOCK, NEWEST, Admission, Ask, Scores, StepInput,
 from fnengine.kernels import KVLayout, Ops, memory
 from fnengine.kernels.layout import movable
 from fnengine.recurrent import take_in
-from fnengine.spec import Attending, Mixer, ModelSpec, Recurrent, recurrents
+from fnengine.spec import Attending, Mixer, ModelSpec, Recurrent, attentions, recurrents, sight
 from fnengine.state import (
     Carry,
     LayerState,
@@ -64,20 +64,23 @@ def make_state(
     own: int = 0,
     steer: int = 0,
     kept: int = 0,
+    near: int | None = None,
 ) -> State:
     """Empty state: `blocks` (N) blocks a layer laid out as `kv` says, `rows` (M) rows and the null row, with arguments
-    for `own` processors and vectors for `steer` layers; in recurrent layers `kept` places beside those of the rows."""
+    for `own` processors and vectors for `steer` layers; in recurrent layers `kept` places beside those of the rows, in
+    layers with a window `near` blocks, where these have their own."""
 
     def of_layer(mixer: Mixer) -> LayerState:
         if not isinstance(mixer, Recurrent):
-            return make_pool([mixer], kv, blocks, dtype, device)[0]
+            own_blocks = near if near is not None and sight(mixer) else blocks
+            return make_pool([mixer], kv, own_blocks, dtype, device)[0]
         states, notes = memory_shapes(mixer)
         every = [(rows + 1 + kept, *shape) for shape in states] + [(rows + 1, *shape) for shape in notes]
         return Memory(*(_zeros(shape, torch.float32, device) for shape in every))
 
     pool = tuple(of_layer(layer.mixer) for layer in spec.layers)
     columns = -(-max_len // BLOCK)
-    sizes: dict[str, Any] = dict(columns=columns, tokens=max_len + 1, vocab=spec.vocab, own=own)
+    sizes: dict[str, Any] = dict(columns=columns, tokens=max_len + 1, vocab=spec.vocab, own=own, near=near is not None)
     sizes["states"] = len(recurrents(spec)) > 0
     return State(pool, empty_rows(rows + 1, **sizes, device=device, steer=(steer, spec.width)))
 
@@ -196,6 +199,8 @@ class TorchDevice:
         depth: steps the host may have in flight beside the one it reads; by default 1 where steps are captured or run
             on a GPU.
         kept: places of states beside those of the rows; None where no layer has a state.
+        windows: window blocks, the null block included, and tokens that the longest window covers; None: layers with a
+            window lie in the same blocks as all others. Such a device has no companion and swaps nothing.
     """
 
     def __init__(
@@ -217,7 +222,10 @@ class TorchDevice:
         companion: Companion | None = None,
         depth: int | None = None,
         kept: int | None = None,
+        windows: tuple[int, int] | None = None,
     ):
+        assert windows is None or (companion is None and not host_slots and kept is None)
+        self.windows = windows
         self.spec, self.params, self.step, self.ops = spec, params, step, ops
         self.blocks, self.rows, self.max_len, self.host_slots = blocks, rows, max_len, host_slots
         self.kept = kept
@@ -234,12 +242,20 @@ class TorchDevice:
             own=len(processors),
             steer=len(steer),
             kept=kept or 0,
+            near=None if windows is None else windows[0],
         )
         self.companion = companion
         if companion is not None:
             self.state = beside(self.state, companion, blocks, dtype)
         self.pools = tuple(p for p in self.state.pool if isinstance(p, Pool))
         """KV, of the layers that have any, a companion's behind them."""
+        apart = [windows is not None and sight(mixer) != 0 for mixer in attentions(spec)]
+        apart += [False] * (len(self.pools) - len(apart))
+        pools = [(t, near) for p, near in zip(self.pools, apart, strict=True) for t in (p.k, p.v) if t.numel()]
+        self._copied = [t for t, near in pools if not near]
+        """What is copied with blocks, ..."""
+        self._copied_near = [t for t, near in pools if near]
+        """... and with window blocks."""
         self.memories = tuple(p for p in self.state.pool if isinstance(p, Memory))
         """States of the recurrent layers."""
         self._rare: set[int] = set()
@@ -343,9 +359,11 @@ class TorchDevice:
             if begun := [(a.state, a.row) for a in step.admit if a.state >= 0]:
                 self._catch_up({place for place, _ in begun} & self._guessed)
                 self._move_states(np.array(begun, np.int32))
-        self._grow(step.grow)
+        self._grow(step.grow, step.near_grow)
         if len(step.copy):
-            self.ops.copy_blocks([t for p in pool for t in (p.k, p.v) if t.numel()], self._stage(step.copy))
+            self.ops.copy_blocks(self._copied, self._stage(step.copy))
+        if step.near_copy is not None:
+            self.ops.copy_blocks(self._copied_near, self._stage(step.near_copy))
         if self.memories:
             guessing = set(step.row[step.emit > 1].tolist())
             self._guessed = self._guessed - set(step.row.tolist()) | guessing
@@ -397,11 +415,13 @@ class TorchDevice:
                     _count(self.draft_usage, choice, (time.perf_counter() - began) / len(chosen))
             return tokens
 
-    def _grow(self, added: np.ndarray) -> None:
-        """Adds blocks to rows' tables."""
+    def _grow(self, added: np.ndarray, near: np.ndarray | None = None) -> None:
+        """Adds blocks, and window blocks, to rows' tables."""
         if len(added):
-            grow = self._stage(added).long()
-            self.state.rows.table[grow[:, 0], grow[:, 1]] = grow[:, 2].int()
+            grow, rows = self._stage(added).long(), self.state.rows
+            rows.table[grow[:, 0], grow[:, 1]] = grow[:, 2].int()
+            if near is not None:
+                rows.near[grow[:, 0], grow[:, 1]] = self._stage(near)
 
     @torch.inference_mode()
     def keep(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -508,6 +528,9 @@ class TorchDevice:
             rows.watched[self._stage(np.array([a.row for a in watching], np.int64))] = self._stage(ids)
         # One write for all rows; what is put behind a row's tokens is written over before it is read.
         rows.table[index] = self._stage(_ragged([a.blocks for a in admissions], rows.table.shape[1]))
+        if self.windows is not None:
+            nears = [a.near for a in admissions if a.near is not None]
+            rows.near[index] = self._stage(_ragged(nears, rows.near.shape[1]))
         if most := max(len(a.tokens) for a in admissions):
             rows.history[index, :most] = self._stage(_ragged([a.tokens for a in admissions], most))
 

@@ -44,6 +44,7 @@ from fnengine.host.step import BLOCK, Device, Ticket
 from fnengine.host.survey import Survey, survey, told
 from fnengine.host.text import Piece, TextStream
 from fnengine.host.tokenizer import Tokenizer
+from fnengine.host.windows import windows_of
 from fnengine.model import Model
 from fnengine.processors import Own
 from fnengine.runtime import Runtime
@@ -115,7 +116,8 @@ class Engine:
         self.max_logprobs = policy.vocab if max_logprobs < 0 else max_logprobs
         self.answer_bytes = answer_bytes
         self.guides = Guides(tokenizer, policy.vocab, policy.eos)
-        ledger = Ledger(device.blocks, BLOCK, caching=policy.caching, states=states_of(device))
+        books: dict[str, Any] = dict(states=states_of(device), windows=windows_of(device))
+        ledger = Ledger(device.blocks, BLOCK, caching=policy.caching, **books)
         self.host = Host(policy, ledger, rows=device.rows, host_slots=device.host_slots, seed=seed)
         self.on_step: list[Callable[[StepFacts], None]] = []
         self.on_finish: list[Callable[[Finished], None]] = []

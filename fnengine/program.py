@@ -68,9 +68,9 @@ def compiled_layers(kinds: list[Kind], params: Any, folder: Path | None, traces:
     def run_layer(
         kind: Layer, p: Any, state: LayerState, where: Where, angles: tuple[Tensor, Tensor], ops: Ops, x_TD: Tensor
     ) -> Tensor:
-        w = where
+        w, (slot, table) = where, where.of(kind.mixer)
         return of_layer[id(p)].call(
-            x_TD, *angles, w.slot, w.row, w.start, w.length, w.table, *_remembered(state, w), *flat[id(p)]
+            x_TD, *angles, slot, w.row, w.start, w.length, table, *_remembered(state, w), *flat[id(p)]
         )
 
     layers_in_a_row = one_by_one(run_layer)
@@ -111,6 +111,7 @@ class Recorded:
         w = where
         inputs = (x_TD, *(t for pair in angles.values() for t in pair), w.slot, w.row, w.start, w.length, w.table)
         inputs += () if w.guessed is None or w.behind is None else (w.guessed, w.behind)
+        inputs += () if w.near_slot is None or w.near is None else (w.near_slot, w.near)
         key = (len(x_TD), len(w.row), len(kinds), id(params[0]), tree.leaves(pool[0])[0].data_ptr())
         program = self.programs.get(key)
         if program is not None:

@@ -18,7 +18,7 @@ import itertools
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any, Literal
@@ -29,13 +29,14 @@ from torch import Tensor
 
 from fnengine import kept, keys
 from fnengine.build import Built, build
-from fnengine.errors import ContextLengthError, OutOfBlocks, RequestError
+from fnengine.errors import ContextLengthError, KeptError, OutOfBlocks, RequestError
 from fnengine.host.ask import pipeline_of
 from fnengine.host.blocks import Extension, Ledger, Path, Salt
 from fnengine.host.request import PLAIN, Sampling, check_sampling, fold_in
 from fnengine.host.states import NOWHERE, States, states_of
 from fnengine.host.steer import Steering, salted, steerings
 from fnengine.host.step import BLOCK, Admission, Ask, StepInput
+from fnengine.host.windows import BACK, windows_of
 from fnengine.model import Model
 from fnengine.processors import Own
 from fnengine.sequence import CLOSED, Likeliest, Logits, Sequence, Tokens, as_arrays, wishes
@@ -100,8 +101,9 @@ class Runtime:
     ):
         settings = settings or Settings(**options)
         built = build(model, settings, processors=processors)
-        caching, states = settings.enable_prefix_caching, states_of(built.device)
-        self._begin(model, settings, built, Ledger(built.device.blocks, BLOCK, caching=caching, states=states))
+        books: dict[str, Any] = dict(states=states_of(built.device), windows=windows_of(built.device))
+        ledger = Ledger(built.device.blocks, BLOCK, caching=settings.enable_prefix_caching, **books)
+        self._begin(model, settings, built, ledger)
 
     @classmethod
     def over(
@@ -134,6 +136,8 @@ class Runtime:
         self._rows: OrderedDict[int, tuple[int, int, Salt, Sampling | None, int] | None] = OrderedDict()
         self._holders: dict[int, weakref.ref[Sequence]] = {}
         """Row -> the sequence whose state it holds, where layers have states."""
+        self._lows: dict[int, int] = {}
+        """Row -> the first column whose window block it knows, where layers have such."""
         self._stamps = itertools.count()
         self.forget_rows()
         self._unseeded = 0
@@ -237,6 +241,7 @@ class Runtime:
             KeptError: it cannot be written.
             OutOfBlocks: there is no room to compute a state. Nothing was written.
         """
+        self._need_whole_windows(path)
         self._need_open(seq)
         place = NOWHERE if self._ledger.states is None or not len(seq) else self._state_after(seq)
         tokens, blocks = seq._buffer.data[: len(seq)], self._ledger.blocks_of(seq._path)
@@ -266,6 +271,7 @@ class Runtime:
             ContextLengthError: it is longer than `max_len`.
             OutOfBlocks: the pool has too few free blocks. After any of these nothing was changed.
         """
+        self._need_whole_windows(path)
         pool, memories, states, null = self._pool, self._device.memories, self._ledger.states, self._device.rows
         with kept.opened(FilePath(path), self._identity, pool, memories) as file:
             n = file.length
@@ -306,18 +312,28 @@ class Runtime:
         again, _ = self.extend(seq[: n - 1], seq._buffer.data[n - 1 : n], logits=None)
         return again._row[0]
 
+    def _need_whole_windows(self, path: str | FilePath) -> None:
+        if self._ledger.windows is not None:
+            raise KeptError(
+                "a file holds KV of all tokens, and layers with a window have let go of what they see no more",
+                where=str(path),
+                remedy="compute the sequence from its tokens, or keep windows whole with window_blocks=0",
+            )
+
     @cached_property
     def _identity(self) -> keys.Key:
         return kept.identity(self.model, self.built)
 
     def _extensions(self, pairs: list[tuple[Path, int]]) -> list[Extension]:
-        """Longer paths for all pairs, or OutOfBlocks."""
+        """Longer paths for all pairs, or OutOfBlocks. Where more tokens are to come than a step takes, window blocks
+        are given step by step."""
+        first = 1 if sum(n for _, n in pairs) > self.built.mode.budget else None
         try:
-            return self._ledger.extend_many(pairs)
+            return self._ledger.extend_many(pairs, first)
         except OutOfBlocks:
             gc.collect()  # sequences in reference cycles hold blocks that nobody can use
             self.drain()
-            return self._ledger.extend_many(pairs)
+            return self._ledger.extend_many(pairs, first)
 
     def _extend(
         self,
@@ -354,8 +370,9 @@ class Runtime:
             self._ledger.settle()  # the copies are done
         results = []
         for i, p in enumerate(parts):
-            path = p.extension.path
-            self._ledger.publish(path, p.buffer.data[: p.pure])
+            self._ledger.publish(p.extension.path, p.buffer.data[: p.pure])
+            path = self._ledger.trim(p.extension.path, p.extension.path.length - BACK)
+            self._lows[p.row] = path.low
             stamp = next(self._stamps)
             new = Sequence(self, path, p.buffer, p.prompt_len, p.pure, (p.row, stamp))
             self._rows[p.row] = (stamp, path.length, *p.holds)
@@ -402,6 +419,7 @@ class Runtime:
         places = [NOWHERE] * len(pairs)
         if states is not None:
             places = [self._begin_from(states, seq, bases, i) for i, (seq, _) in enumerate(pairs)]
+        bases = [ledger.resumed(base) for base in bases]
         todo = []
         for (seq, _), array, base in zip(pairs, arrays, bases, strict=True):
             again = seq._buffer.data[base.length : len(seq)]
@@ -420,7 +438,7 @@ class Runtime:
             seed = 0
             if sampling is not None:
                 seed = sampling.seed if sampling.seed is not None else self.new_seed()
-            row, admitted, holds = self._row_for(seq, salted("", steer), sampling, seed, taken)
+            row, admitted, holds = self._row_for(seq, base, salted("", steer), sampling, seed, taken)
             same = seq._pure == len(seq) and base.salt == salted("", steer)
             taken.add(row)
             if admitted and holds[0] != len(seq):
@@ -466,7 +484,7 @@ class Runtime:
             states.keep(seq._path, len(seq), row)
 
     def _row_for(
-        self, seq: Sequence, steer: Salt, sampling: Sampling | None, seed: int, taken: set[int]
+        self, seq: Sequence, base: Path, steer: Salt, sampling: Sampling | None, seed: int, taken: set[int]
     ) -> tuple[int, bool, tuple[int, Salt, Sampling | None, int]]:
         """(row, whether it already holds this sequence, or a longer one that this was cut from, with this steering and
         sampling; length, steering, sampling and seed that it has or will be given). Least recently used otherwise."""
@@ -476,6 +494,8 @@ class Runtime:
         states = self._ledger.states
         if states is not None:  # which cannot be cut
             same = held is not None and same and held[1] == len(seq)
+        elif self._ledger.windows is not None:  # other blocks may stand now where the row has let go of some
+            same = same and base.length == len(seq) and base.low >= self._lows[row]
         if held is not None and same and (sampling is None or held[3:] == (sampling, seed)):
             self._rows.move_to_end(row)
             return row, True, held[1:]
@@ -520,11 +540,17 @@ class Runtime:
                 budget -= n
         # Where layers have states, all begin in the first step: what a row begins from may be another's to go on from.
         first = [i for i, p in enumerate(parts) if not p.entered and (i in live or states is not None)]
-        admit, grow, copy = [], [], []
+        admit, grow, copy, near_copy = [], [], [], []
+        for i, n in zip(live, sizes, strict=True) if self._ledger.windows is not None else ():
+            p = parts[i]
+            at = p.base.length + p.done
+            p.extension = replace(p.extension, path=self._ledger.trim(p.extension.path, at))
+            grow += [(p.row, column, block) for column, block in self._ledger.supply(p.extension.path, at + n)]
         for i in first:
             p = parts[i]
             p.entered = True
             copy += p.extension.copy
+            near_copy += p.extension.near_copy
             if p.admitted:
                 grow += [(p.row, column, block) for column, block in p.extension.grown]
             else:
@@ -538,6 +564,7 @@ class Runtime:
                         sampling=p.sampling or PLAIN,
                         seed=p.seed,
                         state=p.state,
+                        near=self._nears(self._ledger.blocks_of(p.extension.path).tolist()),
                         steer=() if p.steer is None else p.steer.vectors,
                     )
                 )
@@ -558,6 +585,8 @@ class Runtime:
                 grow=np.array(grow, np.int32).reshape(-1, 3),
                 admit=tuple(admit),
                 keep=np.array(keep, np.int32) if keep else None,
+                near_grow=self._nears([block for *_, block in grow]),
+                near_copy=np.array(near_copy, np.int32) if near_copy else None,
                 ask=Ask(
                     pipeline=names,
                     noise=noise,
@@ -585,6 +614,10 @@ class Runtime:
             if taps:
                 inside[i].append(tuple(x[offset : offset + n] for x in out.taps))
             offset += n
+
+    def _nears(self, blocks: list[int]) -> np.ndarray | None:
+        """The window blocks of these blocks, where layers have such."""
+        return None if self._ledger.windows is None else self._ledger.nears_of(blocks)
 
     def affordable(self, tokens: int, want: Logits, taps: tuple[str, ...]) -> None:
         """Raises `RequestError` if what so many new tokens are to give takes more than `ALL_LOGITS_BYTES`."""

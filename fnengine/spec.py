@@ -539,6 +539,16 @@ def attentions(spec: ModelSpec) -> list[Attending]:
     return [kind.mixer for kind in spec.layers if isinstance(kind.mixer, Attending)]
 
 
+def sight(mixer: Mixer) -> int:
+    """How far back a layer's tokens see, as attention's contract has it: 0 for everything."""
+    return -mixer.chunk or mixer.window or 0 if isinstance(mixer, Attention) else 0
+
+
+def reach(spec: ModelSpec) -> int:
+    """Tokens, the newest included, that the longest window or chunk of a model covers; 0: no layer has one."""
+    return max((abs(sight(m)) for m in attentions(spec)), default=0)
+
+
 def recurrents(spec: ModelSpec) -> list[Recurrent]:
     """The mixers that keep a state, layer by layer."""
     return [kind.mixer for kind in spec.layers if isinstance(kind.mixer, Recurrent)]

@@ -8,7 +8,7 @@ row and block 0 is the null block, so padding needs no branch: it reads and writ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -19,7 +19,7 @@ from fnengine.graphs.bucket import Bucket
 from fnengine.host.request import MAX_ARGUMENTS, MAX_BAD, MAX_BIAS, MAX_BREAKERS, MAX_DRAFT, MAX_WATCHED, Sampling
 from fnengine.host.step import BLOCK, Ask
 from fnengine.kernels.layout import KVLayout, Shape, shapes_of
-from fnengine.spec import Attending, ModelSpec, Recurrent, attentions, recurrents, shares, state_bytes
+from fnengine.spec import Attending, Mixer, ModelSpec, Recurrent, attentions, recurrents, shares, sight, state_bytes
 from fnengine.tree import static
 
 
@@ -31,6 +31,9 @@ class Rows:
     """[M+1] int32 tokens whose KV is in the pool."""
     table: Tensor
     """[M+1, P] int32 block table; unused columns are 0, the null block."""
+    near: Tensor
+    """[M+1, P] int32 table of window blocks: a column that nobody sees any more holds anything; [M+1, 0] where layers
+    with a window lie in the same blocks as all others."""
     history: Tensor
     """[M+1, S+1] int32 token at each position; history[row, length] is the newest, not yet computed, token."""
     prompt_len: Tensor
@@ -108,11 +111,13 @@ def empty_rows(
     own: int = 0,
     steer: tuple[int, int] = (0, 0),
     states: bool = False,
+    near: bool = False,
 ) -> Rows:
     """M rows that hold nothing and ask for nothing.
 
     Args:
         columns, tokens: widths of block tables and histories.
+        near: whether they have a table of window blocks.
         lists: whether there is room for allowed tokens, bad words, sequence breakers and watched tokens.
         own: processors of the engine's own.
         steer: layers that may be steered, and the model's width.
@@ -126,6 +131,7 @@ def empty_rows(
     return Rows(
         length=full(0, i32),
         table=full(0, i32, columns),
+        near=full(0, i32, columns * near),
         history=full(0, i32, tokens),
         prompt_len=full(0, i32),
         temperature=full(0, f32),
@@ -232,9 +238,11 @@ def pool_shapes(kv: KVLayout, mixer: Attending, N: int) -> tuple[Shape, Shape]:
     return shapes_of(kv, N, BLOCK, mixer.kv_heads, mixer.width, shares(mixer))
 
 
-def pool_bytes(kv: KVLayout, spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Bytes of one block of the pools of all layers, of KV computed in `dtype`."""
-    return sum(block_bytes(kv, mixer, dtype) for mixer in attentions(spec))
+def pool_bytes(kv: KVLayout, spec: ModelSpec, dtype: torch.dtype, seeing: bool | None = None) -> int:
+    """Bytes of one block of the pools of all layers, of KV computed in `dtype`; with `seeing`, of those that see
+    everything, or (False) of those with a window."""
+    mixers = [m for m in attentions(spec) if seeing is None or seeing == (not sight(m))]
+    return sum(block_bytes(kv, mixer, dtype) for mixer in mixers)
 
 
 def block_bytes(kv: KVLayout, mixer: Attending, dtype: torch.dtype) -> int:
@@ -380,6 +388,16 @@ class Where:
     """[R] int32, where layers have states: the last new tokens, which are only guessed"""
     behind: Tensor | None = None
     """[M+1] int32, the rows' own"""
+    near_slot: Tensor | None = None
+    """[T] int32: where KV of layers with a window goes, if they have blocks of their own ..."""
+    near: Tensor | None = None
+    """[M+1, P] int32: ... and the table of those"""
+
+    def of(self, mixer: Mixer) -> tuple[Tensor, Tensor]:
+        """(slot, table) of the blocks in which a layer with this mixer keeps KV."""
+        if self.near_slot is None or self.near is None or not sight(mixer):
+            return self.slot, self.table
+        return self.near_slot, self.near
 
 
 @dataclass(frozen=True)
@@ -427,5 +445,9 @@ def locate(rows: Rows, batch: Batch, block: int) -> Where:
     column = (position // block).clamp_(max=rows.table.shape[1] - 1).long()
     slot = rows.table[row_T, column] * block + position % block
     length = rows.length[batch.row.long()] + batch.start[1:] - batch.start[:-1]
-    guessed = None if rows.behind is None else (batch.emit - 1).clamp_(min=0)
-    return Where(batch.row, batch.start, row_T, position, slot, length, rows.table, guessed, rows.behind)
+    where = Where(batch.row, batch.start, row_T, position, slot, length, rows.table)
+    if rows.behind is not None:
+        where = replace(where, guessed=(batch.emit - 1).clamp_(min=0), behind=rows.behind)
+    if rows.near.shape[1]:
+        where = replace(where, near_slot=rows.near[row_T, column] * block + position % block, near=rows.near)
+    return where

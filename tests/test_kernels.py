@@ -384,15 +384,22 @@ def test_invariance_law_catches_kv_split_by_number_of_queries():
     assert first_variation(split, torch.float32) is not None
 
 
+def seen_from(position: int, window: int) -> int:
+    """The first position that a query at this one sees."""
+    return position // -window * -window if window < 0 else max(0, position - window + 1) if window else 0
+
+
 def reads_rubbish(
     fn: Callable[..., Any], dtype: torch.dtype, examples: Examples = attention.PAGED_ATTENTION.examples
 ) -> str | None:
-    """Where NaN in every slot that belongs to no row's tokens changes an answer."""
+    """Where NaN in every slot that belongs to no row's tokens, or to a block that none of its queries sees, changes an
+    answer."""
     for n, e in enumerate(examples(dtype, 31)):
         B = e["k_NBKC"].shape[1]
         k, v = torch.full_like(e["k_NBKC"], torch.nan), torch.full_like(e["v_NBKC"], torch.nan)
-        for r, length in zip(e["row_R"].tolist(), e["length_R"].tolist(), strict=True):
-            at = torch.arange(length)
+        new = e["start_R1"].diff().tolist()
+        for r, length, queries in zip(e["row_R"].tolist(), e["length_R"].tolist(), new, strict=True):
+            at = torch.arange(seen_from(length - queries, e["window"]) // B * B, length)
             slot = e["table_MP"][r, at // B].long(), at % B
             k[slot], v[slot] = e["k_NBKC"][slot], e["v_NBKC"][slot]
         if not torch.equal(fn(*(e | {"k_NBKC": k, "v_NBKC": v}).values()), fn(*e.values())):
@@ -404,10 +411,24 @@ def reads_rubbish(
 @pytest.mark.parametrize("backend", on_this_machine("paged_attention"))
 def test_rubbish_behind_the_end_of_a_row_is_not_read(backend: Backend, dtype: torch.dtype):
     """A block's former owner, or a token that was taken back, may have left NaN where the row has no tokens yet; with
-    pairs of tokens that is beside the row's last token, too."""
+    pairs of tokens that is beside the row's last token, too. Blocks before a window may be anybody's by now."""
     needs(backend, dtype)
     for examples in (attention.PAGED_ATTENTION.examples, long_examples):
         assert reads_rubbish(canonical(backend), dtype, examples) is None
+
+
+@pytest.mark.parametrize("backend", on_this_machine("paged_attention"))
+@pytest.mark.parametrize("window", [-64, -48, 1, 16, 17, 100])
+def test_blocks_before_a_window_or_a_chunk_are_not_read(backend: Backend, window: int):
+    needs(backend)
+    for examples in (attention.PAGED_ATTENTION.examples, long_examples):
+
+        def windowed(dtype: torch.dtype, seed: int, examples: Examples = examples) -> Iterator[dict[str, Any]]:
+            return (e | {"window": window} for e in examples(dtype, seed))
+
+        if window < 0 and backend.name == "triton":
+            pytest.skip("no kernels for chunks")
+        assert reads_rubbish(canonical(backend), torch.float32, windowed) is None
 
 
 def test_rubbish_is_noticed_where_it_is_read():

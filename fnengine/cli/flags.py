@@ -265,6 +265,15 @@ def _flags() -> tuple[Flag, ...]:
         Flag(("--block-size",), "-", "tokens of a KV block: 16", memory, read_block, (), "16"),
         Flag(("--swap-space",), "engine.swap_space", "GiB of host memory for preempted KV", memory, float, (), "GiB"),
         Flag(
+            ("--window-blocks",),
+            "engine.window_blocks",
+            "KV blocks of layers with a window, which let go of what they see no more; 0 keeps it whole",
+            memory,
+            int,
+            (),
+            "N",
+        ),
+        Flag(
             ("--kept-states",),
             "engine.kept_states",
             "states of recurrent layers kept of beginnings; by default as many as sequences in a step",

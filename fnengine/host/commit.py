@@ -17,6 +17,7 @@ from fnengine.host.plan import Planned
 from fnengine.host.pooling import fold
 from fnengine.host.runs import Host, Run, drop_saved, end, landed
 from fnengine.host.step import Scores, StepOutput
+from fnengine.host.windows import BACK
 
 
 class Event(NamedTuple):
@@ -118,6 +119,8 @@ def _collect(host: Host, planned: Planned, output: StepOutput, r: int, run: Run,
         run.found = output.logprobs.top_ids[at, :k], output.logprobs.top[at, :k]
     tokens = (int(output.token[r, 0]),) if step.emit[r] else ()
     path = host.ledger.share(run.path) if run.request.pooling is None else None  # nobody goes on from an embedding
+    if path is not None:
+        path = host.ledger.trim(path, path.length - BACK)
     if path is not None and host.ledger.states is not None:  # whoever gets it will go on from here, most likely
         host.ledger.states.keep(path, path.length, run.row)
     end(host, run, "length")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -54,6 +54,9 @@ class Draft:
     copy: list[tuple[int, int]] = field(default_factory=list)
     swap_in: list[tuple[int, int]] = field(default_factory=list)
     keep: list[tuple[int, int]] = field(default_factory=list)
+    near_copy: list[tuple[int, int]] = field(default_factory=list)
+    nears: Callable[[Iterable[int]], np.ndarray] | None = None
+    """The window blocks of blocks, where there are such."""
     needs: int = 0
     """Bits of all rows that emit."""
     logprobs: int | None = None
@@ -166,6 +169,8 @@ def pack(draft: Draft, leaving: list[tuple[Run, np.ndarray, tuple[int, ...]]]) -
         swap_out=_pairs((b, s) for _, blocks, slots in leaving for b, s in zip(blocks, slots, strict=True)),
         swap_in=_pairs(draft.swap_in),
         keep=_pairs(draft.keep),
+        near_grow=None if draft.nears is None else draft.nears(block for *_, block in draft.grow),
+        near_copy=_pairs(draft.near_copy),
     )
 
 

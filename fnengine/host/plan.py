@@ -240,7 +240,7 @@ def _check(host: Host, request: Request) -> int:
         )
     # The last token that is generated is never computed, so a pool of p tokens serves a sequence of p + 1.
     room = policy.max_len - n
-    pool = host.ledger.total * host.ledger.block + 1 - n
+    pool = host.ledger.total * host.ledger.block + 1 - n  # layers with a window need a window of it, which is there
     if room < min(1, 1 if stop.max_tokens is None else stop.max_tokens):
         raise ContextLengthError(
             f"the prompt has {n} tokens, the context holds {policy.max_len}, prompt and output together",
@@ -317,6 +317,7 @@ def plan(host: Host, now: float) -> Planned | None:
     if ledger.states is not None:
         draft.keep = ledger.states.drain()
     host.steps += 1
+    draft.nears = None if ledger.windows is None else ledger.nears_of
     step = pack(draft, host.leaving)
     leaving = tuple([e[0] for e in host.leaving])
     host.leaving = []
@@ -450,6 +451,7 @@ def _verify(host: Host, walk: _Walk, run: Run) -> bool:
     run.path, run.drafted, run.total = extension.path, k, known + k
     walk.draft.grow += [(run.row, column, block) for column, block in extension.grown]
     walk.draft.copy += extension.copy
+    walk.draft.near_copy += extension.near_copy
     walk.reserved -= 1
     walk.left -= k + 1
     walk.picks -= k
@@ -478,6 +480,7 @@ def _advance(host: Host, walk: _Walk, run: Run) -> None:
         n = min(n, walk.picks)
     if n <= 0:
         return
+    run.path = ledger.trim(run.path, run.path.length)
     while True:
         try:
             extension = ledger.extend(run.path, n)
@@ -497,6 +500,7 @@ def _advance(host: Host, walk: _Walk, run: Run) -> None:
         walk.draft.grow += [(run.row, column, block) for column, block in extension.grown]
         if extension.copy:
             walk.draft.copy += extension.copy
+            walk.draft.near_copy += extension.near_copy
     _take(host, walk, run, n)
 
 
@@ -559,6 +563,7 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
         since = ledger.states.when(place)
         path = ledger.cut(whole, length)
         ledger.free(whole)
+    path = ledger.resumed(path)
     base = max(path.length, run.saved)
     n = _chunk(host, walk, run, base)
     if run.wish == "all":
@@ -566,14 +571,13 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
     if n <= 0:
         ledger.free(path)
         return False
-    need = -(-run.total // B) - path.length // B
-    while running and need + host.owed + _spare(host) > ledger.available:
+    while running and not _fits(host, path, run.total, base + n):
         if not urgent or host.ending or running[-1].priority <= run.priority:
             break
         _preempt_last(host, walk)
     alone = not running and not host.ending
     extension = None
-    if alone or (need + host.owed + _spare(host) <= ledger.available):
+    if alone or _fits(host, path, run.total, base + n):
         extension = _extend(ledger, path, base + n - path.length)
     if extension is None:
         ledger.free(path)
@@ -596,6 +600,7 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
         run.slots, run.saved = (), 0
     ledger.free(path)
     walk.draft.copy += extension.copy
+    walk.draft.near_copy += extension.near_copy
     run.path, run.status, run.row, run.since = extension.path, "running", host.free_rows.pop(), since
     insort(running, run, key=key_of)
     walk.draft.admit.append(
@@ -610,6 +615,7 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
             suppress=run.suppress,
             suppress_until=run.suppress_until,
             state=place,
+            near=None if ledger.windows is None else ledger.nears_of(blocks.tolist()),
             steer=() if run.steer is None else run.steer.vectors,
             watched=run.request.watched,
         )
@@ -623,6 +629,20 @@ def _extend(ledger: Ledger, path: Path, n: int) -> Extension | None:
         return ledger.extend(path, n)
     except OutOfBlocks:
         return None
+
+
+def _fits(host: Host, path: Path, total: int, upto: int) -> bool:
+    """Whether a run that begins after `path` has blocks for all of its `total` tokens, and window blocks for those up
+    to `upto` and for the most that it will hold, beside what running prompts will still take."""
+    ledger, B, windows = host.ledger, host.ledger.block, host.ledger.windows
+    if -(-total // B) - path.length // B + host.owed + _spare(host) > ledger.spare:
+        return False
+    if windows is None:
+        return True
+    now = -(-upto // B) - path.length // B
+    later = min(-(-total // B), windows.span + 1) - (-(-path.length // B) - path.low)
+    owed = sum([min(r.owed, windows.span) for r in host.running if r.owed])
+    return max(now, later) + owed + len(host.running) <= windows.available
 
 
 def _spare(host: Host) -> int:
@@ -641,7 +661,7 @@ def abort(host: Host, request_id: str) -> None:
 
 def gauges(host: Host) -> Gauges:
     """A reading of the scheduler; `steps` counts plans and `recompiles` is left at 0."""
-    ledger = host.ledger
+    ledger, windows = host.ledger, host.ledger.windows
     return Gauges(
         running=len(host.running),
         waiting=host.waiting,
@@ -658,4 +678,7 @@ def gauges(host: Host) -> Gauges:
         rejections=host.rejections,
         steps=host.steps,
         recompiles=0,
+        window_blocks_total=0 if windows is None else windows.total,
+        window_blocks_held=0 if windows is None else windows.held,
+        window_blocks_cached=0 if windows is None else windows.cached,
     )

@@ -370,8 +370,10 @@ def preempt(host: Host, run: Run) -> None:
     _leave(host, run)
     computed = run.path.length - run.drafted  # a draft that is in flight may be wrong
     blocks = blocks[: -(-computed // host.ledger.block)]
-    # The base of an extension stays where it is, and states are not saved: what was kept of them is found again.
-    n = 0 if run.base is not None or host.ledger.states is not None else len(blocks)
+    # The base of an extension stays where it is, and neither states nor window blocks are saved: what was kept of them
+    # is found again.
+    apart = host.ledger.states is not None or host.ledger.windows is not None
+    n = 0 if run.base is not None or apart else len(blocks)
     move, redo = 2 * n * policy.swap_seconds_per_block, computed * policy.recompute_seconds_per_token
     if 0 < n <= len(host.free_slots) and move < redo:
         run.slots, run.saved = tuple(host.free_slots[-n:]), computed
