@@ -272,6 +272,13 @@ GONE_WRONG = [
         [("f", '{"x": 1}'), ("g", '{"y": 2}')],
     ),
     ("mistral", f"[TOOL_CALLS] [{F} {G}]", f" {G}]", [("f", '{"x": 1}')]),
+    ("qwen3_coder", CODER % ("Paris", "hm"), "\nhm</function>\n</tool_call>", [("get_weather", '{"city": "Paris"')]),
+    (
+        "qwen3_coder",
+        CODER.partition("%s</f")[0] % "Paris" + "<parameter=days>\n2",
+        "\n<parameter=days>\n2",
+        [("get_weather", '{"city": "Paris"')],
+    ),
     ("deepseek_v3", V3 % '{"city": ', "```<｜tool▁call▁end｜>", [("get_weather", '{"city": \n')]),
     (
         HARMONY,
@@ -313,6 +320,15 @@ def test_arguments_are_told_as_they_come(name, text):
         if at < i < text.index("2}") + 2:
             assert told == text[at : i + 1]
     assert told == '{"city": "Paris", "days": 2}'
+
+
+def test_parameters_are_told_one_by_one():
+    state, told = begin(parsers("qwen3_coder"), "", TOOLS), []
+    for c in CODER % ("Paris", "<parameter=days>\n2\n</parameter>\n"):
+        assert state is not None
+        state, events = parsing.feed(state, c)
+        told += [e.text for e in events]
+    assert told == ["get_weather", '{"city": "Paris"', ', "days": 2', "}"]
 
 
 def test_a_broken_call_does_not_hide_the_next_one():

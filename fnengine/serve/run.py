@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +24,9 @@ from fnengine.serve.app import cut, make_app
 from fnengine.serve.connections import Limits, bounded, outermost, watch
 from fnengine.serve.engine_port import EnginePort
 
+SWITCH = 1e-3
+"""Seconds after which a thread that runs Python has to let others run, Python's 5 ms otherwise: the one that serves
+streams waits so long for threads that read large bodies."""
 GRACE = 2.0
 """Seconds after the cut that connections get to send their last event before they are closed."""
 
@@ -166,11 +170,14 @@ def serve(
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             url = url_of(sock, ssl_certfile is not None)
             runner.run(_watch(server, app, sock, url, on_ready, stop, shutdown_timeout, signals, limits))
     finally:
+        sys.setswitchinterval(interval)
         for s, handler in before.items():
             signal.signal(s, handler)
         sock.close()

@@ -136,6 +136,8 @@ def from_completion(body: CompletionBody, engine: EnginePort, *, id: str, create
     whole = [tuple(text.encode(p, add_special=special)) if isinstance(p, str) else tuple(p) for p in prompts]
     cut = _cut(body, engine.max_len)
     ids = [cut(one) for one in whole]
+    for one in ids:  # before anything looks at all of it
+        _check_room(len(one), body.max_tokens, engine.max_len)
     echo = bool(body.echo)
     skip = body.skip_special_tokens is not False
     check_ids(ids, text.vocab_size)

@@ -4,9 +4,10 @@
 
 A call is told when it is certain, not before: what is none, or breaks off earlier, is content, word for word, and
 content that was sent cannot be taken back. Where arguments are written as a JSON object behind the name, it is certain
-with the first character of them, and they are told as they come, in the model's own words; in every other form it is
-certain when it is whole. Arguments that are told and go wrong, or break off, end there; what follows is content. Spaces
-and silent marks beside calls belong to the format; beside content they are content.
+with the first character of them, and they are told as they come, in the model's own words; where they are tags, each
+is told when it is whole; in every other form the call is certain when it is whole. Arguments that are told and go
+wrong, or break off, end there; what follows is content. Spaces and silent marks beside calls belong to the format;
+beside content they are content.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from fnengine.serve.parsing.scan import CLOSERS, Scan, begun, legal, scan_json
 
 Build = Callable[[str, str, Tools], "tuple[Call, ...] | None"]
 """(name from before the value, the value's text, tools) -> calls; None for what is none."""
+
+
+Part = Callable[[str, str, bool, Tools], "tuple[str, str, int]"]
+"""(name of the function, text, whether it is all there will be, tools) -> (what is certain next, JSON of an argument,
+characters that say it): `one` more argument, the `last` was one, `more` has to be seen, or it is `wrong`."""
 
 
 class Opening(NamedTuple):
@@ -39,6 +45,8 @@ class Opening(NamedTuple):
     """The mark behind it all; may be missing."""
     openers: tuple[str, ...]
     """Marks of the next call."""
+    part: Part | None = None
+    """What reads arguments that are no JSON; None where they are."""
 
 
 class Read(NamedTuple):
@@ -182,6 +190,14 @@ def _told(state: Calls, text: str, end: bool) -> tuple[Calls, list[Event], str, 
     told = state.told
     assert told is not None
     over = replace(state, told=None, phase="", scan=Scan())
+    if state.phase == "arguments" and told.part is not None:
+        kind, given, upto = told.part(told.name, text, end, state.tools)
+        if kind in ("more", "wrong"):
+            return (over, [], text, False) if kind == "wrong" else (state, [], text, True)
+        mark = "}" if kind == "last" else "{" if not state.scan.at else ", "
+        events = [Event("arguments", mark + given, state.count - 1)] if _shown(state) else []
+        state = replace(state, scan=Scan(at=1), phase="arguments" if kind == "one" else "tail")
+        return state, events, text[upto:], False
     if state.phase == "arguments":
         before = state.scan._replace(at=0)
         scan = scan_json(before, text, 0)

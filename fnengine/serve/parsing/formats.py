@@ -9,6 +9,7 @@ deepseek-ai/DeepSeek-V3, R1-0528 and V3.1 (deepseek_v3, deepseek_v31).
 from __future__ import annotations
 
 import ast
+import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -181,41 +182,44 @@ def read_deepseek(head: re.Pattern[str], text: str, opener: str, scan: Scan, end
 
 _FUNCTION = re.compile(r"\s*<function=([^<>\n]{1,240})>")
 _PARAMETER = re.compile(r"\s*<parameter=([^<>\n]{1,240})>")
-_CLOSED = re.compile(r"\s*</function>\s*")
+_CLOSED = re.compile(r"\s*</function>")
 _UNFINISHED = re.compile(r"<(?:function|parameter)=[^<>\n]{0,240}")
 
 
 def read_coder(text: str, opener: str, scan: Scan, end: bool, tools: Tools) -> Read:
-    """`<tool_call><function=f><parameter=x>` value `</parameter></function></tool_call>`"""
+    """`<tool_call><function=f><parameter=x>` value `</parameter></function></tool_call>`
+
+    A call is certain with its first parameter, or where it ends without one.
+    """
     head = _FUNCTION.match(text, len(opener))
     if head is None:
         return MORE if _comes(text, len(opener), ("<function=",)) and not end else Read("wrong", len(opener))
-    at = max(scan.at, head.end())  # parameters before it have been seen whole
-    while (parameter := _PARAMETER.match(text, at)) is not None:
-        close = text.find("</parameter>", parameter.end())
+    name, rest = head[1], text[head.end() :]
+    kind, _, upto = parameter(name, rest, end, tools)
+    if kind == "one":
+        opening = Opening(name, head.end(), "", None, unnamed, "</tool_call>", ("<tool_call>",), parameter)
+        return Read("begun", opening=opening)
+    if kind != "last":
+        return MORE if kind == "more" else Read("wrong", head.end() + upto)
+    after = ends(text, head.end() + upto, "</tool_call>", ("<tool_call>",), end)
+    return MORE if after is None else Read("calls", after, (Call(name, {}),))
+
+
+def parameter(name: str, text: str, end: bool, tools: Tools) -> tuple[str, str, int]:
+    """The next parameter, or the end of them: a `calls.Part`."""
+    found = _PARAMETER.match(text)
+    if found is not None:
+        close = text.find("</parameter>", found.end())
         if close < 0:
-            return Read("wrong", len(text)) if end else Read("more", scan=Scan(at))
-        at = close + len("</parameter>")
-    closed = _CLOSED.match(text, at)
-    if closed is None:
-        waits = not end and _comes(text, at, ("<parameter=", "</function>"))
-        return Read("more", scan=Scan(at)) if waits else Read("wrong", at)
-    rest = text[closed.end() :]
-    if rest.startswith("</tool_call>"):
-        upto = closed.end() + len("</tool_call>")
-    elif "</tool_call>".startswith(rest) and not end:
-        return Read("more", scan=Scan(at))
-    else:
-        upto = len(text) if "</tool_call>".startswith(rest) else closed.end()
-    schemas = tools.schemas.get(head[1], {}).get("properties")
-    arguments: dict[str, Any] = {}
-    at = head.end()
-    while (parameter := _PARAMETER.match(text, at)) is not None:
-        close = text.index("</parameter>", parameter.end())
-        value = text[parameter.end() : close].removeprefix("\n").removesuffix("\n")
-        arguments[parameter[1]] = typed(value, schemas.get(parameter[1]) if isinstance(schemas, dict) else None)
-        at = close + len("</parameter>")
-    return Read("calls", upto, (Call(head[1], arguments),))
+            return ("wrong", "", len(text)) if end else ("more", "", 0)
+        schemas = tools.schemas.get(name, {}).get("properties")
+        value = text[found.end() : close].removeprefix("\n").removesuffix("\n")
+        given = typed(value, schemas.get(found[1]) if isinstance(schemas, dict) else None)
+        said = f"{json.dumps(found[1], ensure_ascii=False)}: {json.dumps(given, ensure_ascii=False)}"
+        return "one", said, close + len("</parameter>")
+    if (closed := _CLOSED.match(text)) is not None:
+        return "last", "", closed.end()
+    return ("more" if not end and _comes(text, 0, ("<parameter=", "</function>")) else "wrong"), "", 0
 
 
 def _comes(text: str, at: int, marks: tuple[str, ...]) -> bool:

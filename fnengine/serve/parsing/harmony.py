@@ -121,8 +121,8 @@ def _body(state: Harmony, text: str, end: bool) -> _Step:
     if state.kind == "call" and state.phase == "body":
         start = len(text) - len(text.lstrip())
         if OBJECT.match(text, start) and state.tools is not None:
-            state = replace(state, phase="arguments", scan=Scan(), count=state.count + 1)
-            return state, called(state.name, state.count - 1, state.tools), text[start:], True
+            told = called(state.name, state.count, state.tools)
+            return replace(state, phase="arguments", scan=Scan(), count=state.count + 1), told, text[start:], True
     found = min(((at, m) for m in _CLOSERS if (at := text.find(m)) >= 0), default=None)
     if found is None and not end:
         if state.kind == "call":
