@@ -17,6 +17,7 @@ from fnengine import own as owning
 from fnengine.companions import Beside, Ground
 from fnengine.device import TorchDevice
 from fnengine.errors import ConfigError
+from fnengine.graphs.bucket import fit
 from fnengine.graphs.compile import CannotCompile, Traces, folder, kept, missing_compiler
 from fnengine.graphs.compile import start as start_compiler
 from fnengine.host.plan import Policy
@@ -278,6 +279,7 @@ def policy_of(model: Model, settings: Settings, built: Built, tokenizer: Tokeniz
         picks=picks_of(built.mode.rows, model.spec.vocab, bool(built.drafts)),
         steer=built.device.steer,
         width=model.spec.width,
+        padded=lambda tokens: fit(tokens, 1).tokens,
     )
 
 

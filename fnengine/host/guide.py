@@ -227,7 +227,7 @@ def _stuck(request: Request) -> RequestError:
 def begin(run: Run, guide: Guide, mask_1W: np.ndarray) -> None:
     """Gives a run its guide; the mask is what `first` says."""
     run.guide, run.masks = guide, mask_1W
-    run.patient, run.plain = True, False
+    run.patient = True
 
 
 def follow(run: Run, token: int) -> bool:
@@ -243,7 +243,6 @@ def follow(run: Run, token: int) -> bool:
         return guide.done()
     run.draft, run.masks = (), None
     run.patient = run.guessed
-    run.plain = run.request.logprobs is None and not run.request.stop.min_tokens and not run.taps
     return False
 
 

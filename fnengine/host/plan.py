@@ -279,6 +279,7 @@ def plan(host: Host, now: float) -> Planned | None:
         host.free_slots += host.resting_slots
         host.resting_slots.clear()
     running, i = host.running, 0
+    _thin(host)
     reserved = sum([r.total - r.path.length == 1 and r.total < r.until for r in running])
     walk = _Walk(host.policy.budget, reserved, max(host.policy.picks - len(running), 1))
     urgent = _most_urgent(host)
@@ -324,6 +325,20 @@ def plan(host: Host, now: float) -> Planned | None:
     runs = (*draft.runs, *[m[0] for m in draft.many])
     stamp = 0 if ledger.states is None else ledger.states.stamp
     return Planned(step, runs, tuple([run.path for run in runs]), leaving, walk.prompt_tokens, stamp)
+
+
+def _thin(host: Host) -> None:
+    """Leaves out what must come where it would make the step larger by more than twice as many tokens: a step of 32
+    rows and 2 such tokens may be padded to 40. Each comes alone then, by its mask; guesses have a pace of their own."""
+    must = [run for run in host.running if run.draft and run.guide is not None and not run.guessed]
+    if not must:
+        return
+    padded, more = host.policy.padded, sum([len(run.draft) for run in must])
+    rest = sum([max(run.wanted(), 1 + len(run.draft)) for run in host.running]) - more
+    rest = min(rest, host.policy.budget)
+    if padded(rest + more) - padded(rest) > 2 * more:
+        for run in must:
+            run.draft = ()
 
 
 def _keep(states: States, draft: Draft) -> None:
@@ -419,6 +434,8 @@ def _generate(ledger: Ledger, walk: _Walk, run: Run) -> bool:
     draft.row.append(run.row)
     draft.token.append(NEWEST)
     draft.emit.append(1)
+    if run.guide is not None:
+        draft.masked = True
     if run.plain:
         draft.needs |= run.needs
     else:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
@@ -109,6 +109,8 @@ class Policy:
     """Layers that may be steered, ..."""
     width: int = 0
     """... by vectors of so many numbers."""
+    padded: Callable[[int], int] = int
+    """Tokens that a step computes, of those that are in it."""
     queue_tokens: int = 1 << 22
     """Most prompt tokens of waiting runs together; more are refused, unless nobody waits."""
 
@@ -173,7 +175,7 @@ class Run:
     seen: int = 0
     """Its tokens of which something came into `inside`, ever; not of an extension."""
     plain: bool = False
-    """Beside `needs` it never asks anything of a step that chooses a token for it."""
+    """Beside `needs`, and a mask where it has a guide, it never asks anything of a step that chooses a token for it."""
     suppress: tuple[int, ...] = ()
     suppress_until: int = 0
     """`suppress` may not be chosen for positions before this one."""
