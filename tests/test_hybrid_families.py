@@ -17,7 +17,7 @@ import fnengine as fn
 from fnengine import checkpoint, memory, params, tree
 from fnengine.decoding.speculate import Stateless
 from fnengine.engine import Engine
-from fnengine.errors import CheckpointError, ConfigError, KeptError
+from fnengine.errors import CheckpointError, ConfigError, KeptError, RequestError
 from fnengine.families import spec_from_config
 from fnengine.host import guide, states
 from fnengine.host.request import Request, Sampling, Speculate, Stop, fold_in
@@ -26,6 +26,7 @@ from fnengine.model import Model
 from fnengine.settings import Mode
 from fnengine.spec import DeltaNet, Mamba2, state_bytes
 from tests.models import HYBRID, threads, tiny_folder, tiny_model, upstream
+from tests.test_steering import hooked
 from tests.text_models import byte_tokenizer
 from tests.toy import Rule
 
@@ -441,17 +442,68 @@ def test_a_damaged_file_of_states_is_refused_and_changes_nothing(tmp_path):
     free = fresh.free_blocks
     with pytest.raises(KeptError, match="not what was written"):
         fresh.load(file)
-    assert fresh.free_blocks == free and len(fresh._ledger.states) == 0
+    assert fresh.free_blocks == free and len(fresh._ledger.states or ()) == 0
     with pytest.raises(KeptError, match="made by something else"):
         runtime(tiny_model("qwen3-5")).load(file)
 
 
 def test_what_cannot_be_done_is_refused_by_name():
     model = tiny_model("bamba")
-    with pytest.raises(ConfigError, match="BambaForCausalLM has recurrent layers"):
-        runtime(model, steer=("layers.0",))
     with pytest.raises(ConfigError, match="--kept-states"):
         runtime(model, kept_states=-1)
+
+
+FIRST, SECOND = ({f"layers.{i}": np.random.default_rng(i).normal(0, 1, 64).astype(np.float32)} for i in (0, 1))
+
+
+def steered(name: str, ids: list[int], steer: dict) -> torch.Tensor:
+    """[n, V]: transformers' logits, with a hook that adds the vectors."""
+    with hooked(name, steer) as model, torch.no_grad():
+        return model(torch.tensor([ids]), use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "bamba"])
+def test_steered_sequences(name: str, tmp_path):
+    """Chunks, a fork, a slice, a prefix, rows that were lost, a file. Oracle: transformers with a hook."""
+    rt = runtime(tiny_model(name), rows=2, kept_states=2, steer=("layers.0", "layers.1"))
+    ids, more = tokens(75, 60), tokens(5, 61)
+    for steer in (FIRST, {**FIRST, **SECOND}, {}):
+        want = steered(name, ids + more, steer)
+        seq, logits = rt.extend(rt.empty, ids[:40], logits="all", steer=steer)
+        assert worst(logits, want[:40]) < TOLERANCE
+        seq, logits = rt.extend(seq, ids[40:], logits="all", steer=steer)
+        assert worst(logits, want[40:75]) < TOLERANCE
+        assert worst(rt.extend(seq, more, steer=steer)[1], want[-1]) < TOLERANCE
+        for i in range(5):
+            rt.extend(rt.empty, tokens(40, 100 + i), steer=SECOND)
+        assert worst(rt.extend(seq[:50], ids[50:] + more, logits="all", steer=steer)[1], want[50:]) < TOLERANCE
+        assert worst(rt.extend(rt.empty, ids + more, steer=steer)[1], want[-1]) < TOLERANCE
+        with pytest.raises(RequestError, match="steered alike from its first token"):
+            rt.extend(seq, more, steer=SECOND)
+        fresh, _ = rt.extend(rt.empty, ids, steer=steer)
+        rt.save(fresh, tmp_path / "kept")
+        assert worst(rt.extend(rt.load(tmp_path / "kept"), more, steer=steer)[1], want[-1]) < TOLERANCE
+        for i in range(5):
+            rt.extend(rt.empty, tokens(40, 200 + i))
+        if steer:
+            with pytest.raises(KeptError, match="not kept any more, and they were steered"):
+                rt.save(fresh, tmp_path / "kept")
+        else:
+            rt.save(fresh, tmp_path / "kept")
+        rt.check()
+
+
+@pytest.mark.parametrize("preempted", [False, True])
+def test_steered_requests(preempted: bool):
+    """Beside each other, with one prompt, sent back, with drafts. Oracle: transformers' greedy tokens with a hook."""
+    name, prompt = "qwen3-5", tokens(45, 62)
+    tight = 12 * memory.block_of(tiny_model(name).spec, runtime(tiny_model(name)).built.ops.kv, torch.float32)
+    e = engine(name, steer=("layers.0", "layers.1"), **({"kv_cache_memory_bytes": tight} if preempted else {}))
+    every = [FIRST, {}, SECOND, {**FIRST, **SECOND}, FIRST]
+    got = answers(e, [request(prompt, 40, steer=s, speculate=Speculate("suffix", 3, False)) for s in every])
+    for steer, ids in zip(every, got, strict=True):
+        assert ids == steered(name, prompt + ids, steer)[44:-1].argmax(-1).tolist()
+    assert (e.gauges().preemptions > 0) == preempted
 
 
 def test_taps_tell_of_new_tokens_only():
