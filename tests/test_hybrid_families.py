@@ -19,6 +19,7 @@ from fnengine.decoding.speculate import Stateless
 from fnengine.engine import Engine
 from fnengine.errors import CheckpointError, ConfigError, KeptError, RequestError
 from fnengine.families import spec_from_config
+from fnengine.families.names import QWEN
 from fnengine.host import guide, states
 from fnengine.host.request import Request, Sampling, Speculate, Stop, fold_in
 from fnengine.leaves import Packing
@@ -253,8 +254,17 @@ def nearly_right(known: list[int], wrong: int):
     return lambda _: Stateless(guess)
 
 
-@pytest.mark.parametrize("name", ["qwen3-next", "bamba"])
-@pytest.mark.parametrize("how", ["plain", "ahead", "preempted"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("qwen3-next", "plain"),
+        ("bamba", "ahead"),
+        ("bamba", "preempted"),
+        pytest.param("bamba", "plain", marks=pytest.mark.slow),
+        pytest.param("qwen3-next", "ahead", marks=pytest.mark.slow),
+        pytest.param("qwen3-next", "preempted", marks=pytest.mark.slow),
+    ],
+)
 def test_drafts_change_no_token(name: str, how: str):
     """Right and wrong drafts of several lengths, n-gram lookup, sampling with log-probabilities, through places where
     states are kept, which later requests begin from. Oracles: greedy tokens of transformers; the same without drafts.
@@ -398,8 +408,9 @@ def test_strategies_go_on_where_they_left(monkeypatch):
     assert sum(steps) == 37 + 19
 
 
-@pytest.mark.parametrize("name", ["qwen3-next", "bamba"])
-@pytest.mark.parametrize("places", [0, 8])
+@pytest.mark.parametrize(
+    ("name", "places"), [("qwen3-next", 8), ("bamba", 0), pytest.param("bamba", 8, marks=pytest.mark.slow)]
+)
 def test_a_loaded_sequence_goes_on_as_the_saved_one(name: str, places: int, tmp_path):
     """Also one whose row is gone, whose state is not kept, and a slice; and what is loaded is found by others. Oracle:
     the bits of a runtime in which nothing was saved."""
@@ -462,7 +473,7 @@ def steered(name: str, ids: list[int], steer: dict) -> torch.Tensor:
         return model(torch.tensor([ids]), use_cache=False).logits[0]
 
 
-@pytest.mark.parametrize("name", ["qwen3-next", "bamba"])
+@pytest.mark.parametrize("name", ["qwen3-next", pytest.param("bamba", marks=pytest.mark.slow)])
 def test_steered_sequences(name: str, tmp_path):
     """Chunks, a fork, a slice, a prefix, rows that were lost, a file. Oracle: transformers with a hook."""
     rt = runtime(tiny_model(name), rows=2, kept_states=2, steer=("layers.0", "layers.1"))
@@ -569,6 +580,9 @@ def test_a_model_that_also_sees_is_read_for_its_text():
     names = {n for _, info in params.arrays(params.abstract(spec)) for n, _ in info.parts}
     assert "model.language_model.layers.0.linear_attn.in_proj_qkv.weight" in names
     assert "model.language_model.layers.2.self_attn.q_proj.weight" in names
+    further = {n for _, info in params.arrays(params.further(spec, QWEN, 0, spec.layers[2])) for n, _ in info.parts}
+    assert {"mtp.fc.weight", "mtp.norm.weight", "mtp.layers.0.self_attn.q_proj.weight"} < further
+    assert all(n.startswith("mtp.") for n in further)
 
 
 def test_states_are_a_line_of_the_ledger():
