@@ -292,12 +292,6 @@ def fingerprint(model: Model, settings: Settings, built: Built) -> str:
 def check_steer(names: Sequence[str], spec: ModelSpec) -> tuple[str, ...]:
     """The layers that may be steered, each once, in their order. Raises ConfigError if there is no such layer."""
     known = steerable(spec)
-    if names and recurrents(spec):
-        raise ConfigError(
-            f"{spec.architecture} has recurrent layers: what is lost of them is computed again, and not steered then",
-            where="--steer",
-            remedy="run it without",
-        )
     for name in names:
         if name not in known:
             remedy = f"{known[0]} to {known[-1]}, with commas between" if known else "leave it out: a fallback has none"

@@ -34,7 +34,7 @@ from fnengine.host.ask import pipeline_of
 from fnengine.host.blocks import Extension, Ledger, Path, Salt
 from fnengine.host.request import PLAIN, Sampling, check_sampling, fold_in
 from fnengine.host.states import NOWHERE, States, states_of
-from fnengine.host.steer import Steering, salted, steerings
+from fnengine.host.steer import Steering, digest_of, salted, steerings
 from fnengine.host.step import BLOCK, Admission, Ask, StepInput
 from fnengine.host.windows import BACK, windows_of
 from fnengine.model import Model
@@ -207,11 +207,13 @@ class Runtime:
         `steer`, layer -> vector (or a list with one such mapping, or None, for each pair), adds the vector to the
         residual stream after that layer at each new token, before a tap there; `Settings.steer` says which layers may
         be. It is part of the call, not of the sequence: give it again with every token that is to be steered. What the
-        prefix cache holds of one steering is found under the same one only.
+        prefix cache holds of one steering is found under the same one only. In models with recurrent layers it is the
+        same from a sequence's first token on: tokens whose state is lost are computed again.
 
         Raises:
             RequestError: no tokens, a token outside the vocabulary, a closed or foreign sequence, an unknown tap, a
-                layer that is not steered or a vector that is none of its.
+                layer that is not steered or a vector that is none of its; another steering than a sequence of recurrent
+                layers was computed under.
             ContextLengthError: a sequence would exceed `max_len`.
             OutOfBlocks: the pool is exhausted; nothing was changed.
         """
@@ -238,7 +240,7 @@ class Runtime:
 
         Raises:
             RequestError: a closed or foreign sequence.
-            KeptError: it cannot be written.
+            KeptError: it cannot be written, or its state is lost and was steered.
             OutOfBlocks: there is no room to compute a state. Nothing was written.
         """
         self._need_whole_windows(path)
@@ -246,8 +248,7 @@ class Runtime:
         place = NOWHERE if self._ledger.states is None or not len(seq) else self._state_after(seq)
         tokens, blocks = seq._buffer.data[: len(seq)], self._ledger.blocks_of(seq._path)
         pool, kv = self._pool, self.built.ops.kv
-        salt, pure = seq._path.salt, seq._pure
-        steer = salt if isinstance(salt, str) else salt[0]
+        steer, pure = digest_of(seq._path.salt), seq._pure
         kept.write(
             FilePath(path),
             self._identity,
@@ -309,6 +310,11 @@ class Runtime:
         if length == n:
             self._device.keep(states.drain())
             return place
+        if digest_of(seq._path.salt):  # whose vectors are known to those only who gave them
+            raise KeptError(
+                f"the state after its {n} tokens is not kept any more, and they were steered",
+                remedy="extend `rt.empty` by its tokens under the same steering, and save that",
+            )
         again, _ = self.extend(seq[: n - 1], seq._buffer.data[n - 1 : n], logits=None)
         return again._row[0]
 
@@ -405,6 +411,8 @@ class Runtime:
             if sampling is not None and not (held is not None and held[0] == seq._row[1] and held[3] == sampling):
                 check_sampling(sampling, vocab, self._device.processors)
         self.affordable(sum(map(len, arrays)), want, taps)
+        if self._ledger.states is not None:
+            _alike(pairs, steers)
         self.drain()
         ledger, states = self._ledger, self._ledger.states
         if states is not None:
@@ -675,3 +683,15 @@ class Runtime:
         """Asserts that the ledger's books balance."""
         self.drain()
         self._ledger.check()
+
+
+def _alike(pairs: list[tuple[Sequence, Iterable[int]]], steers: list[Steering | None]) -> None:
+    """Raises RequestError for a sequence that was computed under another steering than the one that is given now."""
+    for (seq, _), steer in zip(pairs, steers, strict=True):
+        if len(seq) and digest_of(seq._path.salt) != ("" if steer is None else steer.digest):
+            raise RequestError(
+                "a sequence of a model with recurrent layers is steered alike from its first token on: what is lost of "
+                "their states is computed again",
+                param="steer",
+                remedy="give the steering that it was begun with, or extend `rt.empty` by its tokens under this one",
+            )

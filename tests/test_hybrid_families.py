@@ -17,8 +17,9 @@ import fnengine as fn
 from fnengine import checkpoint, memory, params, tree
 from fnengine.decoding.speculate import Stateless
 from fnengine.engine import Engine
-from fnengine.errors import CheckpointError, ConfigError, KeptError
+from fnengine.errors import CheckpointError, ConfigError, KeptError, RequestError
 from fnengine.families import spec_from_config
+from fnengine.families.names import QWEN
 from fnengine.host import guide, states
 from fnengine.host.request import Request, Sampling, Speculate, Stop, fold_in
 from fnengine.leaves import Packing
@@ -26,6 +27,7 @@ from fnengine.model import Model
 from fnengine.settings import Mode
 from fnengine.spec import DeltaNet, Mamba2, state_bytes
 from tests.models import HYBRID, threads, tiny_folder, tiny_model, upstream
+from tests.test_steering import hooked
 from tests.text_models import byte_tokenizer
 from tests.toy import Rule
 
@@ -252,8 +254,17 @@ def nearly_right(known: list[int], wrong: int):
     return lambda _: Stateless(guess)
 
 
-@pytest.mark.parametrize("name", ["qwen3-next", "bamba"])
-@pytest.mark.parametrize("how", ["plain", "ahead", "preempted"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("qwen3-next", "plain"),
+        ("bamba", "ahead"),
+        ("bamba", "preempted"),
+        pytest.param("bamba", "plain", marks=pytest.mark.slow),
+        pytest.param("qwen3-next", "ahead", marks=pytest.mark.slow),
+        pytest.param("qwen3-next", "preempted", marks=pytest.mark.slow),
+    ],
+)
 def test_drafts_change_no_token(name: str, how: str):
     """Right and wrong drafts of several lengths, n-gram lookup, sampling with log-probabilities, through places where
     states are kept, which later requests begin from. Oracles: greedy tokens of transformers; the same without drafts.
@@ -397,8 +408,9 @@ def test_strategies_go_on_where_they_left(monkeypatch):
     assert sum(steps) == 37 + 19
 
 
-@pytest.mark.parametrize("name", ["qwen3-next", "bamba"])
-@pytest.mark.parametrize("places", [0, 8])
+@pytest.mark.parametrize(
+    ("name", "places"), [("qwen3-next", 8), ("bamba", 0), pytest.param("bamba", 8, marks=pytest.mark.slow)]
+)
 def test_a_loaded_sequence_goes_on_as_the_saved_one(name: str, places: int, tmp_path):
     """Also one whose row is gone, whose state is not kept, and a slice; and what is loaded is found by others. Oracle:
     the bits of a runtime in which nothing was saved."""
@@ -441,17 +453,68 @@ def test_a_damaged_file_of_states_is_refused_and_changes_nothing(tmp_path):
     free = fresh.free_blocks
     with pytest.raises(KeptError, match="not what was written"):
         fresh.load(file)
-    assert fresh.free_blocks == free and len(fresh._ledger.states) == 0
+    assert fresh.free_blocks == free and len(fresh._ledger.states or ()) == 0
     with pytest.raises(KeptError, match="made by something else"):
         runtime(tiny_model("qwen3-5")).load(file)
 
 
 def test_what_cannot_be_done_is_refused_by_name():
     model = tiny_model("bamba")
-    with pytest.raises(ConfigError, match="BambaForCausalLM has recurrent layers"):
-        runtime(model, steer=("layers.0",))
     with pytest.raises(ConfigError, match="--kept-states"):
         runtime(model, kept_states=-1)
+
+
+FIRST, SECOND = ({f"layers.{i}": np.random.default_rng(i).normal(0, 1, 64).astype(np.float32)} for i in (0, 1))
+
+
+def steered(name: str, ids: list[int], steer: dict) -> torch.Tensor:
+    """[n, V]: transformers' logits, with a hook that adds the vectors."""
+    with hooked(name, steer) as model, torch.no_grad():
+        return model(torch.tensor([ids]), use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", pytest.param("bamba", marks=pytest.mark.slow)])
+def test_steered_sequences(name: str, tmp_path):
+    """Chunks, a fork, a slice, a prefix, rows that were lost, a file. Oracle: transformers with a hook."""
+    rt = runtime(tiny_model(name), rows=2, kept_states=2, steer=("layers.0", "layers.1"))
+    ids, more = tokens(75, 60), tokens(5, 61)
+    for steer in (FIRST, {**FIRST, **SECOND}, {}):
+        want = steered(name, ids + more, steer)
+        seq, logits = rt.extend(rt.empty, ids[:40], logits="all", steer=steer)
+        assert worst(logits, want[:40]) < TOLERANCE
+        seq, logits = rt.extend(seq, ids[40:], logits="all", steer=steer)
+        assert worst(logits, want[40:75]) < TOLERANCE
+        assert worst(rt.extend(seq, more, steer=steer)[1], want[-1]) < TOLERANCE
+        for i in range(5):
+            rt.extend(rt.empty, tokens(40, 100 + i), steer=SECOND)
+        assert worst(rt.extend(seq[:50], ids[50:] + more, logits="all", steer=steer)[1], want[50:]) < TOLERANCE
+        assert worst(rt.extend(rt.empty, ids + more, steer=steer)[1], want[-1]) < TOLERANCE
+        with pytest.raises(RequestError, match="steered alike from its first token"):
+            rt.extend(seq, more, steer=SECOND)
+        fresh, _ = rt.extend(rt.empty, ids, steer=steer)
+        rt.save(fresh, tmp_path / "kept")
+        assert worst(rt.extend(rt.load(tmp_path / "kept"), more, steer=steer)[1], want[-1]) < TOLERANCE
+        for i in range(5):
+            rt.extend(rt.empty, tokens(40, 200 + i))
+        if steer:
+            with pytest.raises(KeptError, match="not kept any more, and they were steered"):
+                rt.save(fresh, tmp_path / "kept")
+        else:
+            rt.save(fresh, tmp_path / "kept")
+        rt.check()
+
+
+@pytest.mark.parametrize("preempted", [False, True])
+def test_steered_requests(preempted: bool):
+    """Beside each other, with one prompt, sent back, with drafts. Oracle: transformers' greedy tokens with a hook."""
+    name, prompt = "qwen3-5", tokens(45, 62)
+    tight = 12 * memory.block_of(tiny_model(name).spec, runtime(tiny_model(name)).built.ops.kv, torch.float32)
+    e = engine(name, steer=("layers.0", "layers.1"), **({"kv_cache_memory_bytes": tight} if preempted else {}))
+    every = [FIRST, {}, SECOND, {**FIRST, **SECOND}, FIRST]
+    got = answers(e, [request(prompt, 40, steer=s, speculate=Speculate("suffix", 3, False)) for s in every])
+    for steer, ids in zip(every, got, strict=True):
+        assert ids == steered(name, prompt + ids, steer)[44:-1].argmax(-1).tolist()
+    assert (e.gauges().preemptions > 0) == preempted
 
 
 def test_taps_tell_of_new_tokens_only():
@@ -517,6 +580,9 @@ def test_a_model_that_also_sees_is_read_for_its_text():
     names = {n for _, info in params.arrays(params.abstract(spec)) for n, _ in info.parts}
     assert "model.language_model.layers.0.linear_attn.in_proj_qkv.weight" in names
     assert "model.language_model.layers.2.self_attn.q_proj.weight" in names
+    further = {n for _, info in params.arrays(params.further(spec, QWEN, 0, spec.layers[2])) for n, _ in info.parts}
+    assert {"mtp.fc.weight", "mtp.norm.weight", "mtp.layers.0.self_attn.q_proj.weight"} < further
+    assert all(n.startswith("mtp.") for n in further)
 
 
 def test_states_are_a_line_of_the_ledger():

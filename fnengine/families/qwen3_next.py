@@ -22,6 +22,7 @@ def read(config: dict, where: str = "config.json") -> ModelSpec:
     eps = f.number("rms_norm_eps", 1e-6)
     f.only("hidden_act", "silu")
     f.only("use_sliding_window", False)
+    f.integer("num_nextn_predict_layers", 1, least=0)  # layers after these, which predict further tokens
     E = experts(f, 512)
     routed = with_shared(f, E, 10, normalized=f.flag("norm_topk_prob", True))
     dense = Mlp(f.integer("intermediate_size", 5632))
