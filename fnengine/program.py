@@ -34,7 +34,7 @@ from fnengine.kernels.recording import (
 from fnengine.layers import Angles
 from fnengine.model import RunLayers, one_by_one
 from fnengine.spec import Layer, ModelSpec, Recurrent, Turning, angle_pairs
-from fnengine.state import LayerState, Memory, Pool, Where, pool_shapes
+from fnengine.state import LayerState, Memory, Pool, Where, lent_shapes
 
 log = logging.getLogger("fnengine")
 
@@ -70,7 +70,7 @@ def compiled_layers(kinds: list[Kind], params: Any, folder: Path | None, traces:
     ) -> Tensor:
         w = where
         return of_layer[id(p)].call(
-            x_TD, *angles, w.slot, w.row, w.start, w.length, w.table, *_two(state), *flat[id(p)]
+            x_TD, *angles, w.slot, w.row, w.start, w.length, w.table, *_two(state), *_beside(w), *flat[id(p)]
         )
 
     layers_in_a_row = one_by_one(run_layer)
@@ -109,7 +109,8 @@ class Recorded:
         if self.why_not or len(x_TD) > RECORDED_TOKENS:
             return self.run(*everything)
         w = where
-        inputs = (x_TD, *(t for pair in angles.values() for t in pair), w.slot, w.row, w.start, w.length, w.table)
+        turning = (t for pair in angles.values() for t in pair)
+        inputs = (x_TD, *turning, w.slot, w.row, w.start, w.length, w.table, *_beside(w))
         key = (len(x_TD), len(w.row), len(kinds), id(params[0]), _two(pool[0])[0].data_ptr())
         program = self.programs.get(key)
         if program is not None:
@@ -144,6 +145,11 @@ class Recorded:
 def _two(state: LayerState) -> tuple[Tensor, Tensor]:
     """The tensors of a layer's state."""
     return (state.k, state.v) if isinstance(state, Pool) else (state.tail, state.matrix)
+
+
+def _beside(where: Where) -> tuple[Tensor, ...]:
+    """What layers read beside the residual stream, if they do."""
+    return () if where.beside is None else (where.beside,)
 
 
 def _restorable(states: Sequence[LayerState], where: Where) -> Callable[[], None]:
@@ -181,7 +187,8 @@ def wanted_layers(spec: ModelSpec, params: Any, ops: Ops, dtype: torch.dtype, de
 
 
 FIXED = ("x", "cos", "sin", "slot", "row", "start", "length", "table", "k", "v")
-"""Names of an artifact's first tensors; the weights follow under their paths."""
+"""Names of an artifact's first tensors; the layer's own input follows, if it has one, and the weights under their
+paths."""
 
 
 def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.dtype, device: torch.device) -> Wanted:
@@ -197,10 +204,12 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
     if isinstance(a, Recurrent):
         shapes, element = ((_N, a.taps - 1, a.channels), (_N, *a.memory)), torch.float32
     else:
-        shapes, element = pool_shapes(ops.kv, a, _N), ops.kv.element(dtype)
+        shapes, element = lent_shapes(ops.kv, a, _N), ops.kv.element(dtype)
     kept = [floats(*shape, dt=element) for shape in shapes]
     fixed = [floats(_T, width), *angles, ints(_T), ints(_R), ints(_R + 1), ints(_R), ints(_M, _P), *kept]
     dynamic: list[tuple[int, ...]] = [(0,), (0,), (0,), (0,), (0,), (0,), (0,), (0, 1), (0,), (0,)]
+    if kind.beside is not None:
+        fixed, dynamic = [*fixed, floats(_T, kind.beside.width)], [*dynamic, (0,)]
     weights = tree.leaves(p)
 
     def fn(
@@ -217,8 +226,9 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
         *flat: Tensor,
     ) -> Tensor:
         rest = iter(flat)
+        own = None if kind.beside is None else next(rest)
         params = tree.map_with_path(lambda _path, _leaf: next(rest), p)
-        where = Where(row=row, start=start, row_T=row, position=slot, slot=slot, length=length, table=table)
+        where = Where(row=row, start=start, row_T=row, position=slot, slot=slot, length=length, table=table, beside=own)
         state = Memory(k, v) if isinstance(a, Recurrent) else Pool(k, v)
         return layers.layer(kind, params, state, where, (cos, sin), ops, x)
 
@@ -235,7 +245,7 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
             "ops": {op: backend for op, backend, _, _ in kernels.describe(ops)},
             "source": _sources(),
         },
-        names=[*FIXED, *(path for path, _ in tree.items(p))],
+        names=[*FIXED, *(("beside",) if kind.beside else ()), *(path for path, _ in tree.items(p))],
     )
 
 

@@ -273,8 +273,9 @@ class Runtime:
 
     @property
     def _pool(self) -> tuple[Pool, ...]:
-        """KV of the model; that of a companion is not kept."""
-        return tuple(p for p in self._device.state.pool[: len(self.model.spec.layers)] if isinstance(p, Pool))
+        """KV of the model's layers that have some of their own; that of a companion is not kept."""
+        own = self._device.state.pool[: len(self.model.spec.layers)]
+        return tuple(p for p in own if isinstance(p, Pool) and p.k.numel())
 
     def _need_no_states(self, path: str | FilePath) -> None:
         if self._ledger.states is not None:

@@ -19,7 +19,7 @@ from fnengine.graphs.bucket import Bucket
 from fnengine.host.request import MAX_ARGUMENTS, MAX_BAD, MAX_BIAS, MAX_BREAKERS, Sampling
 from fnengine.host.step import BLOCK, Ask
 from fnengine.kernels.layout import KVLayout, Shape, shapes_of
-from fnengine.spec import Attending, ModelSpec, attentions, shares
+from fnengine.spec import Attending, ModelSpec, attentions, borrows, shares
 from fnengine.tree import static
 
 
@@ -213,13 +213,20 @@ class Pool:
     """
 
     k: Tensor
-    """[N, ...]"""
+    """[N, ...]; [N, 0] where a layer reads another's"""
     v: Tensor
-    """[N, ...]; [N, 0] where values are keys"""
+    """[N, ...]; [N, 0] where values are keys, or k is empty"""
 
 
 def pool_shapes(kv: KVLayout, mixer: Attending, N: int) -> tuple[Shape, Shape]:
-    """Shapes of the two tensors of a layer's pool of N blocks."""
+    """Shapes of the two tensors of a layer's pool of N blocks: empty ones, where it reads another's."""
+    if borrows(mixer):
+        return (N, 0), (N, 0)
+    return lent_shapes(kv, mixer, N)
+
+
+def lent_shapes(kv: KVLayout, mixer: Attending, N: int) -> tuple[Shape, Shape]:
+    """Shapes of the two tensors that a layer reads, its own or those it borrows."""
     return shapes_of(kv, N, BLOCK, mixer.kv_heads, mixer.width, shares(mixer))
 
 
@@ -345,6 +352,10 @@ class Where:
     """[R] int32 KV length including the new tokens"""
     table: Tensor
     """[M+1, P] int32, the rows' own"""
+    token: Tensor | None = None
+    """[T] int32, the tokens themselves; None where nobody has said, and no layer reads them"""
+    beside: Tensor | None = None
+    """What layers read beside the residual stream, if they do: [l, T, P] of l layers in a row, [T, P] of one"""
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,8 @@ class Family:
     apart: tuple[str, ...] = ()
     """Beginnings of names of tensors that are no part of what runs here, and are not loaded: heads that predict further
     tokens in another form, other towers."""
+    unread: Callable[[ModelSpec, str], bool] = lambda spec, name: False
+    """Whether a tensor of this name may be there and belongs to nothing in such a model."""
     spelt: Mapping[str, str] = field(default_factory=dict)
     """Beginnings of names as some checkpoints have them -> ours."""
 
