@@ -85,9 +85,12 @@ def heads(f: Fields, layer: int, kind: str, doubles: bool) -> tuple[int, int]:
     if by_number is None and kind == FULL:
         C = f.integer("global_head_dim", 512)
         K = f.integer("num_global_key_value_heads", K) if doubles else K
-    own = (by_number or {}).get(str(layer), {}) if isinstance(by_number or {}, dict) else None
+    by_number = {} if by_number is None else by_number
+    if not isinstance(by_number, dict) or not all(str(n).isdecimal() for n in by_number):
+        raise f.error("per_layer_config", "is no object of layers by their numbers")
+    own = {int(n): value for n, value in by_number.items()}.get(layer, {})  # 5 may be written 05
     if not isinstance(own, dict):
-        raise f.error("per_layer_config", f"does not say in an object what layer {layer} has")
+        raise f.error("per_layer_config", f"says nothing that is understood of layer {layer}")
     one = Fields(own, f"{f.where}, per_layer_config.{layer}")
     K, C = one.integer("num_key_value_heads", K), one.integer("head_dim", C)
     one.close()
