@@ -95,23 +95,25 @@ def made_tokenizer(size: int) -> dict:
 def measure(folder: Path, dtype: str, quantization: str = "none") -> tuple[Shape, int, int]:
     """(sizes, vocabulary, longest sequence) of the model in a folder; `dtype` is bfloat16, float16 or float32."""
     from fnengine import checkpoint, params
-    from fnengine.spec import MoE, kv_bytes_per_token
+    from fnengine.spec import kv_bytes_per_token, routed
 
     spec = checkpoint.read_spec(folder)
-    routed = {layer.mlp.chosen / layer.mlp.experts for layer in spec.layers if isinstance(layer.mlp, MoE)}
-    stacked = [info.size for _, info in params.arrays(params.abstract(spec)) if len(info.shape) == 3]
+    shares = {m.chosen / m.experts for layer in spec.layers if (m := routed(layer.mlp)) is not None}
+    every = list(params.arrays(params.abstract(spec)))
+    looked_up = sum(info.size for path, info in every if path == "inputs")
+    stacked = [info.size for _, info in every if len(info.shape) == 3]
     head = spec.vocab * spec.width
     item = ITEMSIZE[dtype]
     body, end = ROUNDED.get(quantization, (item, item))
     shape = Shape(
-        body=params.count(spec) - head * (1 if spec.tied else 2),
+        body=params.count(spec) - looked_up - head * (1 if spec.tied else 2),
         head=head,
         itemsize=body,
         head_itemsize=end,
         kv_token=kv_bytes_per_token(spec, item),
         attention=sum(layer.mixer.heads * layer.mixer.width for layer in spec.layers),
         experts=sum(stacked),
-        routed=max(routed, default=1.0),
+        routed=max(shares, default=1.0),
     )
     return shape, spec.vocab, spec.max_len
 

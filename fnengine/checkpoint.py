@@ -563,14 +563,15 @@ def _check(spec: ModelSpec, infos: dict[str, Any], files: dict[str, Stored], fol
                 where=str(file.path),
                 remedy="use the unquantized checkpoint",
             )
-    ignored = family_of(spec).ignored + (("lm_head.weight",) if spec.tied else ())
-    apart = family_of(spec).apart
+    family = family_of(spec)
+    ignored, apart = family.ignored + (("lm_head.weight",) if spec.tied else ()), family.apart
     unused = [
         name
         for name in files
         if name not in wanted
         and not name.endswith(ignored)
         and not (apart and name.startswith(apart))
+        and not family.unread(spec, name)
         and not _further(spec, name)
     ]
     if unused:

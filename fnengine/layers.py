@@ -17,16 +17,18 @@ import torch
 from torch import Tensor
 
 from fnengine import experts
-from fnengine.activations import ACTS, sigmoid, silu, softmax
+from fnengine.activations import ACTS, sigmoid, softmax
 from fnengine.host.step import BLOCK
 from fnengine.kernels.attention import Heads
-from fnengine.kernels.rope import rms_norm
+from fnengine.kernels.rope import apply_rope, rms_norm
 from fnengine.leaves import matmul
 from fnengine.recurrent import delta_net, mamba2
 from fnengine.spec import (
     RMS,
     Attention,
+    Both,
     DeltaNet,
+    Half,
     Latent,
     Layer,
     LinearScaling,
@@ -37,6 +39,7 @@ from fnengine.spec import (
     Mlp,
     MoE,
     Norm,
+    ProportionalScaling,
     Rope,
     Tempered,
     Turning,
@@ -71,13 +74,20 @@ def layer(
     """
     slot, table = where.of(kind.mixer)
     where = replace(where, slot=slot, table=table)
-    return block(kind, params, partial(mix, kind, params, state, where, angles, ops), slot, x_TD)
+    x_TD = block(kind, params, partial(mix, kind, params, state, where, angles, ops), slot, x_TD)
+    if kind.beside is not None:
+        assert where.beside is not None, "the layer has an input of its own"
+        gate_TP = ACTS[kind.beside.act](matmul(params["beside_gate"], x_TD))
+        read_TP = (gate_TP * where.beside.float()).to(x_TD.dtype)
+        x_TD = x_TD + normed(kind.norm, params, "beside_after", kind.eps, matmul(params["beside_out"], read_TP))
+    return x_TD * params["scalar"] if kind.scaled else x_TD
 
 
 def block(
     kind: Layer, params: dict[str, Any], mixed: Callable[[Tensor], Tensor], slot_T: Tensor, x_TD: Tensor
 ) -> Tensor:
-    """x_TD after one block whose first half is `mixed`. `slot_T` is below `BLOCK` for tokens of padding."""
+    """x_TD after the two halves of a block, of which the first is `mixed`. `slot_T` is below `BLOCK` for tokens of
+    padding."""
     read_TD = normed(kind.norm, params, "norm1", kind.eps, x_TD) if kind.before and not kind.bare else x_TD
     mixed_TD = mixed(read_TD)
     if kind.parallel:
@@ -89,6 +99,8 @@ def block(
             + given(kind, params, "after2", feed_forward(kind.mlp, params, slot_T, read_TD))
         )
     x_TD = joined(kind, params, "after1", x_TD, mixed_TD)
+    if isinstance(kind.mlp, Both):
+        return joined(kind, params, "after2", x_TD, both(kind.mlp, kind, params, slot_T, x_TD))
     read_TD = normed(kind.norm, params, "norm2", kind.eps, x_TD) if kind.before else x_TD
     return joined(kind, params, "after2", x_TD, feed_forward(kind.mlp, params, slot_T, read_TD))
 
@@ -154,7 +166,15 @@ def queries(
     their keys and values are written."""
     if isinstance(a, Latent):
         return latent_queries(a, params, pool, where, angles, ops, x_TD), None
+    turning, temperature_T = apart(a.rope, angles)
     qkv_TE, gate_TE = matmul(params["qkv"], x_TD), None
+    if a.borrows:
+        q_THC = qkv_TE.unflatten(1, (a.heads, a.width))
+        if a.qk_norm:
+            q_THC = normed(a.qk_as, params, "q_norm", eps, q_THC)
+        return tempered(apply_rope(q_THC, *turning), temperature_T), None
+    if a.doubles or a.v_norm:
+        qkv_TE = with_values(a, eps, qkv_TE)
     if a.gated:
         qkv_TE, gate_TE = qkv_TE.split(((a.heads + 2 * a.kv_heads) * a.width, a.heads * a.width), dim=-1)
     norms = (None, None)
@@ -164,9 +184,17 @@ def queries(
         qkv_TE = normed_heads(a, params, eps, qkv_TE)
     if a.clip:
         qkv_TE = qkv_TE.clamp(-a.clip, a.clip)
-    turning, temperature_T = apart(a.rope, angles)
     q_THC = ops.rope_write(qkv_TE, *norms, *turning, pool.k, pool.v, where.slot, eps)
     return tempered(q_THC, temperature_T), gate_TE
+
+
+def with_values(a: Attention, eps: float, qkv_TE: Tensor) -> Tensor:
+    """qkv_TE with values that are the keys where there are no others, and are normed where they are."""
+    kv = a.kv_heads * a.width
+    qk_TE, v_TE = (qkv_TE, qkv_TE[:, -kv:]) if a.doubles else qkv_TE.split((qkv_TE.shape[1] - kv, kv), dim=-1)
+    if a.v_norm:
+        v_TE = normed(Norm(weight=False), {}, "", eps, v_TE.unflatten(-1, (-1, a.width))).flatten(-2)
+    return torch.cat([qk_TE, v_TE], dim=-1)
 
 
 def apart(rope: Turning, angles: Angles) -> tuple[Angles, Tensor | None]:
@@ -247,19 +275,33 @@ def mlp(m: Mlp, params: dict[str, Any], x_TD: Tensor) -> Tensor:
     return matmul(params["down"], (ACTS[m.act](gate_TF) * up_TF.float()).to(x_TD.dtype))
 
 
-def feed_forward(m: Mlp | MoE, params: dict[str, Any], slot_T: Tensor, x_TD: Tensor) -> Tensor:
-    """The second half of a layer, as its spec says."""
+def both(m: Both, kind: Layer, params: dict[str, Any], slot_T: Tensor, x_TD: Tensor) -> Tensor:
+    """What an MLP and experts beside it make of the same x_TD, each half with norms of its own."""
+
+    def norm(name: str, x_TD: Tensor) -> Tensor:
+        return normed(kind.norm, params, name, kind.eps, x_TD)
+
+    dense_TD = norm("dense_after", mlp(m.dense, params, norm("norm2", x_TD)))
+    seen_TD = rms_norm(x_TD, params["router_scale"], kind.eps) * x_TD.shape[1] ** -0.5
+    routed_TD = moe(m.routed, params, slot_T, norm("routed_norm", x_TD), seen_TD)
+    return dense_TD + norm("routed_after", routed_TD)
+
+
+def feed_forward(m: Half, params: dict[str, Any], slot_T: Tensor, x_TD: Tensor) -> Tensor:
+    """The second half of a layer, as its spec says; that of `Both` is `both`, because it reads x through two norms."""
+    assert not isinstance(m, Both), m
     return moe(m, params, slot_T, x_TD) if isinstance(m, MoE) else mlp(m, params, x_TD)
 
 
-def moe(m: MoE, params: dict[str, Any], slot_T: Tensor, x_TD: Tensor) -> Tensor:
-    """The weighted sum of what each token's experts make of it, and what the shared one does.
+def moe(m: MoE, params: dict[str, Any], slot_T: Tensor, x_TD: Tensor, seen_TD: Tensor | None = None) -> Tensor:
+    """The weighted sum of what each token's experts make of it, and what the shared one does. `seen_TD` is what the
+    router reads, if not x_TD.
 
     Rows are sorted by expert, so that an expert's weights are read once for all of its tokens. Tokens of padding, which
     lie in the null block, go where the first token goes: they cost no expert of their own. The sum is float32, in the
     order in which experts were chosen, whatever other tokens there are.
     """
-    chosen_TJ, weight_TJ = route(m, params, x_TD)
+    chosen_TJ, weight_TJ = route(m, params, x_TD if seen_TD is None else seen_TD)
     T, S = x_TD.shape[0], x_TD.shape[0] * m.chosen
     chosen_TJ = torch.where((slot_T < BLOCK)[:, None], chosen_TJ[:1], chosen_TJ)
     offsets_E1, order_S, place_S = experts.arrange(chosen_TJ.reshape(S), m.experts)
@@ -302,6 +344,8 @@ def route(m: MoE, params: dict[str, Any], x_TD: Tensor) -> tuple[Tensor, Tensor]
         weight_TJ = sigmoid(weight_TJ)
     elif m.normalized:
         weight_TJ = weight_TJ / (weight_TJ.sum(1, keepdim=True) + (1e-20 if m.scores == "sigmoid" else 0.0))
+    if m.scaled:
+        weight_TJ = weight_TJ * params["expert_scale"].float()[chosen_TJ.long()]
     return chosen_TJ, weight_TJ * m.factor
 
 
@@ -336,10 +380,9 @@ def eligible(m: MoE, params: dict[str, Any], score_TE: Tensor) -> Tensor:
 
 def expert_act(m: MoE, gate_up_SF: Tensor) -> Tensor:
     """What an expert's down projection reads, float32."""
-    if m.act == "silu":
+    if m.act != "clamped":
         gate_SF, up_SF = gate_up_SF.split(m.width, dim=-1)
-        return silu(gate_SF) * up_SF.float()
-    assert m.act == "clamped", m.act
+        return ACTS[m.act](gate_SF) * up_SF.float()
     gate_SF = gate_up_SF[:, ::2].float().clamp(max=m.limit)
     up_SF = gate_up_SF[:, 1::2].float().clamp(-m.limit, m.limit)
     return (up_SF + 1) * gate_SF * sigmoid(gate_SF * 1.702)
@@ -372,6 +415,9 @@ def inverse_frequencies(rope: Rope, device: torch.device) -> Tensor:
             ramp = (torch.arange(rope.width // 2, device=device, dtype=torch.float32) - first) / (last - first)
             stretched = ramp.clamp(0, 1)
             return freq / factor * stretched + freq * (1 - stretched)
+        case ProportionalScaling(pairs, factor):
+            index = torch.arange(rope.width // 2, device=device)
+            return torch.where(index < pairs, freq / factor, torch.zeros_like(freq))
         case LongScaling(short, long, original, _, longest):
             factors = torch.tensor(long if longest > original else short, device=device, dtype=torch.float32)
             return 1.0 / (factors * rope.theta**exponent)  # rounded as upstream: an ulp is 0.006 rad at 100,000 tokens

@@ -39,6 +39,8 @@ from fnengine.program import PROGRAMS
 from fnengine.sampling import AT_ONCE, rows_at_once
 from fnengine.settings import Apart, Mode, PoolSize, Settings, pool_of, size_pool, split, wanted_len, window_blocks
 from fnengine.spec import (
+    Both,
+    Half,
     Latent,
     Layer,
     Mixer,
@@ -50,6 +52,7 @@ from fnengine.spec import (
     attentions,
     reach,
     recurrents,
+    routed,
 )
 from fnengine.state import memory_bytes, pool_bytes
 from fnengine.step import SCORED_AT_ONCE
@@ -300,7 +303,7 @@ def account(s: Shapes) -> Account:
     code = CODE + (0 if s.how.kind in QUANTIZED else ONEDNN) + (COMPILING if s.compiling else 0)
     workspace = max(layer_bytes(kind, spec.width, b.tokens, s) for kind in spec.layers)
     workspace += max(attention_bytes(a, b.tokens, b.rows, s.threads) for a in attentions(spec))
-    workspace += s.threads * (THREAD + SEARCHED * V)
+    workspace += s.threads * (THREAD + SEARCHED * V) + inputs_bytes(spec, b.tokens, item)
     x = s.extra or Extra("", 0, 0)
     workspace = max(workspace + x.beside, x.workspace)
     narrow = item if item != 4 and s.head in ("packed", "dense") else 0
@@ -386,19 +389,19 @@ def on_card(
     def step(T: int) -> int:
         layer = 0
         for kind in spec.layers:
-            a, m = kind.mixer, kind.mlp
+            a, m, sparse = kind.mixer, kind.mlp, routed(kind.mlp)
             half = max(half_width(m, D), mixer_widths(a, D)[0]) - D
             live = (
                 item * (4 * D + half)
                 + angle_pairs(a.rope) * 8
                 + recurrent_bytes(a)
-                + (routed_bytes(m, D) if isinstance(m, MoE) else 0)
+                + (0 if sparse is None else routed_bytes(sparse, D))
             )
             layer = max(layer, T * (live if compiled else live + 16 * activated(m)))  # float32, operator by operator
         # Logits, in both dtypes; what a bias, penalties and truncation each make of them; a row's tokens for penalties:
         # ids of 4 and 8 bytes, twice, and five values.
         picks = picks_of(R, V, drafting) if drafting else R
-        return layer + picks * (V * (16 + item) + max_len * 44)
+        return layer + inputs_bytes(spec, T, item) + picks * (V * (16 + item) + max_len * 44)
 
     captured = step(min(mode.budget, MIXED)) + graphs * GRAPH if graphs else 0
     return _rows(spec, dtype, R, max_len, steer=steer, near=near) + step(mode.budget) + captured + LIBRARIES
@@ -424,10 +427,10 @@ def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
     From `layers.layer`: in attention x, qkv, q and o; around them x, its norm and a product; in the MLP x, gate and up,
     and their product. Beside them what the chosen product makes of its input.
     """
-    a, m = kind.mixer, kind.mlp
+    a, m, sparse = kind.mixer, kind.mlp, routed(kind.mlp)
     q = a.heads * a.width
     kv = 0 if isinstance(a, Recurrent) else a.kv_heads * a.width
-    deepest = max(D, q, m.width, m.shared if isinstance(m, MoE) else 0)
+    deepest = max(D, q, m.width, 0 if sparse is None else sparse.shared)
     widths = (*mixer_widths(a, D), half_width(m, D))
     scratch = T * deepest * 4  # widened to float32
     if s.how.kind in QUANTIZED:
@@ -440,8 +443,8 @@ def layer_bytes(kind: Layer, D: int, T: int, s: Shapes) -> int:
         scratch += min(PACKED, rows * deepest * (2 if s.how.atom == 2 else 4))
     angles = T * angle_pairs(a.rope) * 8
     live = T * max(widths) * s.dtype.itemsize
-    if isinstance(m, MoE):
-        live += T * routed_bytes(m, D)
+    if sparse is not None:
+        live += T * routed_bytes(sparse, D)
     live += T * recurrent_bytes(a)
     if not s.compiled:  # SiLU in float32, and all scores of a row at once in the reference
         scores = 0 if isinstance(a, Recurrent) else a.heads * s.max_len
@@ -466,29 +469,41 @@ def mixer_widths(a: Mixer, D: int) -> tuple[int, int]:
     return D + fused + 2 * q, 2 * D + fused
 
 
+def inputs_bytes(spec: ModelSpec, T: int, item: int) -> int:
+    """Bytes of what layers read beside the residual stream: three forms of it at once, while it is made."""
+    wide = sum(kind.beside.width for kind in spec.layers if kind.beside is not None)
+    return T * wide * max(3 * item, item + 8)
+
+
 def recurrent_bytes(a: Mixer) -> int:
     """Bytes of a token that a mixer with a state takes in float32: what passes the convolution, before, after and as
     what the recurrence reads, and what that gives, its square and its gate."""
     return 4 * (4 * a.channels + 4 * a.heads * a.width) if isinstance(a, Recurrent) else 0
 
 
-def half_width(m: Mlp | MoE, D: int) -> int:
+def half_width(m: Half, D: int) -> int:
     """Most elements of a token alive at once in the feed-forward half of a layer. With experts its row stands there
-    once for each of its own, then what they make of it; x, its norm and what the shared one reads stay beside them."""
+    once for each of its own, then what they make of it; x, its norm and what the shared one reads stay beside them, or
+    what an MLP beside them gave and what the router reads."""
+    if isinstance(m, Both):
+        return max(half_width(m.dense, D), 2 * D + half_width(m.routed, D))
     if isinstance(m, Mlp):
         return max(2 * D + 2 * m.width, D + 3 * m.width)
-    routed = 2 * D + m.chosen * max(D + 2 * m.width, 3 * m.width)
-    return max(routed, 2 * D + max(2 * m.shared + D, 3 * m.shared) if m.shared else 0)
+    own = 2 * D + m.chosen * max(D + 2 * m.width, 3 * m.width)
+    return max(own, 2 * D + max(2 * m.shared + D, 3 * m.shared) if m.shared else 0)
 
 
-def activated(m: Mlp | MoE) -> int:
+def activated(m: Half) -> int:
     """Elements of a token before a down projection."""
+    if isinstance(m, Both):
+        return max(m.dense.width, activated(m.routed))
     return m.width if isinstance(m, Mlp) else max(m.chosen * m.width, m.shared)
 
 
 def widest(kind: Layer, D: int) -> int:
     """Elements of a token in the largest buffer of a layer."""
-    rows = kind.mlp.chosen if isinstance(kind.mlp, MoE) else 1
+    sparse = routed(kind.mlp)
+    rows = 1 if sparse is None else sparse.chosen
     a = kind.mixer
     fused = mixer_widths(a, D)[1] - 2 * D if not isinstance(a, Latent) else (a.heads + 2) * a.width
     return max(2 * activated(kind.mlp), fused, rows * D)
@@ -628,7 +643,7 @@ def _fewer_bits(s: Shapes) -> tuple[str, ...]:
     """Quantizations that make weights smaller than theirs does; a dynamic one is as small as its plain one, and
     proposed only in place of another. Experts have none."""
     kind = s.how.kind
-    if any(isinstance(layer.mlp, MoE) for layer in s.spec.layers):
+    if any(routed(layer.mlp) for layer in s.spec.layers):
         return ()
     if kind not in QUANTIZED:
         return "int8", "int4"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +20,7 @@ from fnengine import checkpoint, environment, fallback, kernels
 from fnengine.activations import soft_capped
 from fnengine.graphs import compile
 from fnengine.host.tokenizer import Tokenizer
+from fnengine.kernels.rope import rms_norm
 from fnengine.layers import Angles, layer, normed, rope_angles
 from fnengine.leaves import Packing, lookup, matmul
 from fnengine.spec import Layer, ModelSpec, Turning
@@ -202,6 +203,9 @@ def body(
         after: number of a layer -> a function of x_TD after it, whose result, a new tensor, the next layer reads.
             Layers between two of them are one call of `run_layers`.
     """
+    if spec.lenders:
+        pool = tuple(pool[i] for i in spec.lenders)
+    inputs_LTP = inputs_of_layers(spec, params, where, x_TD) if spec.ends.inputs else None
     angles: dict[Turning, Angles] = {}
     for kind in spec.layers:
         if kind.mixer.rope not in angles:
@@ -209,11 +213,27 @@ def body(
     after, made, begin = after or {}, {}, 0
     for end in sorted({*(i + 1 for i in after), len(spec.layers)}):
         part = slice(begin, end)
+        if inputs_LTP is not None:
+            where = replace(where, beside=inputs_LTP[part])
         x_TD = run_layers(spec.layers[part], params["layers"][part], pool[part], where, angles, ops, x_TD)
         if end - 1 in after:
             x_TD = made[end - 1] = after[end - 1](x_TD)
         begin = end
     return x_TD, made
+
+
+def inputs_of_layers(spec: ModelSpec, params: dict[str, Any], where: Where, x_TD: Tensor) -> Tensor:
+    """[L, T, P]: what each layer reads beside the residual stream, from a table by the token and from its embedding.
+
+    Source: Gemma 4's per-layer embeddings, as in transformers' `project_per_layer_inputs`.
+    """
+    assert where.token is not None, "who calls says which tokens there are"
+    D, L = spec.width, len(spec.layers)
+    own_TLP = params["inputs"][where.token.long()].unflatten(1, (L, -1))
+    own_TLP = own_TLP * own_TLP.new_full((), own_TLP.shape[-1] ** 0.5)
+    made_TLP = (matmul(params["inputs_project"], x_TD) * D**-0.5).unflatten(1, (L, -1))
+    made_TLP = rms_norm(made_TLP, params["inputs_norm"], spec.eps)
+    return ((made_TLP + own_TLP) * 2.0**-0.5).transpose(0, 1).contiguous()
 
 
 def one_by_one(run_layer: RunLayer = layer) -> RunLayers:
@@ -228,8 +248,9 @@ def one_by_one(run_layer: RunLayer = layer) -> RunLayers:
         ops: Ops,
         x_TD: Tensor,
     ) -> Tensor:
-        for kind, p, kv in zip(kinds, params, pool, strict=True):
-            x_TD = run_layer(kind, p, kv, where, angles[kind.mixer.rope], ops, x_TD)
+        for i, (kind, p, kv) in enumerate(zip(kinds, params, pool, strict=True)):
+            own = where if where.beside is None else replace(where, beside=where.beside[i])
+            x_TD = run_layer(kind, p, kv, own, angles[kind.mixer.rope], ops, x_TD)
         return x_TD
 
     return run_layers

@@ -12,6 +12,9 @@ A layer with experts has {"router", "correction", "experts_gate_up", "experts_do
 "shared_gate"} in place of the last two, None where its spec has no such thing. A recurrent layer has {"mix", "conv",
 "conv_bias", "decay", "step_bias", "skip", "gate_norm", "o"} in place of attention's. One with latent attention has
 {"q_down", "q_norm", "q_up"} or {"q"}, and {"kv_down", "kv_norm", "k_up", "v_up"}, in place of what goes before "o".
+One with an MLP and experts has the arrays of both, {"router_scale", "expert_scale", "dense_after", "routed_norm",
+"routed_after"}. Where layers have inputs of their own there are {"inputs", "inputs_project", "inputs_norm"} beside the
+embedding and {"beside_gate", "beside_out", "beside_after"} in each.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from fnengine.leaves import Dense, Packing, Shape
 from fnengine.spec import (
     RMS,
     Attention,
+    Both,
     DeltaNet,
     Latent,
     Layer,
@@ -47,7 +51,7 @@ from fnengine.spec import (
     Whole,
 )
 
-TABLES = ("positions", "types")
+TABLES = ("positions", "types", "inputs")
 """Arrays that are looked up and never multiplied, beside the embedding."""
 
 
@@ -103,6 +107,8 @@ def abstract(spec: ModelSpec) -> dict[str, Any]:
     if ends.positions:
         name = f"{names['positions']}.weight"
         table = {"positions": ArrayInfo((ends.positions, D), ((name, ends.positions),), 0.02)}
+    if ends.inputs:
+        table |= _inputs(names, spec)
     layers = tuple(_layer(family, i, kind, D) for i, kind in enumerate(spec.layers))
     if spec.whole is not None:
         final = _norm("norm", names["norm"], D, ends.norm) if spec.whole.final else {}
@@ -113,6 +119,17 @@ def abstract(spec: ModelSpec) -> dict[str, Any]:
         "layers": layers,
         **_norm("norm", names["norm"], D, ends.norm),
         "head": None if spec.tied else _linear(names["head"], (spec.vocab,), D, ends.head_bias),
+    }
+
+
+def _inputs(names: Names, spec: ModelSpec) -> dict[str, Any]:
+    """The arrays that make an input for each layer."""
+    P = next(kind.beside.width for kind in spec.layers if kind.beside is not None)
+    rows, wide = spec.ends.inputs, len(spec.layers) * P
+    return {
+        "inputs": ArrayInfo((rows, wide), ((f"{names['inputs']}.weight", rows),), 0.02),
+        "inputs_project": _linear(names["inputs_project"], (wide,), spec.width, False),
+        **_norm("inputs_norm", names["inputs_norm"], P),
     }
 
 
@@ -314,25 +331,26 @@ def _layer(family: Family, i: int, kind: Layer, D: int, at: str = "") -> dict[st
             one = tuple(one.replace("{h}", str(h)) for h in range(heads))
         return _norm(key, one, width, a.qk_as, family.orders[key](a) if key in family.orders else None)
 
+    def vector(key: str, n: int, there: bool = True, std: float | None = None, fill: float = 0.0) -> dict[str, Any]:
+        return {key: ArrayInfo((n,), ((name(key), n),), std, fill) if there else None}
+
     def mlp(m: Mlp) -> dict[str, Any]:
         first = linear("gate_up", (m.width, m.width), D, m.bias) if m.gated else linear("up", (m.width,), D, m.bias)
         return {**first, **linear("down", (D,), m.width, m.bias)}
 
     def attention(a: Attention) -> dict[str, Any]:
         q, kv = a.heads * a.width, a.kv_heads * a.width
+        written = () if a.borrows else (kv,) if a.doubles else (kv, kv)
         return {
-            **linear("qkv", ((1 + a.gated) * q, kv, kv), D, a.qkv_bias),
+            **linear("qkv", ((1 + a.gated) * q, *written), D, a.qkv_bias),
             **head_norm("q_norm", a, a.heads),
-            **head_norm("k_norm", a, a.kv_heads),
+            **({"k_norm": None} if a.borrows else head_norm("k_norm", a, a.kv_heads)),
             "sinks": ArrayInfo((a.heads,), ((name("sinks"), a.heads),), None) if a.sinks else None,
             **linear("o", (D,), q, a.out_bias),
         }
 
     def recurrent(r: Recurrent) -> dict[str, Any]:
         H, inner = r.heads, r.heads * r.width
-
-        def vector(key: str, n: int, there: bool = True, std: float | None = None, fill: float = 0.0) -> Any:
-            return {key: ArrayInfo((n,), ((name(key), n),), std, fill) if there else None}
 
         rows = (r.channels, inner, H, H) if isinstance(r, DeltaNet) else (inner + r.channels + H,)
         biased, mamba = isinstance(r, Mamba2) and r.bias, isinstance(r, Mamba2)
@@ -374,13 +392,31 @@ def _layer(family: Family, i: int, kind: Layer, D: int, at: str = "") -> dict[st
                 return latent(mixer)
         return recurrent(mixer)
 
+    def half() -> dict[str, Any]:
+        if isinstance(m, Both):
+            own = {**norm("dense_after", True), **norm("routed_norm", True), **norm("routed_after", True)}
+            return {**mlp(m.dense), **vector("router_scale", D, fill=1.0), **_moe(names, name, m.routed, D), **own}
+        return _moe(names, name, m, D) if isinstance(m, MoE) else mlp(m)
+
+    def ending() -> dict[str, Any]:
+        if kind.beside is None:
+            return {}
+        P = kind.beside.width
+        return {
+            **linear("beside_gate", (P,), D, False),
+            **linear("beside_out", (D,), P, False),
+            **norm("beside_after", True),
+        }
+
     return {
         **norm("norm1", kind.before and not kind.bare),
         **mixed(),
         **norm("after1", kind.after),
         **norm("norm2", kind.before and kind.parallel != "one norm"),
-        **(_moe(names, name, m, D) if isinstance(m, MoE) else mlp(m)),
+        **half(),
         **norm("after2", kind.after),
+        **ending(),
+        **(vector("scalar", 1, fill=1.0) if kind.scaled else {}),
     }
 
 
@@ -408,6 +444,11 @@ def _moe(names: dict[str, Any], name: Callable[[str], Any], m: MoE, D: int) -> d
     return {
         "router": router,
         "correction": correction,
+        **(
+            {"expert_scale": ArrayInfo((m.experts,), ((name("expert_scale"), m.experts),), None, 1.0)}
+            if m.scaled
+            else {}
+        ),
         "experts_gate_up": stacked("experts_gate_up", (m.width, m.width), D),
         "experts_down": stacked("experts_down", (D,), m.width),
         "shared_gate_up": _linear(name("shared_gate_up"), (F, F), D, False) if F else None,

@@ -25,7 +25,7 @@ from fnengine.kernels import native
 from fnengine.kernels.recording import RECORDED_TOKENS
 from fnengine.leaves import LAYOUTS, UNRECORDED, Dense, Leaf, Packing, Shape, Tiles, matmul
 from fnengine.params import NOISE, Products, noise, products
-from fnengine.spec import ModelSpec, MoE
+from fnengine.spec import ModelSpec, routed
 
 SHARES = {2: 0.3, 8: 0.25, 32: 0.2, 256: 0.25}
 """Rows of a step -> the share of its time that a server spends in such steps. Three quarters are decode steps: with
@@ -80,7 +80,7 @@ def packing(
     Raises:
         ConfigError: see `leaves.quantizing`; or the model has experts, whose weights are not quantized yet.
     """
-    if quantization != "none" and any(isinstance(layer.mlp, MoE) for layer in spec.layers):
+    if quantization != "none" and any(routed(layer.mlp) for layer in spec.layers):
         raise ConfigError(
             f"{quantization}: weights of experts are not rounded yet, and {spec.architecture} has experts",
             where="--quantization",

@@ -34,7 +34,7 @@ from fnengine.kernels.recording import (
 from fnengine.layers import Angles
 from fnengine.model import RunLayers, one_by_one
 from fnengine.spec import Layer, ModelSpec, Recurrent, Turning, angle_pairs
-from fnengine.state import LayerState, Memory, Pool, Where, memory_shapes, pool_shapes
+from fnengine.state import LayerState, Memory, Pool, Where, lent_shapes, memory_shapes
 
 log = logging.getLogger("fnengine")
 
@@ -70,7 +70,16 @@ def compiled_layers(kinds: list[Kind], params: Any, folder: Path | None, traces:
     ) -> Tensor:
         w, (slot, table) = where, where.of(kind.mixer)
         return of_layer[id(p)].call(
-            x_TD, *angles, slot, w.row, w.start, w.length, table, *_remembered(state, w), *flat[id(p)]
+            x_TD,
+            *angles,
+            slot,
+            w.row,
+            w.start,
+            w.length,
+            table,
+            *_remembered(state, w),
+            *_beside(w),
+            *flat[id(p)],
         )
 
     layers_in_a_row = one_by_one(run_layer)
@@ -109,7 +118,8 @@ class Recorded:
         if self.why_not or len(x_TD) > RECORDED_TOKENS:
             return self.run(*everything)
         w = where
-        inputs = (x_TD, *(t for pair in angles.values() for t in pair), w.slot, w.row, w.start, w.length, w.table)
+        turning = (t for pair in angles.values() for t in pair)
+        inputs = (x_TD, *turning, w.slot, w.row, w.start, w.length, w.table, *_beside(w))
         inputs += () if w.guessed is None or w.behind is None else (w.guessed, w.behind)
         inputs += () if w.near_slot is None or w.near is None else (w.near_slot, w.near)
         key = (len(x_TD), len(w.row), len(kinds), id(params[0]), tree.leaves(pool[0])[0].data_ptr())
@@ -151,6 +161,11 @@ def _remembered(state: LayerState, where: Where) -> tuple[Tensor, ...]:
     return state.tail, state.matrix, state.heard, state.noted, where.guessed, where.behind
 
 
+def _beside(where: Where) -> tuple[Tensor, ...]:
+    """What layers read beside the residual stream, if they do."""
+    return () if where.beside is None else (where.beside,)
+
+
 def _restorable(states: Sequence[LayerState], where: Where) -> Callable[[], None]:
     """Gives recurrent layers back, when it is called, what the step's rows remember now."""
     at = where.row.long()
@@ -188,7 +203,8 @@ def wanted_layers(spec: ModelSpec, params: Any, ops: Ops, dtype: torch.dtype, de
 FIXED = ("x", "cos", "sin", "slot", "row", "start", "length", "table")
 """Names of an artifact's first tensors, ..."""
 KEPT = ("k", "v"), ("tail", "matrix", "heard", "noted", "guessed", "behind")
-"""... and of what follows, in layers of attention and in recurrent ones; then the weights under their paths."""
+"""... and of what follows, in layers of attention and in recurrent ones; then the layer's own input, if it has one, and
+the weights under their paths."""
 
 
 def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.dtype, device: torch.device) -> Wanted:
@@ -206,9 +222,11 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
         kept = [floats(n, *shape, dt=torch.float32) for n, some in ((_N, states), (_M, notes)) for shape in some]
         kept += [ints(_R), ints(_M)]
     else:
-        kept = [floats(*shape, dt=ops.kv.element(dtype)) for shape in pool_shapes(ops.kv, a, _N)]
+        kept = [floats(*shape, dt=ops.kv.element(dtype)) for shape in lent_shapes(ops.kv, a, _N)]
     fixed = [floats(_T, width), *angles, ints(_T), ints(_R), ints(_R + 1), ints(_R), ints(_M, _P), *kept]
     dynamic: list[tuple[int, ...]] = [(0,), (0,), (0,), (0,), (0,), (0,), (0,), (0, 1), *((0,) for _ in kept)]
+    if kind.beside is not None:
+        fixed, dynamic = [*fixed, floats(_T, kind.beside.width)], [*dynamic, (0,)]
     weights = tree.leaves(p)
 
     def fn(
@@ -223,8 +241,9 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
         *flat: Tensor,
     ) -> Tensor:
         rest = iter(flat[len(kept) :])
+        own = None if kind.beside is None else next(rest)
         params = tree.map_with_path(lambda _path, _leaf: next(rest), p)
-        where = Where(row=row, start=start, row_T=row, position=slot, slot=slot, length=length, table=table)
+        where = Where(row=row, start=start, row_T=row, position=slot, slot=slot, length=length, table=table, beside=own)
         if isinstance(a, Recurrent):
             *four, guessed, behind = flat[: len(kept)]
             state, where = Memory(*four), replace(where, guessed=guessed, behind=behind)
@@ -245,7 +264,12 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
             "ops": {op: backend for op, backend, _, _ in kernels.describe(ops)},
             "source": _sources(),
         },
-        names=[*FIXED, *KEPT[isinstance(a, Recurrent)], *(path for path, _ in tree.items(p))],
+        names=[
+            *FIXED,
+            *KEPT[isinstance(a, Recurrent)],
+            *(("beside",) if kind.beside else ()),
+            *(path for path, _ in tree.items(p)),
+        ],
     )
 
 

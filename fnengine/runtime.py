@@ -295,8 +295,9 @@ class Runtime:
 
     @property
     def _pool(self) -> tuple[Pool, ...]:
-        """KV of the model; that of a companion is not kept."""
-        return tuple(p for p in self._device.state.pool[: len(self.model.spec.layers)] if isinstance(p, Pool))
+        """KV of the model's layers that have some of their own; that of a companion is not kept."""
+        own = self._device.state.pool[: len(self.model.spec.layers)]
+        return tuple(p for p in own if isinstance(p, Pool) and p.k.numel())
 
     def _state_after(self, seq: Sequence) -> int:
         """The place that holds the state after a sequence, until the next step: its row, a kept one, or a row in which

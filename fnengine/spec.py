@@ -86,7 +86,19 @@ class LongScaling:
     """Most tokens of a sequence: up to `original` the short factors are taken, else the long ones."""
 
 
-Scaling = Llama3Scaling | LinearScaling | YarnScaling | LongScaling
+@dataclass(frozen=True)
+class ProportionalScaling:
+    """The first `pairs` pairs of channels turn, their frequencies divided by `factor`, and the others stand still.
+
+    A pair is channels i and C / 2 + i, so what turns does not lie at a head's beginning, as it does with a `Rope` that
+    is narrower than the head. Source: `rope_type: proportional` of transformers (Gemma 4).
+    """
+
+    pairs: int
+    factor: float = 1.0
+
+
+Scaling = Llama3Scaling | LinearScaling | YarnScaling | LongScaling | ProportionalScaling
 
 
 @dataclass(frozen=True)
@@ -158,6 +170,12 @@ class Attention:
     """The output is multiplied by the sigmoid of a projection of its own, which lies behind v's."""
     chunk: int = 0
     """A token sees nothing before the last multiple of so many positions; 0: it does."""
+    v_norm: bool = False
+    """Each head of values is normed, without a weight."""
+    doubles: bool = False
+    """There is no projection of values: they are the keys, as those are before norm and rope."""
+    borrows: bool = False
+    """It makes queries alone, and reads the KV of a layer before it that is like it otherwise (`ModelSpec.lenders`)."""
 
 
 @dataclass(frozen=True)
@@ -340,7 +358,9 @@ class MoE:
     router_bias: bool = False
     bias: bool = False
     """of experts"""
-    act: str = "silu"
+    scaled: bool = False
+    """Then the parameter `expert_scale` [E] multiplies that of each expert."""
+    act: Act | Literal["clamped"] = "silu"
     """act(gate) * up; or `clamped`: (up + 1) * gate * sigmoid(1.702 gate), gate at most and up within +- `limit`, which
     alternate in the rows of the fused weight"""
     limit: float = 0.0
@@ -351,6 +371,44 @@ class MoE:
 
 
 @dataclass(frozen=True)
+class Both:
+    """after1(dense(norm1(x))) + after2(routed(norm2(x))), each half with norms of its own. The router reads x normed
+    once more, times the parameter `router_scale` [D] and D ** -0.5.
+
+    Source: Gemma 4, the sizes with experts.
+    """
+
+    dense: Mlp
+    routed: MoE
+
+    @property
+    def width(self) -> int:
+        """The wider F."""
+        return max(self.dense.width, self.routed.width)
+
+
+Half = Mlp | MoE | Both
+"""The second half of a layer."""
+
+
+def routed(half: Half) -> MoE | None:
+    """The experts of it, if it has some."""
+    return half.routed if isinstance(half, Both) else half if isinstance(half, MoE) else None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What ends a layer that has an input of its own: x += norm(out(act(gate(x)) * input)).
+
+    Source: Gemma 4, the sizes with per-layer embeddings (`Ends.inputs`).
+    """
+
+    width: int
+    """P, channels of the input."""
+    act: Act = "gelu_tanh"
+
+
+@dataclass(frozen=True)
 class Layer:
     """Residual block: x += mixer(norm(x)); x += mlp(norm(x)). Equal layers share one compiled artifact.
 
@@ -358,7 +416,7 @@ class Layer:
     """
 
     mixer: Mixer
-    mlp: Mlp | MoE
+    mlp: Half
     eps: float
     """of the norms"""
     norm: Norm = RMS
@@ -372,6 +430,9 @@ class Layer:
     """The norms `after` are of the sum: x = norm(x + part(x))."""
     bare: bool = False
     """The mixer reads x as it is, though the other half reads it normed."""
+    beside: Beside | None = None
+    scaled: bool = False
+    """x is multiplied by the parameter `scalar` [1] at the end."""
 
 
 @dataclass(frozen=True)
@@ -391,6 +452,9 @@ class Ends:
     """Logits are multiplied by it."""
     logit_cap: float = 0.0
     """A logit becomes cap * tanh(logit / cap); 0 leaves it."""
+    inputs: int = 0
+    """Rows of a table that has an input for every layer, by the token; the embedding adds to it
+    (`model.inputs_of_layers`). 0: layers have none."""
 
 
 @dataclass(frozen=True)
@@ -485,6 +549,8 @@ class ModelSpec:
     ends: Ends = Ends()
     whole: Whole | None = None
     """None: a language model, which has a head over its vocabulary."""
+    lenders: tuple[int, ...] = ()
+    """The number of the layer whose KV each layer reads, where some borrow it; else nothing: each reads its own."""
     upstream: Upstream | None = None
     """What runs instead of `model.body`; layers then say what each asks of attention and of memory."""
 
@@ -516,8 +582,14 @@ def features(spec: ModelSpec) -> tuple[str, ...]:
         "layers without rope": len(turning) > 0 and None in ropes,
         "a temperature by position": any(isinstance(m.rope, Tempered) for m in mixers),
         "a rope for each kind of layer": len(turning) > 1,
-        "part of a head rotates": any(r.width < m.width for m, r in zip(mixers, ropes, strict=True) if r),
+        "part of a head rotates": any(turns(r) < m.width for m, r in zip(mixers, ropes, strict=True) if r),
         "q and k normed": any(m.qk_norm for m in mixers),
+        "v normed": any(m.v_norm for m in mixers),
+        "keys as values": any(m.doubles for m in mixers),
+        "layers that borrow KV": any(m.borrows for m in mixers),
+        "an input for each layer": ends.inputs > 0,
+        "a scalar for each layer": any(kind.scaled for kind in spec.layers),
+        "heads of several widths": len({m.width for m in mixers}) > 1,
         "biases": any(m.qkv_bias or m.out_bias for m in mixers),
         "sliding window": any(m.window for m in mixers),
         "attention in chunks": any(m.chunk for m in mixers),
@@ -559,16 +631,19 @@ def state_bytes(spec: ModelSpec) -> int:
     return sum(4 * ((m.taps - 1) * m.channels + prod(m.memory)) for m in recurrents(spec))
 
 
-def said_of_mlps(mlps: list[Mlp | MoE]) -> dict[str, bool]:
+def said_of_mlps(mlps: list[Half]) -> dict[str, bool]:
     """What may be said of the second halves of layers -> whether it holds."""
-    dense = [m for m in mlps if isinstance(m, Mlp)]
-    routed = [m for m in mlps if isinstance(m, MoE)]
+    dense = [m.dense if isinstance(m, Both) else m for m in mlps if not isinstance(m, MoE)]
+    sparse = [found for m in mlps if (found := routed(m)) is not None]
+    both = any(isinstance(m, Both) for m in mlps)
     return {
-        **{f"{m.act} experts" if isinstance(m, MoE) else m.act: m.act != "silu" for m in mlps},
+        **{m.act: m.act != "silu" for m in dense},
+        **{f"{m.act} experts": m.act != "silu" for m in sparse},
         "no gate": any(not m.gated for m in dense),
-        **{f"{m.chosen} of {m.experts} experts": True for m in routed},
-        "a shared expert": any(m.shared for m in routed),
-        "dense layers beside those with experts": bool(dense and routed),
+        **{f"{m.chosen} of {m.experts} experts": True for m in sparse},
+        "a shared expert": any(m.shared for m in sparse),
+        "experts beside an MLP": both,
+        "dense layers beside those with experts": bool(dense and sparse) and not both,
     }
 
 
@@ -608,12 +683,23 @@ def steerable(spec: ModelSpec) -> tuple[str, ...]:
 
 def kv_bytes_per_token(spec: ModelSpec, itemsize: int) -> int:
     """Bytes of KV a token takes over all layers: the k of the performance formulas."""
-    return sum((1 if shares(m) else 2) * m.kv_heads * m.width * itemsize for m in attentions(spec))
+    own = [m for m in attentions(spec) if not borrows(m)]
+    return sum((1 if shares(m) else 2) * m.kv_heads * m.width * itemsize for m in own)
 
 
 def shares(mixer: Mixer) -> bool:
     """Whether values are keys, so that the pool keeps a token's once."""
     return isinstance(mixer, Latent)
+
+
+def borrows(mixer: Mixer) -> bool:
+    """Whether it keeps no KV of its own."""
+    return isinstance(mixer, Attention) and mixer.borrows
+
+
+def turns(rope: Rope) -> int:
+    """Channels of a head that rotate."""
+    return 2 * rope.scaling.pairs if isinstance(rope.scaling, ProportionalScaling) else rope.width
 
 
 Turning = Rope | Tempered | None

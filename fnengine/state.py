@@ -19,7 +19,18 @@ from fnengine.graphs.bucket import Bucket
 from fnengine.host.request import MAX_ARGUMENTS, MAX_BAD, MAX_BIAS, MAX_BREAKERS, MAX_DRAFT, MAX_WATCHED, Sampling
 from fnengine.host.step import BLOCK, Ask
 from fnengine.kernels.layout import KVLayout, Shape, shapes_of
-from fnengine.spec import Attending, Mixer, ModelSpec, Recurrent, attentions, recurrents, shares, sight, state_bytes
+from fnengine.spec import (
+    Attending,
+    Mixer,
+    ModelSpec,
+    Recurrent,
+    attentions,
+    borrows,
+    recurrents,
+    shares,
+    sight,
+    state_bytes,
+)
 from fnengine.tree import static
 
 
@@ -228,13 +239,20 @@ class Pool:
     """
 
     k: Tensor
-    """[N, ...]"""
+    """[N, ...]; [N, 0] where a layer reads another's"""
     v: Tensor
-    """[N, ...]; [N, 0] where values are keys"""
+    """[N, ...]; [N, 0] where values are keys, or k is empty"""
 
 
 def pool_shapes(kv: KVLayout, mixer: Attending, N: int) -> tuple[Shape, Shape]:
-    """Shapes of the two tensors of a layer's pool of N blocks."""
+    """Shapes of the two tensors of a layer's pool of N blocks: empty ones, where it reads another's."""
+    if borrows(mixer):
+        return (N, 0), (N, 0)
+    return lent_shapes(kv, mixer, N)
+
+
+def lent_shapes(kv: KVLayout, mixer: Attending, N: int) -> tuple[Shape, Shape]:
+    """Shapes of the two tensors that a layer reads, its own or those it borrows."""
     return shapes_of(kv, N, BLOCK, mixer.kv_heads, mixer.width, shares(mixer))
 
 
@@ -392,6 +410,10 @@ class Where:
     """[T] int32: where KV of layers with a window goes, if they have blocks of their own ..."""
     near: Tensor | None = None
     """[M+1, P] int32: ... and the table of those"""
+    token: Tensor | None = None
+    """[T] int32, the tokens themselves; None where nobody has said, and no layer reads them"""
+    beside: Tensor | None = None
+    """What layers read beside the residual stream, if they do: [l, T, P] of l layers in a row, [T, P] of one"""
 
     def of(self, mixer: Mixer) -> tuple[Tensor, Tensor]:
         """(slot, table) of the blocks in which a layer with this mixer keeps KV."""

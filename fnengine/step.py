@@ -7,6 +7,7 @@ through ops whose schema declares it, nothing else is. Noise depends on (seed, p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -50,6 +51,7 @@ def make_step(
         at = where.position.long().clamp_(max=rows.history.shape[1] - 1)
         token_T = torch.where(batch.token < 0, rows.history[where.row_T, at], batch.token)
         rows.history[where.row_T, at] = token_T
+        where = replace(where, token=token_T)
 
         embedding_TD = forward.embed(spec, params, token_T, where.position)
         after: dict[int, Callable[[Tensor], Tensor]] = {

@@ -401,6 +401,37 @@ MORE: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
         },
     ),
+    "gemma4": dict(
+        architecture="Gemma4ForCausalLM",
+        tie_word_embeddings=False,
+        **HEADS,
+        head_dim=16,
+        global_head_dim=32,
+        num_hidden_layers=5,
+        sliding_window=9,
+        layer_types=["sliding_attention", *["sliding_attention", "full_attention"] * 2],
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=24,
+        vocab_size_per_layer_input=131,
+        use_double_wide_mlp=True,
+        final_logit_softcapping=12.0,
+    ),
+    "gemma4-moe": dict(
+        architecture="Gemma4ForCausalLM",
+        tie_word_embeddings=False,
+        **HEADS,
+        head_dim=16,
+        global_head_dim=32,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        sliding_window=9,
+        layer_types=["sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=6,
+        top_k_experts=2,
+        moe_intermediate_size=40,
+    ),
     "cohere": dict(
         architecture="CohereForCausalLM",
         tie_word_embeddings=False,
@@ -554,34 +585,6 @@ OTHERS: dict[str, dict[str, Any]] = {
         rotary_dim=8,
         drop=("intermediate_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"),
     ),
-    "gemma4": dict(
-        architecture="Gemma4ForCausalLM",
-        **HEADS,
-        head_dim=16,
-        global_head_dim=32,
-        num_hidden_layers=6,
-        sliding_window=9,
-        layer_types=["sliding_attention", "full_attention"] * 3,
-        num_kv_shared_layers=2,
-        hidden_size_per_layer_input=24,
-        vocab_size_per_layer_input=131,
-        final_logit_softcapping=3.0,
-    ),
-    "gemma4-moe": dict(
-        architecture="Gemma4ForCausalLM",
-        **HEADS,
-        head_dim=16,
-        global_head_dim=32,
-        num_global_key_value_heads=1,
-        attention_k_eq_v=True,
-        sliding_window=9,
-        layer_types=["sliding_attention", "full_attention"],
-        hidden_size_per_layer_input=0,
-        enable_moe_block=True,
-        num_experts=6,
-        top_k_experts=2,
-        moe_intermediate_size=40,
-    ),
     "ernie-moe": dict(
         architecture="Ernie4_5_MoeForCausalLM",
         **HEADS,
@@ -649,6 +652,8 @@ def random_weights(m: Any) -> Any:
         for key, b in m.named_buffers():
             if key.endswith("e_score_correction_bias"):
                 b.copy_(0.2 * torch.randn_like(b))
+            if key.endswith("layer_scalar"):
+                b.copy_(1 + 0.3 * torch.randn_like(b))
     return m
 
 
@@ -737,7 +742,7 @@ class Paged:
         i32 = functools.partial(torch.tensor, dtype=torch.int32)
         token, row = i32(flat), i32(row_ids)
         batch = Batch(row, i32(start), token, torch.zeros_like(row), None)
-        where = locate(self.rows, batch, BLOCK)
+        where = dataclasses.replace(locate(self.rows, batch, BLOCK), token=token)
         hidden, _ = fn_model.body(
             spec,
             self.model.params,

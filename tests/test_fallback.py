@@ -108,7 +108,9 @@ def test_greedy_text(name: str):
     assert len(set(got)) > 4, "a text of one repeated token would prove little"
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt-oss", "qwen3-moe", "opt"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "gemma2", "gpt-oss", "qwen3-moe", "opt", "gemma4", "gemma4-moe", "ministral3"]
+)
 def test_a_class_that_a_family_has_is_equal_to_it(name: str):
     """Windows, caps, sinks, norms of heads, experts, scaled embeddings, offsets of positions: found by looking."""
     ids, family, other = tokens(40, 4), tiny_model(name), forced(name)
@@ -180,7 +182,7 @@ def test_steps_can_be_captured(name: str):
 
 def test_blocks_that_cannot_be_compiled_run_as_they_are():
     """Gemma 4 hands its blocks a dictionary that they write to."""
-    rt = fn.Runtime(tiny_model("gemma4"), max_num_seqs=2, max_model_len=64, kv_cache_memory_bytes=1 << 20)
+    rt = fn.Runtime(forced("gemma4"), max_num_seqs=2, max_model_len=64, kv_cache_memory_bytes=1 << 20)
     assert rt.built.execution.startswith("eager: block 0 is called with a KVSharingDict")
 
 

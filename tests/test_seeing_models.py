@@ -38,9 +38,22 @@ def pixtral() -> Any:
     return PixtralVisionConfig(**sizes, image_size=32, patch_size=8)
 
 
+def gemma4_vision() -> Any:
+    from transformers import Gemma4VisionConfig
+
+    sizes: dict[str, Any] = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    return Gemma4VisionConfig(**sizes, num_key_value_heads=2, head_dim=16, position_embedding_size=16)
+
+
+def no_tower() -> None:
+    return None
+
+
 WHOLE = {
     "mistral3": ("Mistral3", "ministral3", pixtral),
     "mistral3-small": ("Mistral3", "mistral", pixtral),
+    "gemma4": ("Gemma4", "gemma4", no_tower),
+    "gemma4-moe": ("Gemma4", "gemma4-moe", gemma4_vision),
 }
 """Name -> what its classes are called, the tiny model whose text it has, the config of its tower."""
 
@@ -51,8 +64,7 @@ def upstream(name: str) -> Any:
 
     family, text, tower = WHOLE[name]
     given = dict(text_config=text_config(text), vision_config=tower())
-    if name == "mistral3-small":
-        given["tie_word_embeddings"] = False
+    given["tie_word_embeddings"] = name == "mistral3"
     config = getattr(transformers, f"{family}Config")(**given)
     config._attn_implementation = "eager"
     torch.manual_seed(1234)
@@ -68,7 +80,8 @@ def test_logits_of_a_text(name: str, converted: bool, tmp_path: Path):
     theirs, ids = upstream(name), torch.randint(11, 131, (41,), generator=torch.Generator().manual_seed(1)).tolist()
     theirs.save_pretrained(tmp_path, save_original_format=converted)
     held = load_file(tmp_path / "model.safetensors")
-    assert any(n.startswith("language_model.model." if converted else "model.language_model.") for n in held)
+    begin = "language_model.model." if converted and name.startswith("mistral3") else "model.language_model."
+    assert any(n.startswith(begin) for n in held)
     model = fn.load(tmp_path, dtype="float32", device="cpu")
     assert any("vision_tower" in note and "left out" in note for note in model.notes)
     rt = fn.Runtime(model, max_num_seqs=2, max_model_len=64, kv_cache_memory_bytes=1 << 20, enforce_eager=True)

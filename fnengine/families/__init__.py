@@ -17,6 +17,7 @@ from fnengine.families import (
     falcon,
     gemma,
     gemma3,
+    gemma4,
     glm4,
     glm4_moe,
     glm4_moe_lite,
@@ -54,7 +55,7 @@ from fnengine.spec import ModelSpec
 _EVERY = (
     *(llama.FAMILY, mistral.FAMILY, mistral.MINISTRAL, ministral3.FAMILY, ministral3.WHOLE),
     *(qwen2.FAMILY, qwen3.FAMILY, smollm3.FAMILY, granite.FAMILY),
-    *(olmo2.FAMILY, olmo2.OLMO3, phi3.FAMILY, gemma.FAMILY, gemma.GEMMA2, gemma3.FAMILY),
+    *(olmo2.FAMILY, olmo2.OLMO3, phi3.FAMILY, gemma.FAMILY, gemma.GEMMA2, gemma3.FAMILY, gemma4.FAMILY, gemma4.WHOLE),
     *(cohere.FAMILY, cohere.COHERE2, glm4.GLM, glm4.FAMILY, starcoder2.FAMILY, stablelm.FAMILY),
     *(phi.FAMILY, gpt_neox.FAMILY, gpt2.FAMILY, opt.FAMILY, falcon.FAMILY),
     *(qwen3_next.FAMILY, qwen3_5.FAMILY, qwen3_5.MOE, qwen3_5.WHOLE, qwen3_5.WHOLE_MOE, bamba.FAMILY),

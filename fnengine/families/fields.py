@@ -20,6 +20,7 @@ from fnengine.spec import (
     Llama3Scaling,
     LongScaling,
     ModelSpec,
+    ProportionalScaling,
     Rope,
     Scaling,
     YarnScaling,
@@ -172,10 +173,18 @@ def rope(
         raise f.error(key, "is not an object")
     inner = Fields(given, f"{f.where}, {key}")
     theta = inner.number("rope_theta", theta)
-    if partial is None:
+    if partial is None and inner.config.get("rope_type") != "proportional":
         inner.only("partial_rotary_factor", 1.0)
-    else:
+    elif partial is not None:
         share = inner.number("partial_rotary_factor", share)
+    if inner.config.get("rope_type") == "proportional":  # all channels are given angles, some of them 0
+        pairs = int(inner.number("partial_rotary_factor", 1.0) * width // 2)
+        if not 0 < pairs <= width // 2:
+            raise f.error("partial_rotary_factor", f"makes {pairs} of {width // 2} pairs of channels rotate")
+        inner.take("rope_type")
+        found = Rope(theta, width, ProportionalScaling(pairs, inner.number("factor", 1.0)))
+        inner.close(inert)
+        return found
     turning = int(width * share)
     if turning % 2 or not 0 < turning <= width:
         raise f.error("partial_rotary_factor", f"makes {turning} of {width} channels rotate, which are no pairs")
@@ -223,7 +232,7 @@ def scaling(f: Fields, inner: Fields, key: str, width: int, max_len: int) -> Sca
     raise f.error(
         key,
         "is a kind of rope scaling that is not implemented",
-        "implemented are default, linear, dynamic, llama3, yarn and longrope",
+        "implemented are default, linear, dynamic, llama3, yarn, longrope and proportional",
     )
 
 

@@ -140,6 +140,8 @@ class Family:
     """Layers that predict further tokens, which checkpoints may have beside the config's: `decoding.mtp` loads them."""
     apart: tuple[str, ...] = ()
     """Beginnings of names of tensors that are no part of what runs here, and are not loaded: other towers."""
+    unread: Callable[[ModelSpec, str], bool] = lambda spec, name: False
+    """Whether a tensor of this name may be there and belongs to nothing in such a model."""
     spelt: Mapping[str, str] = field(default_factory=dict)
     """Beginnings of names as some checkpoints have them -> ours."""
 

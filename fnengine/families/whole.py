@@ -63,7 +63,7 @@ def of(spec: ModelSpec, whole: Whole, where: str) -> ModelSpec:
         SpecError: it has layers that need what was computed of a text before.
     """
     for kind in spec.layers:
-        if not isinstance(kind.mixer, Attention) or kind.mixer.gated:
+        if not isinstance(kind.mixer, Attention) or kind.mixer.gated or kind.mixer.v_norm or kind.scaled:
             raise SpecError(
                 f"layers of {type(kind.mixer).__name__}, as {spec.architecture} has, are not run over whole texts yet",
                 where=where,

@@ -81,8 +81,9 @@ def of_model(
     def later(params: Any, state: State, batch: Batch) -> tuple[State, Out]:
         rows, row_R = state.rows, batch.row.long()
         position_R = rows.length[row_R]
-        where = one_each(rows, batch, row_R, position_R)
-        x_RD = embed(spec, params[1], rows.history[row_R, position_R.long()], where.position)
+        token_R = rows.history[row_R, position_R.long()]
+        where = replace(one_each(rows, batch, row_R, position_R), token=token_R)
+        x_RD = embed(spec, params[1], token_R, where.position)
         x_RD, _ = body(spec, params[1], state.pool[layers:], where, ops, x_RD, run_layers)
         logits_RV = head_logits(spec, params[1], x_RD)
         return state, Out(drawn(batch, rows, row_R, position_R, logits_RV, ops, processors), batch.emit)
