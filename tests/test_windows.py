@@ -23,13 +23,14 @@ from fnengine import memory
 from fnengine.engine import Engine
 from fnengine.errors import ConfigError, KeptError, OutOfBlocks
 from fnengine.host.blocks import Ledger, Path
-from fnengine.host.request import Request, Sampling, Speculate, Stop
+from fnengine.host.request import Sampling, Speculate, Stop
 from fnengine.host.windows import Windows, span
 from fnengine.settings import Apart, Mode, Settings, size_pool, split, window_blocks
 from fnengine.spec import reach
 from tests.models import tiny_model, upstream
 from tests.test_hybrid_families import answers
 from tests.test_hybrid_families import request as asked
+from tests.test_memory import LAYER, SHAPES, SPEC
 from tests.test_schedule import LAWS, request, tokens, traces
 from tests.test_schedule import play as play_trace
 from tests.text_models import byte_tokenizer
@@ -120,7 +121,7 @@ def test_what_is_let_go_of_stays_as_cache_where_it_is_indexed():
 
 
 def test_a_prefix_is_found_where_its_window_is_whole():
-    ledger, windows = books(6, 6)
+    ledger, _ = books(6, 6)
     ids = list(range(20))
     path = ledger.trim(path_of(ledger, ids), 20)
     other = ledger.extend(ledger.empty(), 8).path  # takes the free one and evicts column 2, let go of first
@@ -744,6 +745,22 @@ def test_bytes_of_both_kinds():
     pool = size_pool(settings=some, **facts, apart=Apart(64, 1200, 100))
     assert whole.blocks == 655 and pool.near == 64
     assert pool.blocks == ((1 << 20) - 64 * 1200) // 400 and pool.bytes == pool.blocks * 400 + 64 * 1200 <= 1 << 20
+
+
+def test_of_all_memory_the_ledger_leaves_a_pool_of_both_kinds():
+    """Oracle: the same ledger with windows kept whole, and the bytes of the two kinds of block. One of two layers has a
+    window of 20 tokens: a block is 8 KiB, a window block half of it."""
+    half = dataclasses.replace(LAYER, mixer=dataclasses.replace(LAYER.mixer, window=20))
+    whole = dataclasses.replace(SHAPES, spec=dataclasses.replace(SPEC, layers=(LAYER, half)))
+    apart, _ = window_blocks(Settings(), SHAPES.mode, 20, whole.per_block // 2, "")
+    assert apart is not None and apart.blocks == 1 + 10 * 4 + 2 * 2
+    near = dataclasses.replace(whole, apart=apart)
+    room = memory.account(dataclasses.replace(whole, blocks=101)).peak + 8192
+    (a, _), (b, kept) = (memory.size(s, Settings(memory=room), 1 << 33, 1 << 34) for s in (whole, near))
+    assert (a.near, b.near) == (0, 45) and a.blocks in (101, 102) and b.blocks > 150
+    assert kept.peak <= room and kept.line("KV pool").bytes == b.bytes == 4096 * (b.blocks + 45)
+    (few, kept) = memory.size(near, Settings(memory=room - 60 * 8192, max_model_len=512), 1 << 33, 1 << 34)
+    assert few.near == 0 and "kept whole, which takes no more here" in few.reason and kept.peak <= room - 60 * 8192
 
 
 def test_so_many_that_no_row_ever_lacks_one():

@@ -8,9 +8,9 @@ The pool holds, for every token, its id and a digest of all tokens up to it, as 
 Both are read back through the row's block table, so a wrong block, copy, table edit, swap or order changes tokens. The
 logits after a token are its digest. With `kept` places the device has layers with states: a row's state is the digest
 of its last token, and the next one is made of that and not of what the pool holds. With `windows` it has a layer with a
-window, in blocks of its own, and every token must find in its window the digests that stand there by right. A companion keeps digests of its own
-beside them; what it drafts is somebody else's to say, but it computes what it has not seen, finds the rest right, and
-scribbles where drafts lie.
+window, in blocks of its own, and every token must find in its window the digests that stand there by right. A companion
+keeps digests of its own beside them; what it drafts is somebody else's to say, but it computes what it has not seen,
+finds the rest right, and scribbles where drafts lie.
 """
 
 from __future__ import annotations
