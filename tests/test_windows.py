@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -468,6 +469,11 @@ def least(reach: int, budget: int) -> int:
     return span(reach) + -(-budget // 16) + 3
 
 
+def windows_in(w: World) -> Windows:
+    assert w.host.ledger.windows is not None
+    return w.host.ledger.windows
+
+
 def run_all(w: World, *requests) -> World:
     for r in requests:
         w.submit(r)
@@ -482,7 +488,7 @@ def test_a_long_run_holds_a_window(depth):
     """400 tokens through windows of 40, in pieces of 32, and 80 more: 4 columns and a piece are held, of 30."""
     w = world(depth=depth, max_len=512, blocks=40, budget=32, windows=(least(40, 32), 40))
     held = []
-    w.watch = lambda _: held.append(w.host.ledger.windows.held)
+    w.watch = lambda _: held.append(windows_in(w).held)
     run_all(w, request("a", tokens(400), stop=Stop(max_tokens=80, ignore_eos=True)))
     assert max(held) <= span(40) + 2 and max(held[14:]) <= span(40)
     assert (w.runs[0].preemptions, w.runs[0].known) == (0, 480)
@@ -517,7 +523,7 @@ def test_a_prefix_whose_window_was_lost_is_found_again_once_somebody_computed_it
         runs += w.submit(request(f"r{i}", [*shared, *tokens(80, 50 + i).tolist()], 3))
         w.drain()
         if i == 1:
-            w.host.ledger.windows.reset()
+            windows_in(w).reset()
     for run in w.runs:
         w.verify(run)
     assert [r.cached for r in runs[2:]] == [0, 64]
@@ -539,7 +545,7 @@ def test_extensions_are_cut_back_and_begun_again():
     w.extend("x", "x", 190, [9, 8, 7], **greedy)
     rest()
     assert [len(p.input.token) for p in plans] == [3], "within reach of a draft it goes on at once"
-    w.host.ledger.windows.reset()
+    windows_in(w).reset()
     plans.clear()
     w.extend("x", "x", 100, [4], **greedy)
     rest()
@@ -739,7 +745,7 @@ def test_bytes_of_both_kinds():
     assert split(5000, 100, 9, apart) == (50, None), "all rows together use no more"
     assert split(900, 100, 1000, dataclasses.replace(apart, asked=True))[0] == 5
     assert split(5000, 80, 1000, apart)[0] > 1000, "blocks without KV cost nothing"
-    facts = dict(model_len=4096, bytes_per_token=100, rows=64, device="cpu", available=0)
+    facts: dict[str, Any] = dict(model_len=4096, bytes_per_token=100, rows=64, device="cpu", available=0)
     some = Settings(kv_cache_memory_bytes=1 << 20)
     whole = size_pool(settings=some, **facts)
     pool = size_pool(settings=some, **facts, apart=Apart(64, 1200, 100))
