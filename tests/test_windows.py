@@ -407,7 +407,7 @@ def play(machine: type[Machine], examples: int, **kw) -> None:
 
 @pytest.mark.parametrize(("reach", "near"), [(1, 6), (5, 7), (6, 9), (9, 14)])
 def test_every_window_holds_what_its_tokens_wrote(reach, near):
-    play(type("Sized", (Machine,), {"reach": reach, "near": near}), 25)
+    play(type("Sized", (Machine,), {"reach": reach, "near": near}), 15)
 
 
 class LetsGoTooEarly(Windows):
@@ -554,7 +554,7 @@ def test_extensions_are_cut_back_and_begun_again():
     w.drain()
 
 
-@settings(max_examples=25, **LAWS)
+@settings(max_examples=20, **LAWS)
 @given(traces(), st.sampled_from([1, 5, 20, 40, 200]), st.sampled_from([0, 0, 3, 30]))
 def test_traces_over_layers_with_windows(trace, reach, more):
     """Preemption, forks, hits, drafts, faults; every tick checks that blocks of both kinds are conserved."""
@@ -594,7 +594,12 @@ def oracle_of(name: str):
     return upstream(name)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gpt-oss", "mistral", "llama4"])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma3", "gpt-oss", pytest.param("mistral", marks=slow), pytest.param("llama4", marks=slow)]
+)
 def test_logits_are_those_of_windows_kept_whole_and_of_transformers(name: str):
     """A prompt in pieces, then token by token, over 13 to 26 windows."""
     ids, got = ids_of(240), []
@@ -617,7 +622,7 @@ def test_logits_are_those_of_windows_kept_whole_and_of_transformers(name: str):
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt-oss"])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=slow), pytest.param(2, marks=slow)])
 def test_every_verb_gives_the_bits_of_windows_kept_whole(name: str, seed: int):
     """Forks, slices, rejected drafts, company, prefix hits and values that were let go of, drawn at random."""
     rng = np.random.default_rng(seed)
@@ -699,7 +704,7 @@ def engine(name: str, **options) -> Engine:
     return Engine.build(tiny_model(name), tokenizer=byte_tokenizer(131), **{**EAGER, **options})
 
 
-@pytest.mark.parametrize("twin", [False, True], ids=["direct", "twin"])
+@pytest.mark.parametrize("twin", [False, pytest.param(True, marks=slow)], ids=["direct", "twin"])
 def test_an_engine_in_company_preempted_and_drafting(twin: bool):
     """Oracle: the engine with windows kept whole. Prefix hits, n-gram drafts, and so few window blocks that runs are
     sent back; once as graphs would run it, padded and one step ahead."""
