@@ -360,7 +360,7 @@ class TorchDevice:
                 self._catch_up({place for place, _ in begun} & self._guessed)
                 self._move_states(np.array(begun, np.int32))
         self._grow(step.grow, step.near_grow)
-        if len(step.copy):
+        if len(step.copy) and self._copied:
             self.ops.copy_blocks(self._copied, self._stage(step.copy))
         if step.near_copy is not None:
             self.ops.copy_blocks(self._copied_near, self._stage(step.near_copy))

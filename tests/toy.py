@@ -8,9 +8,9 @@ The pool holds, for every token, its id and a digest of all tokens up to it, as 
 Both are read back through the row's block table, so a wrong block, copy, table edit, swap or order changes tokens. The
 logits after a token are its digest. With `kept` places the device has layers with states: a row's state is the digest
 of its last token, and the next one is made of that and not of what the pool holds. With `windows` it has a layer with a
-window, in blocks of its own, and every token must find in its window the digests that stand there by right. A companion keeps digests of its own
-beside them; what it drafts is somebody else's to say, but it computes what it has not seen, finds the rest right, and
-scribbles where drafts lie.
+window, in blocks of its own, and every token must find in its window the digests that stand there by right. A companion
+keeps digests of its own beside them; what it drafts is somebody else's to say, but it computes what it has not seen,
+finds the rest right, and scribbles where drafts lie.
 """
 
 from __future__ import annotations
@@ -313,12 +313,17 @@ class ToyDevice:
                     assert near != 0, "a write to the null block of windows"
                     self.seen[near, i % BLOCK] = before
             self.memory[row] = before
-        for row, first, end in spans if self.windows is not None else ():
-            at = np.arange(max(0, first - self.windows[1] + 1), end)
+        if self.windows is not None:
+            self._look_through(spans, self.windows[1])
+        return spans
+
+    def _look_through(self, spans: list[tuple[int, int, int]], reach: int) -> None:
+        """Asserts that every new token finds in its window what stands there."""
+        for row, first, end in spans:
+            at = np.arange(max(0, first - reach + 1), end)
             found = self.seen[self.near[row, at // BLOCK], at % BLOCK]
             right = self.pool[self.table[row, at // BLOCK], at % BLOCK, 1]
             assert (found == right).all(), "a token finds in its window what does not stand there"
-        return spans
 
     def draft(self, round: Ahead, guesses: dict[int, tuple[int, ...]]) -> np.ndarray:
         """The guesses of each row, once the companion has computed what it had not seen, and what it leaves behind."""

@@ -453,7 +453,7 @@ def _verify(host: Host, walk: _Walk, run: Run) -> bool:
     if run.inflight or before + 1 != known or known != run.total:
         return False
     B = ledger.block
-    room = max(ledger.available - host.owed, 0) * B + -before % B
+    room = _room(host) * B + -before % B
     k = min(len(draft), run.limit - known - 1, walk.left - walk.reserved, room - 1, walk.picks)
     if ledger.states is not None:  # a draft ends, too, where a state is wanted
         k = ledger.states.chunk(before, k + 1, _prompt_of(run)) - 1
@@ -660,6 +660,15 @@ def _fits(host: Host, path: Path, total: int, upto: int) -> bool:
     later = min(-(-total // B), windows.span + 1) - (-(-path.length // B) - path.low)
     owed = sum([min(r.owed, windows.span) for r in host.running if r.owed])
     return max(now, later) + owed + len(host.running) <= windows.available
+
+
+def _room(host: Host) -> int:
+    """Blocks, with window blocks where there are such, that running prompts leave."""
+    ledger, windows = host.ledger, host.ledger.windows
+    n = ledger.spare - host.owed
+    if windows is not None:
+        n = min(n, windows.available - min(host.owed, windows.span))
+    return max(n, 0)
 
 
 def _spare(host: Host) -> int:
