@@ -173,8 +173,6 @@ def register(
         fn = through
     _LIBRARY.define(name + SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _LIBRARY.impl(name, fn, key)
-    if key != "CompositeExplicitAutograd":
-        _LIBRARY.impl(name, SHAPES[op], "Meta")
     torch.library.register_fake(f"{NAMESPACE}::{name}", SHAPES[op], lib=_LIBRARY)
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default
     IMPLEMENTATIONS[registered] = run
