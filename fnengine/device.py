@@ -251,6 +251,8 @@ class TorchDevice:
         """KV, of the layers that have any, a companion's behind them."""
         apart = [windows is not None and sight(mixer) != 0 for mixer in attentions(spec)]
         apart += [False] * (len(self.pools) - len(apart))
+        self.near = [a for p, a in zip(self.pools[: len(attentions(spec))], apart, strict=False) if p.k.numel()]
+        """Of each layer that has KV of its own: whether that lies in window blocks."""
         pools = [(t, near) for p, near in zip(self.pools, apart, strict=True) for t in (p.k, p.v) if t.numel()]
         self._copied = [t for t, near in pools if not near]
         """What is copied with blocks, ..."""

@@ -2,8 +2,8 @@
 
     8 bytes   length of the header
     header    JSON: digest of the file, what made it (`identity`), tokens of the prompt, a table of the tensors
-    data      K and V of each layer, the sequence's blocks in order; states of recurrent layers after the last token;
-              then the token ids
+    data      K and V of each layer, the sequence's blocks in order, of layers that have let go of what they see no more
+              those that are left; states of recurrent layers after the last token; then the token ids
 
 The format is safetensors', so that others can read it. KV is kept as it lies in the pool and not token by token: of
 rounded KV codes and scales are the value, and rounding again what was widened need not give the same ones. To be
@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,7 +144,7 @@ def write(
     tokens: np.ndarray,
     prompt_len: int,
     pool: tuple[Pool, ...],
-    blocks: np.ndarray,
+    blocks: Sequence[np.ndarray],
     kv: KVLayout,
     *,
     steer: str,
@@ -152,7 +152,8 @@ def write(
     memories: tuple[Memory, ...] = (),
     place: int = -1,
 ) -> None:
-    """Keeps a sequence: `blocks` (in order) of the pool hold its tokens. The file is renamed when it is whole.
+    """Keeps a sequence: `blocks` (of each layer's pool, in order, up to the last) hold what it needs. The file is
+    renamed when it is whole.
 
     Args:
         memories, place: what recurrent layers remember, and where of these tokens.
@@ -170,9 +171,8 @@ def write(
         "pure": str(pure),
         "key": keys.text(key),
     }
-    head = json.dumps({"__metadata__": about, **_table(pool, memories, n)}).encode()
+    head = json.dumps({"__metadata__": about, **_table(pool, [len(b) for b in blocks], memories, n)}).encode()
     head += b" " * (-(len(head) + 8) % 64)
-    index = torch.from_numpy(blocks.astype(np.int64))
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
             try:
@@ -183,7 +183,8 @@ def write(
                     digest.update(data)
                     file.write(data)
 
-                for p in pool:
+                for p, some in zip(pool, blocks, strict=True):
+                    index = torch.from_numpy(some.astype(np.int64))
                     k, v = (movable(x)[index.to(x.device)].view(x.dtype).cpu() for x in (p.k, p.v))
                     if n % BLOCK:
                         kv.clear(k[-1:], v[-1:], n % BLOCK)
@@ -204,8 +205,11 @@ def write(
         raise KeptError(f"cannot be written: {e.strerror or e}", where=str(path)) from e
 
 
-def _table(pool: tuple[Pool, ...], memories: tuple[Memory, ...], n: int) -> dict[str, dict[str, Any]]:
-    """What the header says of the tensors of a sequence of `n` tokens; of none there is no state."""
+def _table(
+    pool: tuple[Pool, ...], blocks: Sequence[int], memories: tuple[Memory, ...], n: int
+) -> dict[str, dict[str, Any]]:
+    """What the header says of the tensors of a sequence of `n` tokens, with so many blocks of each layer; of no tokens
+    there is no state."""
     table, at = {}, 0
 
     def add(name: str, dtype: str, shape: list[int], nbytes: int) -> None:
@@ -213,10 +217,9 @@ def _table(pool: tuple[Pool, ...], memories: tuple[Memory, ...], n: int) -> dict
         table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + nbytes]}
         at += nbytes
 
-    blocks = -(-n // BLOCK)
-    for i, p in enumerate(pool):
+    for i, (p, some) in enumerate(zip(pool, blocks, strict=True)):
         for name, x in (("k", p.k), ("v", p.v)):
-            add(f"layers.{i}.{name}", _NAMES[x.dtype], [blocks, *x.shape[1:]], blocks * x[0].nbytes)
+            add(f"layers.{i}.{name}", _NAMES[x.dtype], [some, *x.shape[1:]], some * x[0].nbytes)
     for i, m in enumerate(memories if n else ()):
         for name, x in (("tail", m.tail), ("matrix", m.matrix)):
             add(f"states.{i}.{name}", _NAMES[x.dtype], list(x.shape[1:]), x[0].nbytes)
@@ -243,7 +246,7 @@ class Opened:
     pure: int
 
     def fill(
-        self, pool: tuple[Pool, ...], blocks: np.ndarray, memories: tuple[Memory, ...] = (), place: int = -1
+        self, pool: tuple[Pool, ...], blocks: Sequence[np.ndarray], memories: tuple[Memory, ...] = (), place: int = -1
     ) -> np.ndarray:
         """The tokens; their KV is in `blocks` then, and what recurrent layers remember of them in `place`. Once.
 
@@ -251,7 +254,6 @@ class Opened:
             KeptError: the data is not what was written. The blocks hold some of it.
         """
         digest = hashlib.blake2b(self.head, digest_size=len(UNKNOWN) // 2)
-        index = torch.from_numpy(blocks.astype(np.int64))
 
         def take(nbytes: int) -> np.ndarray:
             data = np.empty(nbytes, np.uint8)
@@ -261,10 +263,11 @@ class Opened:
             return data
 
         with torch.inference_mode():
-            for p in pool:
+            for p, some in zip(pool, blocks, strict=True):
+                index = torch.from_numpy(some.astype(np.int64))
                 for x in (movable(x) for x in (p.k, p.v) if x.numel()):
-                    new = torch.from_numpy(take(len(blocks) * x[0].nbytes)).view(x.dtype)
-                    x[index.to(x.device)] = new.view(len(blocks), *x.shape[1:]).to(x.device)
+                    new = torch.from_numpy(take(len(some) * x[0].nbytes)).view(x.dtype)
+                    x[index.to(x.device)] = new.view(len(some), *x.shape[1:]).to(x.device)
             for x in (x for m in memories for x in (m.tail, m.matrix)):
                 x[place] = torch.from_numpy(take(x[0].nbytes)).view(x.dtype).view(x.shape[1:]).to(x.device)
         tokens = take(4 * self.length).view(np.int32)
@@ -274,20 +277,27 @@ class Opened:
 
 
 @contextmanager
-def opened(path: Path, key: keys.Key, pool: tuple[Pool, ...], memories: tuple[Memory, ...] = ()) -> Iterator[Opened]:
-    """A kept sequence that was made by what `key` says, for a pool of these shapes.
+def opened(
+    path: Path,
+    key: keys.Key,
+    pool: tuple[Pool, ...],
+    blocks: Callable[[int], Sequence[int]],
+    memories: tuple[Memory, ...] = (),
+) -> Iterator[Opened]:
+    """A kept sequence that was made by what `key` says, for a pool of these shapes; `blocks` gives how many of each
+    layer's a sequence of so many tokens has in a file.
 
     Raises:
         KeptError: see `Runtime.load`.
     """
     try:
         with path.open("rb") as file:
-            yield _header(path, file, key, pool, memories)
+            yield _header(path, file, key, lambda n: _table(pool, blocks(n), memories, n))
     except OSError as e:
         raise KeptError(f"cannot be read: {e.strerror or e}", where=str(path)) from e
 
 
-def _header(path: Path, file: BinaryIO, key: keys.Key, pool: tuple[Pool, ...], memories: tuple[Memory, ...]) -> Opened:
+def _header(path: Path, file: BinaryIO, key: keys.Key, tables: Callable[[int], dict[str, dict[str, Any]]]) -> Opened:
     size, begin = os.fstat(file.fileno()).st_size, file.read(8)
     length = int.from_bytes(begin, "little")
     if len(begin) < 8 or not 2 <= length <= min(size - 8, MOST_HEADER):
@@ -314,7 +324,7 @@ def _header(path: Path, file: BinaryIO, key: keys.Key, pool: tuple[Pool, ...], m
         said = "; ".join(f"{d.field}: {d.old} there, {d.new} here" for d in found[:SHOWN])
         more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise KeptError(f"was made by something else: {said}{more}", where=str(path), remedy=_ANEW)
-    wanted = _table(pool, memories, n)
+    wanted = tables(n)
     if table != wanted:
         raise _damaged(path, "its table of tensors is not that of a sequence of this model")
     data = wanted["tokens"]["data_offsets"][1]

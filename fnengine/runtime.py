@@ -236,17 +236,22 @@ class Runtime:
     def save(self, seq: Sequence, path: str | FilePath) -> None:
         """Writes tokens and KV of a sequence to one file, which `load` gives back. A file of that name is replaced, at
         once and only when the new one is whole. In models with recurrent layers it holds their state, too; where that
-        is not kept, it is computed anew.
+        is not kept, it is computed anew. Of layers that have let go of what they see no more it holds what is left.
 
         Raises:
             RequestError: a closed or foreign sequence.
-            KeptError: it cannot be written, or its state is lost and was steered.
+            KeptError: it cannot be written, its state is lost and was steered, or it was cut where its window is lost.
             OutOfBlocks: there is no room to compute a state. Nothing was written.
         """
-        self._need_whole_windows(path)
         self._need_open(seq)
+        if self._ledger.windows is not None and not self._ledger.windows.whole(seq._path):
+            raise KeptError(
+                f"what a token after its {len(seq)} tokens sees is not kept any more",
+                where=str(path),
+                remedy="extend `rt.empty` by its tokens, and save that",
+            )
         place = NOWHERE if self._ledger.states is None or not len(seq) else self._state_after(seq)
-        tokens, blocks = seq._buffer.data[: len(seq)], self._ledger.blocks_of(seq._path)
+        tokens, blocks = seq._buffer.data[: len(seq)], self._blocks_of(seq._path)
         pool, kv = self._pool, self.built.ops.kv
         steer, pure = digest_of(seq._path.salt), seq._pure
         kept.write(
@@ -272,9 +277,8 @@ class Runtime:
             ContextLengthError: it is longer than `max_len`.
             OutOfBlocks: the pool has too few free blocks. After any of these nothing was changed.
         """
-        self._need_whole_windows(path)
         pool, memories, states, null = self._pool, self._device.memories, self._ledger.states, self._device.rows
-        with kept.opened(FilePath(path), self._identity, pool, memories) as file:
+        with kept.opened(FilePath(path), self._identity, pool, self._columns, memories) as file:
             n = file.length
             if n > self.max_len:
                 raise ContextLengthError(f"{n} tokens exceed the context of {self.max_len}", where=str(path))
@@ -284,7 +288,9 @@ class Runtime:
             salt = (file.steer, "") if file.steer else ""
             whole = self._extensions([(self._ledger.empty(salt), n)])[0].path
             try:
-                tokens = file.fill(pool, self._ledger.blocks_of(whole), memories, null)
+                whole = self._ledger.trim(whole, n)
+                self._ledger.supply(whole, n)
+                tokens = file.fill(pool, self._blocks_of(whole), memories, null)
             except BaseException:
                 self._ledger.free(whole)
                 raise
@@ -319,13 +325,20 @@ class Runtime:
         again, _ = self.extend(seq[: n - 1], seq._buffer.data[n - 1 : n], logits=None)
         return again._row[0]
 
-    def _need_whole_windows(self, path: str | FilePath) -> None:
-        if self._ledger.windows is not None:
-            raise KeptError(
-                "a file holds KV of all tokens, and layers with a window have let go of what they see no more",
-                where=str(path),
-                remedy="compute the sequence from its tokens, or keep windows whole with window_blocks=0",
-            )
+    def _columns(self, n: int) -> list[int]:
+        """How many blocks of each layer a sequence of `n` tokens needs to be gone on from, its last ones."""
+        windows, every = self._ledger.windows, -(-n // BLOCK)
+        some = every if windows is None else every - windows.first(n)
+        return [some if near else every for near in self._device.near]
+
+    def _blocks_of(self, path: Path) -> list[np.ndarray]:
+        """Of each layer with KV of its own, the blocks that `_columns` counts."""
+        blocks = self._ledger.blocks_of(path)
+        columns = self._columns(path.length)
+        return [
+            self._ledger.nears_of(blocks[len(blocks) - n :].tolist()) if near else blocks
+            for n, near in zip(columns, self._device.near, strict=True)
+        ]
 
     @cached_property
     def _identity(self) -> keys.Key:

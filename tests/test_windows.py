@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, multiple, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
+from safetensors.torch import load_file
 
 import fnengine as fn
 from fnengine import memory
@@ -799,11 +800,35 @@ def test_where_windows_are_kept_whole_it_is_said():
     assert fn.Runtime(tiny_model("qwen3"), **EAGER).built.pool.reason.count("window") == 0
 
 
-def test_a_sequence_without_its_past_is_not_saved(tmp_path):
+@pytest.mark.parametrize("n", [7, 48, 111])
+def test_a_saved_sequence_goes_on_from_what_is_left(tmp_path, n: int):
+    """Oracle: the sequence that was never saved, bit for bit. The file holds no block that no token will see, and the
+    runtime that reads it has no more window blocks than it needs."""
+    model, ids = tiny_model("gemma3"), ids_of(130)
+    here, there = (fn.Runtime(model, **EAGER, window_blocks=blocks) for blocks in (20, 8))
+    seq, _ = here.extend(here.empty, ids[:n])
+    here.save(seq, tmp_path / "seq")
+    kept = {len(t) for name, t in load_file(tmp_path / "seq").items() if name.endswith(".k")}
+    windows = there._ledger.windows
+    assert windows is not None
+    assert kept == {-(-n // 16), -(-n // 16) - windows.first(n)}
+    again = there.load(tmp_path / "seq")
+    assert torch.equal(*(rt.extend(s, ids[n:], logits="all")[1] for rt, s in ((here, seq), (there, again))))
+    found, _ = there.extend(there.empty, ids[:n])  # by the prefix cache, where a block is full
+    assert torch.equal(*(rt.extend(s, ids[n:])[1] for rt, s in ((here, seq), (there, found))))
+    del seq, again, found
+    for rt in (here, there):
+        rt.drain()
+        rt._ledger.check([])
+        assert rt._ledger.held == 0
+
+
+def test_a_slice_whose_window_is_gone_is_not_saved(tmp_path):
     _, rt = both("gemma3")
-    seq, _ = rt.extend(rt.empty, ids_of(50))
-    with pytest.raises(KeptError, match="layers with a window have let go"):
-        rt.save(seq, tmp_path / "a")
+    seq, _ = rt.extend(rt.empty, ids_of(250))
+    with pytest.raises(KeptError, match="what a token after its 100 tokens sees is not kept any more"):
+        rt.save(seq[:100], tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_the_byte_ledger_counts_both_kinds():
