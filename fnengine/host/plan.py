@@ -430,6 +430,8 @@ def _verify(host: Host, walk: _Walk, run: Run) -> bool:
     B = ledger.block
     room = max(ledger.available - host.owed, 0) * B + -before % B
     k = min(len(draft), run.limit - known - 1, walk.left - walk.reserved, room - 1, walk.picks)
+    if k > 0 and run.guide is not None:
+        k = guiding.along(run, draft[:k])
     if k <= 0:
         return False
     try:
