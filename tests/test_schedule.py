@@ -447,6 +447,33 @@ def test_a_guide_that_fails_ends_its_own_run_only():
     assert (bad.finish, bad.generated, errors) == ("error", 3, ["too much work"]) and good.finish in ("stop", "length")
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_what_must_come_into_a_dead_end_is_told_before_the_run_ends(depth):
+    class Dead(Rule):
+        def may(self):
+            return frozenset({10 + len(self.text)} if len(self.text) < 4 else ())
+
+        def after(self, token):
+            assert token in self.may()
+            return Dead(self.salt, self.vocab, (*self.text, token))
+
+        def fork(self):
+            return self
+
+        def done(self):
+            return False
+
+    w = world(depth=depth)
+    errors = []
+    w.after = lambda e: errors.append(e.error) if e.error else None
+    (bad,) = w.submit(request("a", tokens(5), 20, guide=Dead(0, 97)))
+    (good,) = w.submit(request("b", tokens(9, 1), 20))
+    w.drain()
+    w.verify(good)
+    assert (bad.finish, bad.tokens[5 : bad.known].tolist()) == ("error", [10, 11, 12, 13])
+    assert len(errors) == 1 and "no token is left" in errors[0] and good.finish in ("stop", "length")
+
+
 def test_ids_are_suppressed_only_until_min_tokens():
     w = world()
     plans = []

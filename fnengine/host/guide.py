@@ -2,8 +2,9 @@
 
     submit    run.guide, at the start of the text, and run.masks: what may come next
     step      chooses under masks[0]; with a draft of k tokens, under masks[0:k + 1], one after each token
-    commit    follow(run, token) for each token that was taken, then look(run): masks and, where the text can only go
-              on in one way, that way as the next draft
+    commit    follow(run, token) for each token that was taken, then look(runs) for all of them: masks and, where the
+              text can only go on in one way, that way as the next draft
+    plan      along(run, draft): the masks of such a draft, where it is verified
 
 A guide depends on nothing but the tokens that are known, so preemption, aborts and faults leave it as it is. Tokens
 that must come are a draft that is always right: they cost one step together, and their log-probabilities come along.
@@ -263,37 +264,45 @@ def look(runs: Sequence[Run]) -> dict[int, RequestError]:
         run.draft, run.masks = (), array_NW[i : i + 1]
         if words < 2 and i not in refused:
             try:
-                _along(run, run.masks[0])
+                run.draft = _must(run)
             except RequestError as e:
                 refused[i] = e
     return refused
 
 
-def _along(run: Run, mask_W: np.ndarray) -> None:
-    """A draft of what has to come after a token that is alone in its mask, with its masks.
-
-    Raises: RequestError when nothing may come.
-    """
-    here: Guide | None = run.guide
-    assert here is not None
-    bits = int(mask_W.view(np.uint32).max())
+def _must(run: Run) -> tuple[int, ...]:
+    """What has to come, of a run whose mask is one word. Raises RequestError when nothing may."""
+    assert run.guide is not None and run.masks is not None
+    bits = int(run.masks.view(np.uint32).max())
     if not bits:
         raise _stuck(run.request)
-    tokens = () if bits & bits - 1 else here.forced()[: max(min(FORCED, run.limit - run.known - 1), 0)]
-    if not tokens:
-        return
-    masks = Masks(np.zeros((len(tokens) + 1, len(mask_W)), np.int32))
-    for i, token in enumerate(tokens):
-        assert here is not None, "a token is forced where nothing holds the text"
-        masks.array.view(np.uint32)[i, token // 32] = 1 << token % 32
-        here = here.after(token)
-    if here is None:
-        masks.array[-1] = -1
-    else:
-        here.allow(masks, len(tokens))
-        if not masks.array[-1].any():
-            raise _stuck(run.request)
-    run.draft, run.masks = tokens, masks.array
+    return () if bits & bits - 1 else run.guide.forced()[: max(min(FORCED, run.limit - run.known - 1), 0)]
+
+
+def along(run: Run, draft: Sequence[int]) -> int:
+    """How many of the first tokens of the run's draft can be verified together: `run.masks` goes along so many. A guess
+    has its masks; those of what must come are made here, when it is known to be in the step. Where nothing may come
+    behind it the last token comes alone, and what `look` says then is told."""
+    here: Guide | None = run.guide
+    assert run.masks is not None
+    if len(run.masks) > len(draft):
+        return len(draft)
+    n = len(draft)
+    masks = Masks(np.zeros((n + 1, run.masks.shape[1]), np.int32))
+    ids = np.asarray(draft)
+    masks.array.view(np.uint32)[np.arange(n), ids // 32] = np.uint32(1) << (ids % 32).astype(np.uint32)
+    masks.array[n] = -1
+    try:
+        for token in draft:
+            assert here is not None, "a token is forced where nothing holds the text"
+            here = here.after(token)
+        if here is not None:
+            here.allow(masks, n)
+    except RequestError:
+        masks.array[n] = 0
+    n -= not masks.array[n].any()
+    run.masks = masks.array[: n + 1]
+    return n
 
 
 def guess(run: Run, draft: Sequence[int]) -> None:

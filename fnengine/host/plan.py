@@ -457,6 +457,8 @@ def _verify(host: Host, walk: _Walk, run: Run) -> bool:
     k = min(len(draft), run.limit - known - 1, walk.left - walk.reserved, room - 1, walk.picks)
     if ledger.states is not None:  # a draft ends, too, where a state is wanted
         k = ledger.states.chunk(before, k + 1, _prompt_of(run)) - 1
+    if k > 0 and run.guide is not None:
+        k = guiding.along(run, draft[:k])
     if k <= 0:
         return False
     try:
