@@ -189,6 +189,18 @@ def test_choices_and_equal_prompts_wait_for_the_state_of_the_first(depth):
         w.verify(run)
 
 
+def test_more_choices_than_rows_compute_the_prompt_once():
+    w = world(rows=3, kept=8, budget=200, blocks=64)
+    plans = []
+    w.watch = plans.append
+    runs = w.submit(request("a", tokens(75), 3, n=8, temperature=1.0))
+    w.drain()
+    assert [run.cached for run in runs] == [0] + 7 * [64]
+    assert sum(x.prompt_tokens for x in plans) == 75 + 7 * 11
+    for run in runs:
+        w.verify(run)
+
+
 def test_without_places_nobody_waits():
     w = world(rows=4, kept=0, budget=200, blocks=64)
     plans = []

@@ -307,8 +307,10 @@ def plan(host: Host, now: float) -> Planned | None:
     if ledger.states is not None:  # before anybody is admitted, who may begin from one of them
         _keep(ledger.states, draft)
     while host.waiting and not walk.shut and (first := first_waiting(host)):
-        if len(aside) < len(host.free_rows) and _comes(host, first):
-            aside.append(heapq.heappop(host.queue)[1])  # those behind it are served meanwhile
+        if _comes(host, first):
+            walk.shut = len(aside) >= len(host.free_rows)
+            if not walk.shut:
+                aside.append(heapq.heappop(host.queue)[1])  # those behind it are served meanwhile
         else:
             walk.shut = not _admit(host, walk, first, now, urgent=False)
     for run in aside:
