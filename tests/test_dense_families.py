@@ -1,14 +1,13 @@
 """Families against transformers, on the same tiny random weights, driven through a `Runtime`.
 
-Oracle: transformers' own model in float32 (eager attention), one dense forward or its `generate`. Here a family's maths
-is run uncompiled; one layer of each new kind is compiled below.
+The laws are those of family_laws.py. Here a family's maths is run uncompiled; one layer of each new kind is compiled
+below.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,7 +17,9 @@ from fnengine.errors import SpecError
 from fnengine.families import FAMILIES, spec_from_config
 from fnengine.model import Model
 from fnengine.spec import LongScaling, Norm, Tempered
-from tests.models import MORE, threads, tiny_model, upstream
+from tests import family_laws as laws
+from tests.family_laws import oracle, tokens, worst
+from tests.models import MORE, threads, tiny_model
 
 TOLERANCE = 1e-5
 """Largest difference of a logit over the largest logit. The least of the mutants' is 1.3e-4: another form of GELU."""
@@ -32,71 +33,18 @@ def one_thread():
         yield
 
 
-def tokens(n: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 131, n).tolist()
-
-
-def runtime(model: Model, eager: bool = True, longest: int = 128) -> fn.Runtime:
-    return fn.Runtime(
-        model,
-        max_num_seqs=4,
-        max_model_len=longest,
-        max_num_batched_tokens=64,
-        kv_cache_memory_bytes=1 << 20,
-        enforce_eager=eager,
-    )
-
-
-def oracle(name: str, ids: list[int]) -> torch.Tensor:
-    """[n, V]: transformers' logits of one dense forward."""
-    with torch.no_grad():
-        return upstream(name)(torch.tensor([ids]), use_cache=False).logits[0]
-
-
-def worst(got: torch.Tensor, want: torch.Tensor) -> float:
-    assert got.shape == want.shape
-    return float((got - want).abs().max() / want.abs().max())
-
-
 @every
 def test_logits(name: str):
-    """Prefill, prefill in chunks, decoding, rows at different stages in one step, a fork, and a hit of the prefix."""
-    a, b, other = tokens(53, 1), tokens(41, 2), tokens(9, 3)
-    want_a, want_b = oracle(name, a), oracle(name, b)
-    rt = runtime(tiny_model(name))
-    first, logits = rt.extend(rt.empty, a[:37], logits="all")
-    assert worst(logits, want_a[:37]) < TOLERANCE, "a whole prompt"
-    (first, middle), (second, of_b) = rt.extend([(first, a[37:50]), (rt.empty, b[:18])], logits="all")
-    got_b = [of_b]
-    assert worst(middle, want_a[37:50]) < TOLERANCE, "a chunk, with a whole prompt in the same step"
-    for i in range(3):  # decoding beside a chunk
-        (first, one), (second, more) = rt.extend(
-            [(first, a[50 + i : 51 + i]), (second, b[18 + 7 * i : 25 + 7 * i])], logits="all"
-        )
-        assert worst(one, want_a[50 + i : 51 + i]) < TOLERANCE, "one token"
-        got_b.append(more)
-    assert worst(torch.cat(got_b), want_b[:39]) < TOLERANCE, "chunks"
-    forked, logits = rt.extend(first[:37], other, logits="all")
-    assert worst(logits, oracle(name, a[:37] + other)[37:]) < TOLERANCE, "a fork"
-    for seq in (first, second, forked):
-        seq.close()
-    hits = rt._ledger.hits
-    _, last = rt.extend(rt.empty, a)
-    assert worst(last, want_a[-1]) < TOLERANCE, "a prefix that is there already"
-    assert rt._ledger.hits > hits
+    laws.logits_are_those_of_transformers(name, runtime(tiny_model(name)), TOLERANCE)
 
 
 @every
 def test_greedy_text(name: str):
-    """Each of 64 tokens is what transformers' own logits, after everything before it, are largest for."""
-    prompt = tokens(11, seed=7)
-    rt, got = runtime(tiny_model(name)), []
-    seq, logits = rt.extend(rt.empty, prompt)
-    for _ in range(64):
-        got.append(int(logits.argmax()))
-        seq, logits = rt.extend(seq, got[-1:])
-    assert got == oracle(name, prompt + got)[10:-1].argmax(-1).tolist()
-    assert len(set(got)) > 4, "a text of one repeated token would prove little"
+    laws.a_greedy_text_is_that_of_transformers(name, runtime(tiny_model(name)))
+
+
+def runtime(model: Model, eager: bool = True, longest: int = 128) -> fn.Runtime:
+    return laws.runtime(model, enforce_eager=eager, max_model_len=longest)
 
 
 def told(name: str, ends: dict | None = None, mixer: dict | None = None, mlp: dict | None = None, **layer) -> Model:
@@ -180,29 +128,13 @@ def test_long_rope_takes_the_factors_of_the_longest_text_it_may_meet():
 
 @pytest.mark.parametrize("name", ["cohere2", "gemma2", "olmo2", "stablelm-parallel", "gpt2"])
 def test_compiled_layers(name: str, caplog):
-    """Oracle: the same steps uncompiled. Each kind of norm, block, rope and MLP is compiled once."""
-    ids = tokens(40, seed=6)
-    rt = runtime(tiny_model(name), eager=False)
-    assert rt.built.execution.startswith("compiled")
-    seq, first = rt.extend(rt.empty, ids[:33], logits="all")
-    rest = []
-    for t in ids[33:]:  # the later ones are recorded
-        seq, logits = rt.extend(seq, [t])
-        rest.append(logits)
-    assert worst(torch.cat([first, torch.stack(rest)]), whole(tiny_model(name), ids)) < TOLERANCE
-    assert "without a recording" not in caplog.text
+    """Each kind of norm, block, rope and MLP is compiled once."""
+    laws.compiled_is_uncompiled(name, caplog, TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt2", "gpt-neox", "opt", "olmo2", "cohere"])
 def test_rows_do_not_depend_on_neighbours(name: str):
-    """Law: a token's logits have the same bits alone and among 1 to 40 other tokens."""
-    ids = tokens(20, seed=9)
-    rt = runtime(tiny_model(name))
-    seq, _ = rt.extend(rt.empty, ids[:19])
-    _, want = rt.extend(seq, ids[19:])
-    for others in (1, 2, 3, 6, 11, 29, 40):
-        (_, _), (_, got) = rt.extend([(rt.empty, tokens(others, seed=others)), (seq, ids[19:])])
-        assert torch.equal(got, want), others
+    laws.rows_do_not_depend_on_neighbours(tiny_model(name))
 
 
 def test_families_are_listed_with_what_sets_them_apart(capsys):

@@ -21,8 +21,10 @@ from fnengine.families import spec_from_config
 from fnengine.kernels import BACKENDS, cpu, linear
 from fnengine.layers import moe, route
 from fnengine.spec import MoE
+from tests import family_laws as laws
+from tests.family_laws import oracle, tokens
 from tests.models import TINY, Paged, dense_ops, threads, tiny_folder, tiny_model, upstream
-from tests.test_families import TOLERANCE, oracle, tokens, worst
+from tests.test_families import TOLERANCE, worst
 
 CPU = torch.device("cpu")
 SPARSE = [name for name in TINY if re.search("moe|mixtral|gpt-oss|deepseek|llama4", name)]
@@ -36,22 +38,10 @@ def one_thread():
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_a_runtime_gives_the_logits_of_transformers(name: str):
-    """A prompt in chunks, 64 greedy tokens, a prefix that is in the cache, a fork."""
-    rt = fn.Runtime(tiny_model(name), max_num_batched_tokens=24, max_num_seqs=4, max_model_len=128, enforce_eager=True)
-    prompt = tokens(37, seed=3)
-    seq, logits = rt.extend(rt.empty, prompt, logits="all")
-    assert worst(logits, oracle(name, prompt)) < TOLERANCE
-    text, last, first = list(prompt), logits[-1], seq
-    for _ in range(64):
-        text.append(int(last.argmax()))
-        seq, last = rt.extend(seq, text[-1:])
-    want = oracle(name, text)
-    assert want[36:-1].argmax(-1).tolist() == text[37:] and worst(last, want[-1]) < TOLERANCE
-    again, hit = rt.extend(rt.empty, [*prompt[:34], 5, 9])
-    assert worst(hit, oracle(name, [*prompt[:34], 5, 9])[-1]) < TOLERANCE and len(again) == 36
-    (_, a), (_, b) = rt.extend([(first, [5, 6]), (first, [7])])
-    assert worst(a, oracle(name, [*prompt, 5, 6])[-1]) < TOLERANCE
-    assert worst(b, oracle(name, [*prompt, 7])[-1]) < TOLERANCE
+    """The laws of families, in steps of few tokens."""
+    rt = laws.runtime(tiny_model(name), max_num_batched_tokens=24)
+    laws.logits_are_those_of_transformers(name, rt, 2e-5)  # seen are 2e-6
+    laws.a_greedy_text_is_that_of_transformers(name, rt)
 
 
 def mutate(name: str, **change: object):

@@ -23,7 +23,9 @@ from fnengine.fallback import attending, compare, probe, template
 from fnengine.graphs import compile
 from fnengine.model import Model
 from fnengine.spec import features, tap_names
-from tests.models import OTHERS, threads, tiny_folder, tiny_model, upstream
+from tests import family_laws as laws
+from tests.family_laws import oracle, tokens, worst
+from tests.models import OTHERS, threads, tiny_folder, tiny_model
 from tests.text_models import byte_tokenizer
 
 TOLERANCE = 1e-4
@@ -38,29 +40,8 @@ def one_thread():
         yield
 
 
-def tokens(n: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 131, n).tolist()
-
-
 def runtime(model: Model, eager: bool = True) -> fn.Runtime:
-    return fn.Runtime(
-        model,
-        max_num_seqs=4,
-        max_model_len=128,
-        max_num_batched_tokens=64,
-        kv_cache_memory_bytes=1 << 20,
-        enforce_eager=eager,
-    )
-
-
-def oracle(name: str, ids: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        return upstream(name)(torch.tensor([ids]), use_cache=False).logits[0]
-
-
-def worst(got: torch.Tensor, want: torch.Tensor) -> float:
-    assert got.shape == want.shape
-    return float((got - want).abs().max() / want.abs().max())
+    return laws.runtime(model, enforce_eager=eager, max_model_len=128)
 
 
 def forced(name: str, **options) -> Model:
@@ -69,43 +50,13 @@ def forced(name: str, **options) -> Model:
 
 @every
 def test_logits(name: str):
-    """The laws of families: prefill, chunks, decoding, rows at different stages, a fork, and a hit of the prefix."""
-    a, b, other = tokens(53, 1), tokens(41, 2), tokens(9, 3)
-    want_a, want_b = oracle(name, a), oracle(name, b)
-    rt = runtime(tiny_model(name))
-    first, logits = rt.extend(rt.empty, a[:37], logits="all")
-    assert worst(logits, want_a[:37]) < TOLERANCE, "a whole prompt"
-    (first, middle), (second, of_b) = rt.extend([(first, a[37:50]), (rt.empty, b[:18])], logits="all")
-    assert worst(middle, want_a[37:50]) < TOLERANCE, "a chunk, with a whole prompt in the same step"
-    got_b = [of_b]
-    for i in range(3):
-        (first, one), (second, more) = rt.extend(
-            [(first, a[50 + i : 51 + i]), (second, b[18 + 7 * i : 25 + 7 * i])], logits="all"
-        )
-        assert worst(one, want_a[50 + i : 51 + i]) < TOLERANCE, "one token"
-        got_b.append(more)
-    assert worst(torch.cat(got_b), want_b[:39]) < TOLERANCE, "chunks"
-    forked, logits = rt.extend(first[:37], other, logits="all")
-    assert worst(logits, oracle(name, a[:37] + other)[37:]) < TOLERANCE, "a fork"
-    for seq in (first, second, forked):
-        seq.close()
-    hits = rt._ledger.hits
-    _, last = rt.extend(rt.empty, a)
-    assert worst(last, want_a[-1]) < TOLERANCE, "a prefix that is there already"
-    assert rt._ledger.hits > hits
+    """The laws of families."""
+    laws.logits_are_those_of_transformers(name, runtime(tiny_model(name)), TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["persimmon", "exaone4"])
 def test_greedy_text(name: str):
-    """Each of 64 tokens is what transformers' own logits, after everything before it, are largest for."""
-    prompt, got = tokens(11, seed=7), []
-    rt = runtime(tiny_model(name))
-    seq, logits = rt.extend(rt.empty, prompt)
-    for _ in range(64):
-        got.append(int(logits.argmax()))
-        seq, logits = rt.extend(seq, got[-1:])
-    assert got == oracle(name, prompt + got)[10:-1].argmax(-1).tolist()
-    assert len(set(got)) > 4, "a text of one repeated token would prove little"
+    laws.a_greedy_text_is_that_of_transformers(name, runtime(tiny_model(name)))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,6 +18,7 @@ from fnengine.families.fields import Fields, rope
 from fnengine.kernels.rope import rms_norm
 from fnengine.layers import inverse_frequencies, rope_angles
 from fnengine.spec import LinearScaling, MoE
+from tests.family_laws import oracle, tokens
 from tests.models import TINY, Paged, dense_ops, threads, tiny_model, upstream
 
 CPU = torch.device("cpu")
@@ -33,16 +33,6 @@ BF16_TOLERANCE = 0.08
 def one_thread():
     with threads(1):
         yield
-
-
-def tokens(n: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 131, n).tolist()
-
-
-def oracle(name: str, ids: list[int]) -> torch.Tensor:
-    """[n, V]: transformers' logits of one dense forward."""
-    with torch.no_grad():
-        return upstream(name)(torch.tensor([ids])).logits[0]
 
 
 def worst(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -22,8 +22,10 @@ from fnengine.families import spec_from_config
 from fnengine.host.request import Sampling, Speculate, Stop
 from fnengine.leaves import Packing
 from fnengine.spec import Attention, Beside, Both, Layer, ModelSpec, ProportionalScaling, Rope, kv_bytes_per_token
+from tests import family_laws as laws
+from tests.family_laws import oracle, runtime, tokens, worst
 from tests.models import threads, tiny_folder, tiny_model
-from tests.test_dense_families import TOLERANCE, oracle, runtime, tokens, whole, worst
+from tests.test_dense_families import TOLERANCE, whole
 from tests.text_models import byte_tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -88,30 +90,14 @@ def test_mutants_are_caught(name: str, change: dict[str, Any]):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_compiled_layers(name: str, caplog):
-    """Oracle: the same steps uncompiled. Each kind of layer is compiled once; small steps are recorded."""
-    ids = tokens(40, seed=6)
-    rt = runtime(tiny_model(name), eager=False)
-    assert rt.built.execution.startswith("compiled")
-    seq, first = rt.extend(rt.empty, ids[:33], logits="all")
-    rest = []
-    for t in ids[33:]:
-        seq, logits = rt.extend(seq, [t])
-        rest.append(logits)
-    assert worst(torch.cat([first, torch.stack(rest)]), whole(tiny_model(name), ids)) < TOLERANCE
-    assert "without a recording" not in caplog.text
+    """Each kind of layer is compiled once."""
+    laws.compiled_is_uncompiled(name, caplog, TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", BOTH)
 def test_rows_do_not_depend_on_neighbours(name: str, dtype: str):
-    """Law: a token's logits have the same bits alone and among 1 to 40 other tokens."""
-    ids = tokens(20, seed=9)
-    rt = runtime(tiny_model(name, dtype))
-    seq, _ = rt.extend(rt.empty, ids[:19])
-    _, want = rt.extend(seq, ids[19:])
-    for others in (1, 2, 3, 6, 11, 29, 40):
-        (_, _), (_, got) = rt.extend([(rt.empty, tokens(others, seed=others)), (seq, ids[19:])])
-        assert torch.equal(got, want), others
+    laws.rows_do_not_depend_on_neighbours(tiny_model(name, dtype))
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -255,7 +241,8 @@ def test_layers_that_borrow_may_have_tensors_that_nobody_reads(tmp_path: Path):
         ({"vocab_size_per_layer_input": 100}, "is less than vocab_size"),
         ({"enable_moe_block": True}, "the config has no num_experts"),
         ({"hidden_activation": "tanh"}, "hidden_activation = 'tanh' is not implemented"),
-        ({"per_layer_config": [7]}, "does not say in an object what layer 0 has"),
+        ({"per_layer_config": [7]}, "is no object of layers by their numbers"),
+        ({"per_layer_config": {"00": 7}}, "says nothing that is understood of layer 0"),
         ({"per_layer_config": {"3": {"heads": 2}}}, r"per_layer_config\.3.*heads = 2"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
     ],

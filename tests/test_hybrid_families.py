@@ -26,6 +26,8 @@ from fnengine.leaves import Packing
 from fnengine.model import Model
 from fnengine.settings import Mode
 from fnengine.spec import DeltaNet, Mamba2, state_bytes
+from tests import family_laws as laws
+from tests.family_laws import oracle, tokens, worst
 from tests.models import HYBRID, threads, tiny_folder, tiny_model, upstream
 from tests.test_steering import hooked
 from tests.text_models import byte_tokenizer
@@ -45,66 +47,20 @@ def one_thread(monkeypatch):
         yield
 
 
-def tokens(n: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 131, n).tolist()
-
-
 def runtime(model: Model, rows: int = 4, **options) -> fn.Runtime:
-    sizes = dict(max_num_seqs=rows, max_model_len=160, max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 20)
-    return fn.Runtime(model, **{**sizes, "enforce_eager": True, **options})
-
-
-def oracle(name: str, ids: list[int]) -> torch.Tensor:
-    """[n, V]: transformers' logits of one dense forward."""
-    with torch.no_grad():
-        return upstream(name)(torch.tensor([ids]), use_cache=False).logits[0]
-
-
-def worst(got: torch.Tensor, want: torch.Tensor) -> float:
-    assert got.shape == want.shape
-    return float((got - want).abs().max() / want.abs().max())
+    return laws.runtime(model, max_num_seqs=rows, **options)
 
 
 @every
 def test_logits(name: str):
-    """Prefill, prefill in chunks, decoding, rows at different stages in one step, a fork, and a hit of the prefix."""
-    a, b, other = tokens(90, 1), tokens(41, 2), tokens(9, 3)
-    want_a, want_b = oracle(name, a), oracle(name, b)
-    rt = runtime(tiny_model(name))
-    first, logits = rt.extend(rt.empty, a[:75], logits="all")
-    assert worst(logits, want_a[:75]) < TOLERANCE, "a whole prompt, in chunks"
-    (first, middle), (second, of_b) = rt.extend([(first, a[75:87]), (rt.empty, b[:18])], logits="all")
-    got_b = [of_b]
-    assert worst(middle, want_a[75:87]) < TOLERANCE, "a chunk, with a whole prompt in the same step"
-    for i in range(3):  # decoding beside a chunk
-        (first, one), (second, more) = rt.extend(
-            [(first, a[87 + i : 88 + i]), (second, b[18 + 7 * i : 25 + 7 * i])], logits="all"
-        )
-        assert worst(one, want_a[87 + i : 88 + i]) < TOLERANCE, "one token"
-        got_b.append(more)
-    assert worst(torch.cat(got_b), want_b[:39]) < TOLERANCE, "chunks"
-    forked, logits = rt.extend(first[:77], other, logits="all")
-    assert worst(logits, oracle(name, a[:77] + other)[77:]) < TOLERANCE, "a fork of a slice"
-    for seq in (first, second, forked):
-        seq.close()
-    hits = rt._ledger.hits
-    _, last = rt.extend(rt.empty, a)
-    assert worst(last, want_a[-1]) < TOLERANCE, "a prefix that is there already"
-    assert rt._ledger.hits - hits == 64
-    rt.check()
+    """A prompt longer than a step, a fork of a slice, and a prefix that ends where a state is kept."""
+    cuts = laws.Cuts(90, 75, 87, fork=77)
+    laws.logits_are_those_of_transformers(name, runtime(tiny_model(name)), TOLERANCE, cuts, hit=64)
 
 
 @every
 def test_greedy_text(name: str):
-    """Each of 64 tokens is what transformers' own logits, after everything before it, are largest for."""
-    prompt = tokens(11, seed=7)
-    rt, got = runtime(tiny_model(name)), []
-    seq, logits = rt.extend(rt.empty, prompt)
-    for _ in range(64):
-        got.append(int(logits.argmax()))
-        seq, logits = rt.extend(seq, got[-1:])
-    assert got == oracle(name, prompt + got)[10:-1].argmax(-1).tolist()
-    assert len(set(got)) > 4, "a text of one repeated token would prove little"
+    laws.a_greedy_text_is_that_of_transformers(name, runtime(tiny_model(name)))
 
 
 @pytest.mark.parametrize("name", ["qwen3-next", "bamba"])

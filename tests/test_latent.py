@@ -30,8 +30,9 @@ from fnengine.leaves import Packing, packing
 from fnengine.params import memory_plan
 from fnengine.spec import kv_bytes_per_token
 from fnengine.state import pool_bytes
+from tests.family_laws import tokens
 from tests.models import threads, tiny_folder, tiny_model
-from tests.test_families import TOLERANCE, tokens, worst
+from tests.test_families import TOLERANCE, worst
 from tests.text_models import byte_tokenizer
 
 CPU = torch.device("cpu")
