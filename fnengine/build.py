@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import psutil
 import torch
@@ -185,9 +185,7 @@ def build(
             beside=beside,
             apart=apart,
         )
-    if whole and pool.max_len > reach(spec) > 0:
-        kept_whole = f"windows of {reach(spec)} tokens are kept whole: {whole}"
-        pool = replace(pool, reason=f"{pool.reason}; {kept_whole}")
+    pool = accounting.said_of_windows(pool, spec, whole)
     threads = team.members(torch.get_num_threads()) if device.type == "cpu" else []
     pinned = team.pin(threads, environment.processors()) if settings.pin_threads else {}
     traces = Traces()

@@ -238,6 +238,13 @@ def apart_of(
     return window_blocks(settings, mode, reach_of, pool_bytes(kv, spec, dtype, seeing=False), why)
 
 
+def said_of_windows(pool: PoolSize, spec: ModelSpec, why: str) -> PoolSize:
+    """The pool, whose reason says why windows are kept whole, where that takes more than it need."""
+    if not why or pool.max_len <= reach(spec) or not reach(spec):
+        return pool
+    return dataclasses.replace(pool, reason=f"{pool.reason}; windows of {reach(spec)} tokens are kept whole: {why}")
+
+
 @dataclass(frozen=True)
 class Line:
     name: str

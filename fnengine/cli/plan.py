@@ -100,15 +100,19 @@ def made(options: Options, folder: Path) -> tuple[PoolSize, Account, int]:
         longest, why, account = whole_memory.fitted(shapes, settings, available, base)
         return whole_memory.pool_of(longest, why), account, shapes.mode.rows
     mode, beside = settings.mode("cpu"), "" if extra is None else extra.name
-    apart, _ = memory.apart_of(needs.spec, needs.kv, needs.dtype, settings, mode, settings.attention_backend, beside)
+    apart, whole_why = memory.apart_of(
+        needs.spec, needs.kv, needs.dtype, settings, mode, settings.attention_backend, beside
+    )
     slots = int(settings.swap_space * 2**30) // shapes.per_block
     shapes = dataclasses.replace(shapes, host_slots=slots, apart=apart)
     available, total = build.memory(torch.device("cpu"))
     if settings.memory is None:  # as after loading: the weights are no longer available then
         weights = memory.account(shapes).line("weights").bytes + (0 if extra is None else extra.weights)
         available, now = available - weights - memory.CODE, base + weights + memory.CODE
-        return *memory.size(shapes, settings, max(available, 0), total, now), shapes.mode.rows
-    return *memory.size(shapes, settings, available, total), shapes.mode.rows
+        pool, account = memory.size(shapes, settings, max(available, 0), total, now)
+    else:
+        pool, account = memory.size(shapes, settings, available, total)
+    return memory.said_of_windows(pool, needs.spec, whole_why), account, shapes.mode.rows
 
 
 def _draft(config: Mapping[str, Any], options: Options) -> Needs | None:
