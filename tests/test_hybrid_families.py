@@ -28,7 +28,7 @@ from fnengine.settings import Mode
 from fnengine.spec import DeltaNet, Mamba2, state_bytes
 from tests import family_laws as laws
 from tests.family_laws import oracle, tokens, worst
-from tests.models import HYBRID, threads, tiny_folder, tiny_model, upstream
+from tests.models import HYBRID, threads, tiny_folder, tiny_model
 from tests.test_steering import hooked
 from tests.text_models import byte_tokenizer
 from tests.toy import Rule
