@@ -28,7 +28,7 @@ def loads(text: str, constant: Callable[[str], Any], piece: int = PIECE) -> Any:
         json.JSONDecodeError, ValueError, RecursionError: as `json.loads`.
     """
     decoder = json.JSONDecoder(parse_constant=constant)
-    scan, string = decoder.scan_once, json.decoder.scanstring
+    scan, string = decoder.scan_once, json.decoder.scanstring  # pyright: ignore[reportAttributeAccessIssue]
 
     def fail(what: str, at: int):
         raise json.JSONDecodeError(what, text, at)
