@@ -81,6 +81,7 @@ class NullDevice:
     depth: int = 0
     host_slots: int = 0
     kept: int | None = None
+    windows: tuple[int, int] | None = None
     launched: int = 0
     launch_at: float = 0.0
     """When the newest step was launched, by `time.perf_counter`."""

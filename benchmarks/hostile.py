@@ -95,6 +95,7 @@ FIELDS = (
     "reasoning_effort", "chat_template_kwargs", "response_format", "guided_json", "guided_regex", "guided_choice",
     "guided_grammar", "structured_outputs", "input", "instructions", "text", "reasoning", "top_logprobs", "system",
     "thinking", "metadata", "encoding_format", "dimensions", "tokens", "documents", "top_n",
+    "stop_regex", "logprob_token_ids",
 )  # fmt: skip
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**30, -(10**30), 1e308, -1e308, 0.5, "", "x", "\x00", "\ud7ff",
@@ -222,6 +223,14 @@ def grammars(rng: random.Random) -> Attack:
     return whole("grammars", "/v1/completions", encoded(body))
 
 
+def expressions(rng: random.Random) -> Attack:
+    path = rng.choice(("/v1/completions", "/v1/chat/completions"))
+    hard = (*PATTERNS, "(a?){40}a{40}b", "([a-z ]*[a-z]){20}!", "(?i)(\\w+\\s?)+#", "(?m)(.*\\n)*end$")
+    many = [rng.choice(hard) for _ in range(rng.choice((1, 1, 2, 40)))]
+    body = {**ROUTES[path], "max_tokens": 40, "stop_regex": many[0] if len(many) == 1 else many}
+    return whole("expressions", path, encoded(body))
+
+
 def templates(rng: random.Random) -> Attack:
     body = dict(ROUTES["/v1/chat/completions"])
     evil = rng.choice(("{{ ''.__class__.__mro__ }}", "{% for i in range(10**9) %}x{% endfor %}", "{{ messages }}"))
@@ -329,8 +338,8 @@ def pipelined(rng: random.Random) -> Attack:
 
 
 KINDS: tuple[Callable[[random.Random], Attack], ...] = (
-    bad_json, deep, wrong_types, no_numbers, no_text, huge, ranges, tokens, grammars, templates, paths,
-    kinds_of_content, chunked, too_large, lying_length, heads, garbage, slow, halved, gone, unread, pipelined,
+    bad_json, deep, wrong_types, no_numbers, no_text, huge, ranges, tokens, grammars, expressions, templates,
+    paths, kinds_of_content, chunked, too_large, lying_length, heads, garbage, slow, halved, gone, unread, pipelined,
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import psutil
 import torch
@@ -17,6 +17,7 @@ from fnengine import own as owning
 from fnengine.companions import Beside, Ground
 from fnengine.device import TorchDevice
 from fnengine.errors import ConfigError
+from fnengine.graphs.bucket import fit
 from fnengine.graphs.compile import CannotCompile, Traces, folder, kept, missing_compiler
 from fnengine.graphs.compile import start as start_compiler
 from fnengine.host.plan import Policy
@@ -32,7 +33,8 @@ from fnengine.params import memory_plan
 from fnengine.processors import Own, check_own
 from fnengine.program import Recorded, compiled_layers, wanted_kinds
 from fnengine.settings import Mode, PoolSize, Settings, check_kv, kept_states, size_pool, wanted_len
-from fnengine.spec import ModelSpec, attentions, for_length, recurrents, state_bytes, steerable
+from fnengine.spec import ModelSpec, attentions, for_length, reach, recurrents, steerable
+from fnengine.state import memory_bytes
 from fnengine.step import make_step
 
 log = logging.getLogger("fnengine")
@@ -113,6 +115,8 @@ def build(
         ready = companion.ready(Ground(model, settings, mode, tuple(own.values()), layers, capturing, ops_for))
     extra = None if ready is None else ready.extra
     per_block = accounting.block_of(spec, ops.kv, model.dtype) + (0 if extra is None else extra.per_block)
+    attention, drafting = ops.paged_attention.backend.name, "" if companion is None else companion.name
+    apart, whole = accounting.apart_of(spec, ops.kv, model.dtype, settings, mode, attention, drafting)
     slots = int(settings.swap_space * 2**30) // per_block
     kinds, uncompiled = [], ""
     if compiling and (ops.paged_attention.backend.name != "reference" or device.type != "cpu"):
@@ -142,6 +146,7 @@ def build(
             steer=len(steer),
             extra=extra,
             kept=places or 0,
+            apart=apart,
         )
         pool, account = accounting.size(shapes, settings, *memory(device), now=accounting.base_now())
     else:
@@ -165,9 +170,10 @@ def build(
             compiled=bool(kinds),
             steer=len(steer),
             drafting=companion is not None,
+            near=apart is not None,
         )
         beside += 0 if extra is None else extra.on_card
-        beside += (mode.rows + 1 + (places or 0)) * state_bytes(spec)
+        beside += memory_bytes(spec, mode.rows, places or 0)
         pool = size_pool(
             settings=settings,
             model_len=spec.max_len,
@@ -177,7 +183,11 @@ def build(
             available=available,
             total=total,
             beside=beside,
+            apart=apart,
         )
+    if whole and pool.max_len > reach(spec) > 0:
+        kept_whole = f"windows of {reach(spec)} tokens are kept whole: {whole}"
+        pool = replace(pool, reason=f"{pool.reason}; {kept_whole}")
     threads = team.members(torch.get_num_threads()) if device.type == "cpu" else []
     pinned = team.pin(threads, environment.processors()) if settings.pin_threads else {}
     traces = Traces()
@@ -232,6 +242,7 @@ def build(
         capturing=captured.capturing,
         companion=second,
         kept=places,
+        windows=(pool.near, reach(spec)) if pool.near else None,
     )
     runner.capture()
     return Built(
@@ -268,6 +279,7 @@ def policy_of(model: Model, settings: Settings, built: Built, tokenizer: Tokeniz
         picks=picks_of(built.mode.rows, model.spec.vocab, bool(built.drafts)),
         steer=built.device.steer,
         width=model.spec.width,
+        padded=lambda tokens: fit(tokens, 1).tokens,
     )
 
 
@@ -280,12 +292,6 @@ def fingerprint(model: Model, settings: Settings, built: Built) -> str:
 def check_steer(names: Sequence[str], spec: ModelSpec) -> tuple[str, ...]:
     """The layers that may be steered, each once, in their order. Raises ConfigError if there is no such layer."""
     known = steerable(spec)
-    if names and recurrents(spec):
-        raise ConfigError(
-            f"{spec.architecture} has recurrent layers: what is lost of them is computed again, and not steered then",
-            where="--steer",
-            remedy="run it without",
-        )
     for name in names:
         if name not in known:
             remedy = f"{known[0]} to {known[-1]}, with commas between" if known else "leave it out: a fallback has none"

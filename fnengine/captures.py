@@ -42,6 +42,7 @@ def covers(more: Ask, ask: Ask) -> bool:
         and more.logits >= ask.logits
         and more.picks == ask.picks
         and more.masked == ask.masked
+        and more.watched >= ask.watched
         and more.taps == ask.taps
         and (ask.logprobs is None or (more.logprobs is not None and more.logprobs >= ask.logprobs))
     )

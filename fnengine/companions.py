@@ -134,13 +134,12 @@ def check_pair(target: Model, draft: Model) -> None:
             where=where,
             remedy="take one of the same family",
         )
-    for model, what in ((target, "the target"), (draft, where)):
-        if recurrents(model.spec):  # its state does not come back when a draft was wrong
-            raise ConfigError(
-                f"{what} has recurrent layers ({model.spec.architecture}), beside which nothing is drafted yet",
-                where=where,
-                remedy="leave the draft model out",
-            )
+    if recurrents(draft.spec):  # it is blocks that are shared, copied and lent to a draft
+        raise ConfigError(
+            f"a draft model with recurrent layers ({draft.spec.architecture}), which keep nothing in blocks",
+            where=where,
+            remedy="take one without, or a layer that predicts further tokens",
+        )
     if target.device != draft.device:
         raise ConfigError(
             f"a draft model on {draft.device} for a target on {target.device}",

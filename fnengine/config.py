@@ -69,6 +69,8 @@ class ServeOptions:
     profile_dir: str | None = None
     stuck_after: float = 60.0
     uvicorn_log_level: str = "warning"
+    request_timeout: float = 0.0
+    """Seconds; 0 is no limit."""
     shutdown_timeout: float = 0.0
     api_key: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
@@ -169,6 +171,8 @@ def _checked(serve: ServeOptions) -> ServeOptions:
         raise ConfigError(f"must be at least 1, got {serve.stream_interval}", where="--stream-interval")
     if not 0 <= serve.shutdown_timeout < float("inf"):
         raise ConfigError(f"must be 0 or more, got {serve.shutdown_timeout}", where="--shutdown-timeout")
+    if not 0 <= serve.request_timeout < float("inf"):
+        raise ConfigError(f"must be 0 or more, got {serve.request_timeout}", where="--request-timeout")
     if not 0 < serve.stuck_after < float("inf"):
         raise ConfigError(f"must be more than 0, got {serve.stuck_after}", where="--stuck-after")
     if "" in serve.api_key:

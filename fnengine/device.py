@@ -26,11 +26,12 @@ from fnengine.graphs.dispatch import Capturing, Choice, Graphs
 from fnengine.graphs.report import Usage
 from fnengine.host.ahead import Ahead
 from fnengine.host.ask import is_rare
-from fnengine.host.request import MAX_BIAS
+from fnengine.host.request import MAX_BIAS, MAX_WATCHED
 from fnengine.host.step import BLOCK, NEWEST, Admission, Ask, Scores, StepInput, StepOutput, Ticket
 from fnengine.kernels import KVLayout, Ops, memory
 from fnengine.kernels.layout import movable
-from fnengine.spec import Attending, Mixer, ModelSpec, Recurrent
+from fnengine.recurrent import take_in
+from fnengine.spec import Attending, Mixer, ModelSpec, Recurrent, attentions, recurrents, sight
 from fnengine.state import (
     Carry,
     LayerState,
@@ -42,6 +43,7 @@ from fnengine.state import (
     Top,
     common_columns,
     empty_rows,
+    memory_shapes,
     packed_parts,
     pool_shapes,
     rare_columns,
@@ -62,19 +64,24 @@ def make_state(
     own: int = 0,
     steer: int = 0,
     kept: int = 0,
+    near: int | None = None,
 ) -> State:
     """Empty state: `blocks` (N) blocks a layer laid out as `kv` says, `rows` (M) rows and the null row, with arguments
-    for `own` processors and vectors for `steer` layers; in recurrent layers `kept` places beside those of the rows."""
+    for `own` processors and vectors for `steer` layers; in recurrent layers `kept` places beside those of the rows, in
+    layers with a window `near` blocks, where these have their own."""
 
     def of_layer(mixer: Mixer) -> LayerState:
         if not isinstance(mixer, Recurrent):
-            return make_pool([mixer], kv, blocks, dtype, device)[0]
-        shapes = ((mixer.taps - 1, mixer.channels), mixer.memory)
-        return Memory(*(_zeros((rows + 1 + kept, *shape), torch.float32, device) for shape in shapes))
+            own_blocks = near if near is not None and sight(mixer) else blocks
+            return make_pool([mixer], kv, own_blocks, dtype, device)[0]
+        states, notes = memory_shapes(mixer)
+        every = [(rows + 1 + kept, *shape) for shape in states] + [(rows + 1, *shape) for shape in notes]
+        return Memory(*(_zeros(shape, torch.float32, device) for shape in every))
 
     pool = tuple(of_layer(layer.mixer) for layer in spec.layers)
     columns = -(-max_len // BLOCK)
-    sizes: dict[str, Any] = dict(columns=columns, tokens=max_len + 1, vocab=spec.vocab, own=own)
+    sizes: dict[str, Any] = dict(columns=columns, tokens=max_len + 1, vocab=spec.vocab, own=own, near=near is not None)
+    sizes["states"] = len(recurrents(spec)) > 0
     return State(pool, empty_rows(rows + 1, **sizes, device=device, steer=(steer, spec.width)))
 
 
@@ -129,7 +136,8 @@ class Launched:
             token = token[place]
             if scores is not None:
                 at = place.ravel()
-                scores = Scores(scores.chosen[at], scores.top_ids[at], scores.top[at])
+                watched = None if scores.watched is None else scores.watched[at]
+                scores = Scores(scores.chosen[at], scores.top_ids[at], scores.top[at], watched)
         taps = tuple(x[:T] for x in out.taps)
         return StepOutput(token, out.count[:R].numpy(), scores, _scores(out.score, T), logits, taps)
 
@@ -151,7 +159,8 @@ def _count(usage: Usage, c: Choice[Ask], seconds: float) -> None:
 def _scores(top: Top | None, n: int) -> Scores | None:
     if top is None:
         return None
-    return Scores(top.chosen[:n].numpy(), top.ids[:n].numpy(), top.values[:n].numpy())
+    watched = None if top.watched is None else top.watched[:n].numpy()
+    return Scores(top.chosen[:n].numpy(), top.ids[:n].numpy(), top.values[:n].numpy(), watched)
 
 
 class Steps(Protocol):
@@ -190,6 +199,8 @@ class TorchDevice:
         depth: steps the host may have in flight beside the one it reads; by default 1 where steps are captured or run
             on a GPU.
         kept: places of states beside those of the rows; None where no layer has a state.
+        windows: window blocks, the null block included, and tokens that the longest window covers; None: layers with a
+            window lie in the same blocks as all others. Such a device has no companion and swaps nothing.
     """
 
     def __init__(
@@ -211,7 +222,10 @@ class TorchDevice:
         companion: Companion | None = None,
         depth: int | None = None,
         kept: int | None = None,
+        windows: tuple[int, int] | None = None,
     ):
+        assert windows is None or (companion is None and not host_slots and kept is None)
+        self.windows = windows
         self.spec, self.params, self.step, self.ops = spec, params, step, ops
         self.blocks, self.rows, self.max_len, self.host_slots = blocks, rows, max_len, host_slots
         self.kept = kept
@@ -228,12 +242,20 @@ class TorchDevice:
             own=len(processors),
             steer=len(steer),
             kept=kept or 0,
+            near=None if windows is None else windows[0],
         )
         self.companion = companion
         if companion is not None:
             self.state = beside(self.state, companion, blocks, dtype)
         self.pools = tuple(p for p in self.state.pool if isinstance(p, Pool))
         """KV, of the layers that have any, a companion's behind them."""
+        apart = [windows is not None and sight(mixer) != 0 for mixer in attentions(spec)]
+        apart += [False] * (len(self.pools) - len(apart))
+        pools = [(t, near) for p, near in zip(self.pools, apart, strict=True) for t in (p.k, p.v) if t.numel()]
+        self._copied = [t for t, near in pools if not near]
+        """What is copied with blocks, ..."""
+        self._copied_near = [t for t, near in pools if near]
+        """... and with window blocks."""
         self.memories = tuple(p for p in self.state.pool if isinstance(p, Memory))
         """States of the recurrent layers."""
         self._rare: set[int] = set()
@@ -242,6 +264,8 @@ class TorchDevice:
         """Rows that hold a bias."""
         self._steered: set[int] = set()
         """Rows that hold a vector."""
+        self._guessed: set[int] = set()
+        """Rows whose last step held guesses: their states may be behind."""
         self._pinned = device.type == "cuda"
         self._host = tuple(
             Pool(*(torch.zeros(host_slots, *t.shape[1:], dtype=t.dtype, pin_memory=self._pinned) for t in (p.k, p.v)))
@@ -328,14 +352,21 @@ class TorchDevice:
         if step.swap_in is not None and len(step.swap_in):
             _move(self._host, step.swap_in[:, 0], pool, step.swap_in[:, 1])
         if step.keep is not None:
+            self._catch_up(set(step.keep[:, 0].tolist()) & self._guessed)
             self._move_states(step.keep)
         if step.admit:
             self._admit(step.admit)
             if begun := [(a.state, a.row) for a in step.admit if a.state >= 0]:
+                self._catch_up({place for place, _ in begun} & self._guessed)
                 self._move_states(np.array(begun, np.int32))
-        self._grow(step.grow)
-        if len(step.copy):
-            self.ops.copy_blocks([t for p in pool for t in (p.k, p.v) if t.numel()], self._stage(step.copy))
+        self._grow(step.grow, step.near_grow)
+        if len(step.copy) and self._copied:
+            self.ops.copy_blocks(self._copied, self._stage(step.copy))
+        if step.near_copy is not None:
+            self.ops.copy_blocks(self._copied_near, self._stage(step.near_copy))
+        if self.memories:
+            guessing = set(step.row[step.emit > 1].tolist())
+            self._guessed = self._guessed - set(step.row.tolist()) | guessing
         choice = self.steps.choose(len(step.token), len(step.row), step.ask)
         out = self.steps.run(choice, self.params, self.state, self._packed(step, choice.bucket, choice.ask))
         done = None
@@ -384,11 +415,31 @@ class TorchDevice:
                     _count(self.draft_usage, choice, (time.perf_counter() - began) / len(chosen))
             return tokens
 
-    def _grow(self, added: np.ndarray) -> None:
-        """Adds blocks to rows' tables."""
+    def _grow(self, added: np.ndarray, near: np.ndarray | None = None) -> None:
+        """Adds blocks, and window blocks, to rows' tables."""
         if len(added):
-            grow = self._stage(added).long()
-            self.state.rows.table[grow[:, 0], grow[:, 1]] = grow[:, 2].int()
+            grow, rows = self._stage(added).long(), self.state.rows
+            rows.table[grow[:, 0], grow[:, 1]] = grow[:, 2].int()
+            if near is not None:
+                rows.near[grow[:, 0], grow[:, 1]] = self._stage(near)
+
+    @torch.inference_mode()
+    def keep(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies states, (row, place), between two steps: what `StepInput.keep` asks of the next one."""
+        if pairs:
+            with self._current():
+                self._catch_up({row for row, _ in pairs} & self._guessed)
+                self._move_states(np.array(pairs, np.int32))
+
+    def _catch_up(self, rows: set[int]) -> None:
+        """Lets states take in all tokens of these rows, so that they can be kept."""
+        behind = self.state.rows.behind
+        if rows and behind is not None:
+            row = self._stage(np.array(sorted(rows), np.int32))
+            for mixer, m in zip(recurrents(self.spec), self.memories, strict=True):
+                take_in(mixer, m, row, behind)
+            behind[row.long()] = 0
+            self._guessed -= rows
 
     def _move_states(self, pairs: np.ndarray) -> None:
         """Copies states of all recurrent layers, (from, to) places: all are read before any is written."""
@@ -421,15 +472,16 @@ class TorchDevice:
         pick[:] = 0
         if step.pick is not None:
             pick[: len(step.pick)] = step.pick
+            pick[len(step.pick) :] = step.pick[0]  # once more, under the same mask: the same token is chosen
         return Packed(ints, bucket, ask, self._mask(step, ask.picks or bucket.rows) if ask.masked else None)
 
     def _mask(self, step: StepInput, rows: int) -> Tensor:
-        """The step's masks, padded with rows that allow everything."""
+        """The step's masks, padded with what its first row allows, or everything."""
         mask = torch.empty(rows, -(-self.spec.vocab // 32), dtype=torch.int32, pin_memory=self._pinned)
         array, n = mask.numpy(), 0 if step.mask is None else len(step.mask)
         if step.mask is not None:
             array[:n] = step.mask
-        array[n:] = -1
+        array[n:] = -1 if step.mask is None else step.mask[0]
         return mask
 
     def _admit(self, admissions: tuple[Admission, ...]) -> None:
@@ -443,6 +495,8 @@ class TorchDevice:
         put("length", np.int32, [a.length for a in admissions])
         put("prompt_len", np.int32, [a.prompt_len for a in admissions])
         put("seed", np.int64, [_signed(a.seed) for a in admissions])
+        if rows.behind is not None:
+            put("behind", np.int32, [0 for _ in admissions])
         for name, values in common_columns([a.sampling for a in admissions]).items():
             getattr(rows, name)[index] = self._stage(values)
         # What rare processors read is written where it is asked for, and undone when the row goes to somebody else.
@@ -467,8 +521,16 @@ class TorchDevice:
             for name, values in _biases(edited).items():
                 getattr(rows, name)[at] = self._stage(values)
             self._biased = self._biased - {a.row for a in edited} | biased
+        if watching := [a for a in admissions if a.watched]:  # nobody reads what an earlier sequence left in other rows
+            ids = np.full((len(watching), MAX_WATCHED), -1, np.int32)
+            for given, a in zip(ids, watching, strict=True):
+                given[: len(a.watched)] = a.watched
+            rows.watched[self._stage(np.array([a.row for a in watching], np.int64))] = self._stage(ids)
         # One write for all rows; what is put behind a row's tokens is written over before it is read.
         rows.table[index] = self._stage(_ragged([a.blocks for a in admissions], rows.table.shape[1]))
+        if self.windows is not None:
+            nears = [a.near for a in admissions if a.near is not None]
+            rows.near[index] = self._stage(_ragged(nears, rows.near.shape[1]))
         if most := max(len(a.tokens) for a in admissions):
             rows.history[index, :most] = self._stage(_ragged([a.tokens for a in admissions], most))
 

@@ -62,10 +62,6 @@ PREDICTED = 0.9
 """Acceptance that is believed of a prediction before it was tried: who sends one means it."""
 
 
-CANNOT_CUT = "{} has recurrent layers, whose state cannot be taken back after a wrong draft"
-"""Why nothing is drafted for such a model."""
-
-
 UNTOLD = 64
 """Tokens of which a proposer with taps is not told before it is asked; beyond that it is, lest activations gather."""
 
@@ -118,7 +114,6 @@ class Drafting:
         default: for requests that say nothing; None guesses nothing.
         makers: name -> proposer, beside those that every engine has.
         taps: what proposers may read of the model.
-        refused: why nothing is drafted.
     """
 
     default: Speculate | None = None
@@ -126,8 +121,6 @@ class Drafting:
     taps: tuple[str, ...] = ()
     jointly: Callable[[list[tuple[Run, int]]], list[tuple[int, ...]]] | None = None
     """The companion's drafts of at most so many tokens for each of these runs."""
-    refused: str = ""
-    """Why nothing can be drafted for this model, if so."""
     clock: Callable[[], float] = time.perf_counter
     counts: Counts = field(default_factory=Counts)
     guesses: dict[Run, _Guess] = field(default_factory=dict)
@@ -152,8 +145,6 @@ class Drafting:
             self._check(request.speculate)
 
     def _check(self, how: Speculate) -> None:
-        if how.k and self.refused:
-            raise RequestError(self.refused, param="speculative", remedy="ask without")
         if how.k and how.method not in self.makers:
             raise RequestError(
                 f"nobody is called {how.method[:80]!r} who makes drafts here",

@@ -24,8 +24,8 @@ from fnengine.build import Built, build, fingerprint, policy_of
 from fnengine.companions import Beside, SecondModel
 from fnengine.decoding.live import Bounds
 from fnengine.decoding.strategy import Strategy
-from fnengine.drafting import CANNOT_CUT, Drafting, Jointly, Maker
-from fnengine.errors import ConfigError, DeviceFault, FnError, QueueFull, RequestError
+from fnengine.drafting import Drafting, Jointly, Maker
+from fnengine.errors import DeviceFault, FnError, QueueFull, RequestError
 from fnengine.graphs.report import as_json
 from fnengine.host import ahead
 from fnengine.host import commit as committing
@@ -44,11 +44,12 @@ from fnengine.host.step import BLOCK, Device, Ticket
 from fnengine.host.survey import Survey, survey, told
 from fnengine.host.text import Piece, TextStream
 from fnengine.host.tokenizer import Tokenizer
+from fnengine.host.windows import windows_of
 from fnengine.model import Model
 from fnengine.processors import Own
 from fnengine.runtime import Runtime
 from fnengine.settings import Settings
-from fnengine.spec import recurrents, tap_names
+from fnengine.spec import tap_names
 from fnengine.strategies import Strategies, named
 from fnengine.stream import Stream
 
@@ -115,7 +116,8 @@ class Engine:
         self.max_logprobs = policy.vocab if max_logprobs < 0 else max_logprobs
         self.answer_bytes = answer_bytes
         self.guides = Guides(tokenizer, policy.vocab, policy.eos)
-        ledger = Ledger(device.blocks, BLOCK, caching=policy.caching, states=states_of(device))
+        books: dict[str, Any] = dict(states=states_of(device), windows=windows_of(device))
+        ledger = Ledger(device.blocks, BLOCK, caching=policy.caching, **books)
         self.host = Host(policy, ledger, rows=device.rows, host_slots=device.host_slots, seed=seed)
         self.on_step: list[Callable[[StepFacts], None]] = []
         self.on_finish: list[Callable[[Finished], None]] = []
@@ -169,9 +171,6 @@ class Engine:
         """
         settings = settings or Settings(**options)
         beside = SecondModel(companion) if isinstance(companion, Model) else companion
-        whole = not recurrents(model.spec)
-        if (speculate is not None or beside is not None) and not whole:
-            raise ConfigError(CANNOT_CUT.format(model.spec.architecture), where="speculate", remedy="run it without")
         built = build(model, settings, lazy=False, processors=processors, companion=beside)
         device, made = built.device, dict(proposers or {})
         if beside is not None:
@@ -194,7 +193,6 @@ class Engine:
                 speculate,
                 made,
                 tap_names(model.spec),
-                refused="" if whole else CANNOT_CUT.format(model.spec.architecture),
             ),
             strategies={s.name: s for s in strategies},
             bounds=bounds,
@@ -291,6 +289,7 @@ class Engine:
             self.tokenizer,
             request.prompt,  # pyright: ignore[reportArgumentType]
             stops.strings,
+            patterns=stops.patterns,
             include_stop=stops.include_stop,
             from_token=max(0, stops.min_tokens - 1),
             skip_special=request.skip_special_tokens,

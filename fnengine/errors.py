@@ -86,15 +86,24 @@ class OutOfBlocks(FnError):
         needed: blocks asked for.
         free: blocks that could be had (free and cached).
         held: blocks held by live sequences.
+        of, flag: what they are called, and what makes more of them.
     """
 
     code, type = 503, "ServiceUnavailableError"
 
-    def __init__(self, needed: int, free: int, held: int, by: str = "live sequences"):
+    def __init__(
+        self,
+        needed: int,
+        free: int,
+        held: int,
+        by: str = "live sequences",
+        of: str = "KV blocks",
+        flag: str = "--kv-cache-memory-bytes",
+    ):
         self.needed, self.free, self.held = needed, free, held
         super().__init__(
-            f"{needed} KV blocks needed, {free} free, {held} held by {by}",
-            remedy="let go of sequences (`close()`, `del`), or make the pool larger with --kv-cache-memory-bytes",
+            f"{needed} {of} needed, {free} free, {held} held by {by}",
+            remedy=f"let go of sequences (`close()`, `del`), or make the pool larger with {flag}",
         )
 
 

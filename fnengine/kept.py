@@ -2,7 +2,8 @@
 
     8 bytes   length of the header
     header    JSON: digest of the file, what made it (`identity`), tokens of the prompt, a table of the tensors
-    data      K and V of each layer, the sequence's blocks in order; then the token ids
+    data      K and V of each layer, the sequence's blocks in order; states of recurrent layers after the last token;
+              then the token ids
 
 The format is safetensors', so that others can read it. KV is kept as it lies in the pool and not token by token: of
 rounded KV codes and scales are the value, and rounding again what was widened need not give the same ones. To be
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 import fnengine
-from fnengine import kernels, keys, tree
+from fnengine import kernels, keys, recurrent, tree
 from fnengine.build import Built
 from fnengine.errors import KeptError
 from fnengine.graphs import compile
@@ -38,8 +39,8 @@ from fnengine.kernels import KVLayout, native
 from fnengine.kernels.layout import movable
 from fnengine.leaves import Packed
 from fnengine.model import Model
-from fnengine.spec import ModelSpec, for_length
-from fnengine.state import Pool
+from fnengine.spec import ModelSpec, for_length, recurrents
+from fnengine.state import Memory, Pool
 
 FORMAT = "sequence 1"
 """Of the file; another one is refused."""
@@ -86,7 +87,10 @@ def identity(model: Model, built: Built) -> keys.Key:
             "layout": model.how.name,
         },
         "kv": {"layout": built.ops.kv.name, "block": str(BLOCK)},
-        "kernels": {op: backend for op, backend, _, _ in kernels.describe(built.ops)},
+        "kernels": {
+            **{op: backend for op, backend, _, _ in kernels.describe(built.ops)},
+            **{b.op.name: b.name for b in (recurrent.backends(model.device) if recurrents(spec) else ())},
+        },
         "execution": "compiled" if compiled else "eager",
         "machine": machine,
         "source": _sources(),
@@ -122,7 +126,7 @@ def _bytes(x: Tensor) -> memoryview:
 def _sources() -> keys.Key:
     """Digests of the code that a step's bits follow from."""
     house, here = Path(fnengine.__file__).parent, Path(str(kernels.__file__)).parent
-    ours = [house / f"{name}.py" for name in ("layers", "leaves", "model", "program", "state", "step")]
+    ours = [house / f"{name}.py" for name in ("layers", "leaves", "model", "program", "recurrent", "state", "step")]
     return {
         "fnengine": keys.of_files([*ours, Path(compile.__file__)]),
         "kernels": keys.of_files(sorted(here.glob("*.py"))),
@@ -145,10 +149,13 @@ def write(
     *,
     steer: str,
     pure: int,
+    memories: tuple[Memory, ...] = (),
+    place: int = -1,
 ) -> None:
     """Keeps a sequence: `blocks` (in order) of the pool hold its tokens. The file is renamed when it is whole.
 
     Args:
+        memories, place: what recurrent layers remember, and where of these tokens.
         steer, pure: digest of the steering under which the first `pure` tokens were computed; empty for none.
 
     Raises:
@@ -163,7 +170,7 @@ def write(
         "pure": str(pure),
         "key": keys.text(key),
     }
-    head = json.dumps({"__metadata__": about, **_table(pool, n)}).encode()
+    head = json.dumps({"__metadata__": about, **_table(pool, memories, n)}).encode()
     head += b" " * (-(len(head) + 8) % 64)
     index = torch.from_numpy(blocks.astype(np.int64))
     try:
@@ -182,6 +189,9 @@ def write(
                         kv.clear(k[-1:], v[-1:], n % BLOCK)
                     put(_bytes(k))
                     put(_bytes(v))
+                for m in memories if n else ():
+                    put(_bytes(m.tail[place]))
+                    put(_bytes(m.matrix[place]))
                 put(np.ascontiguousarray(tokens, np.int32).view(np.uint8).data)
                 file.seek(8 + head.index(UNKNOWN.encode()))  # the first field
                 file.write(digest.hexdigest().encode())
@@ -194,8 +204,8 @@ def write(
         raise KeptError(f"cannot be written: {e.strerror or e}", where=str(path)) from e
 
 
-def _table(pool: tuple[Pool, ...], n: int) -> dict[str, dict[str, Any]]:
-    """What the header says of the tensors of a sequence of `n` tokens."""
+def _table(pool: tuple[Pool, ...], memories: tuple[Memory, ...], n: int) -> dict[str, dict[str, Any]]:
+    """What the header says of the tensors of a sequence of `n` tokens; of none there is no state."""
     table, at = {}, 0
 
     def add(name: str, dtype: str, shape: list[int], nbytes: int) -> None:
@@ -207,6 +217,9 @@ def _table(pool: tuple[Pool, ...], n: int) -> dict[str, dict[str, Any]]:
     for i, p in enumerate(pool):
         for name, x in (("k", p.k), ("v", p.v)):
             add(f"layers.{i}.{name}", _NAMES[x.dtype], [blocks, *x.shape[1:]], blocks * x[0].nbytes)
+    for i, m in enumerate(memories if n else ()):
+        for name, x in (("tail", m.tail), ("matrix", m.matrix)):
+            add(f"states.{i}.{name}", _NAMES[x.dtype], list(x.shape[1:]), x[0].nbytes)
     add("tokens", "I32", [n], 4 * n)
     return table
 
@@ -229,8 +242,10 @@ class Opened:
     steer: str
     pure: int
 
-    def fill(self, pool: tuple[Pool, ...], blocks: np.ndarray) -> np.ndarray:
-        """The tokens; their KV is in `blocks` then. Once.
+    def fill(
+        self, pool: tuple[Pool, ...], blocks: np.ndarray, memories: tuple[Memory, ...] = (), place: int = -1
+    ) -> np.ndarray:
+        """The tokens; their KV is in `blocks` then, and what recurrent layers remember of them in `place`. Once.
 
         Raises:
             KeptError: the data is not what was written. The blocks hold some of it.
@@ -250,6 +265,8 @@ class Opened:
                 for x in (movable(x) for x in (p.k, p.v) if x.numel()):
                     new = torch.from_numpy(take(len(blocks) * x[0].nbytes)).view(x.dtype)
                     x[index.to(x.device)] = new.view(len(blocks), *x.shape[1:]).to(x.device)
+            for x in (x for m in memories for x in (m.tail, m.matrix)):
+                x[place] = torch.from_numpy(take(x[0].nbytes)).view(x.dtype).view(x.shape[1:]).to(x.device)
         tokens = take(4 * self.length).view(np.int32)
         if digest.hexdigest() != self.digest:
             raise _damaged(self.path, "its content is not what was written")
@@ -257,7 +274,7 @@ class Opened:
 
 
 @contextmanager
-def opened(path: Path, key: keys.Key, pool: tuple[Pool, ...]) -> Iterator[Opened]:
+def opened(path: Path, key: keys.Key, pool: tuple[Pool, ...], memories: tuple[Memory, ...] = ()) -> Iterator[Opened]:
     """A kept sequence that was made by what `key` says, for a pool of these shapes.
 
     Raises:
@@ -265,12 +282,12 @@ def opened(path: Path, key: keys.Key, pool: tuple[Pool, ...]) -> Iterator[Opened
     """
     try:
         with path.open("rb") as file:
-            yield _header(path, file, key, pool)
+            yield _header(path, file, key, pool, memories)
     except OSError as e:
         raise KeptError(f"cannot be read: {e.strerror or e}", where=str(path)) from e
 
 
-def _header(path: Path, file: BinaryIO, key: keys.Key, pool: tuple[Pool, ...]) -> Opened:
+def _header(path: Path, file: BinaryIO, key: keys.Key, pool: tuple[Pool, ...], memories: tuple[Memory, ...]) -> Opened:
     size, begin = os.fstat(file.fileno()).st_size, file.read(8)
     length = int.from_bytes(begin, "little")
     if len(begin) < 8 or not 2 <= length <= min(size - 8, MOST_HEADER):
@@ -297,7 +314,7 @@ def _header(path: Path, file: BinaryIO, key: keys.Key, pool: tuple[Pool, ...]) -
         said = "; ".join(f"{d.field}: {d.old} there, {d.new} here" for d in found[:SHOWN])
         more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise KeptError(f"was made by something else: {said}{more}", where=str(path), remedy=_ANEW)
-    wanted = _table(pool, n)
+    wanted = _table(pool, memories, n)
     if table != wanted:
         raise _damaged(path, "its table of tensors is not that of a sequence of this model")
     data = wanted["tokens"]["data_offsets"][1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ from fnengine.spec import (
     Tempered,
     Turning,
     YarnScaling,
+    sight,
 )
 from fnengine.state import LayerState, Memory, Pool, Where
 
@@ -62,11 +64,6 @@ def asked_of_attention(mixer: Mixer) -> Heads:
             return Heads(mixer.width, shares=True)
 
 
-def sight(a: Attention) -> int:
-    """How far back a layer's tokens see, as attention's contract has it."""
-    return -a.chunk or a.window or 0
-
-
 def layer(
     kind: Layer, params: dict[str, Any], state: LayerState, where: Where, angles: Angles, ops: Ops, x_TD: Tensor
 ) -> Tensor:
@@ -75,7 +72,9 @@ def layer(
     Donates: `state`, in which the KV of the new tokens is written (all of them, before attention reads any), or what
     their rows remember.
     """
-    x_TD = block(kind, params, partial(mix, kind, params, state, where, angles, ops), where.slot, x_TD)
+    slot, table = where.of(kind.mixer)
+    where = replace(where, slot=slot, table=table)
+    x_TD = block(kind, params, partial(mix, kind, params, state, where, angles, ops), slot, x_TD)
     if kind.beside is not None:
         assert where.beside is not None, "the layer has an input of its own"
         gate_TP = ACTS[kind.beside.act](matmul(params["beside_gate"], x_TD))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +178,7 @@ class LLM:
         n: int = 1,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        logprob_token_ids: Sequence[int] = (),
         steer: Mapping[str, Any] | None = None,
         grammar: Grammar | None = None,
         speculate: Speculate | None = None,
@@ -187,7 +188,8 @@ class LLM:
     ) -> list[Completion]:
         """A `Completion` per prompt, in order. A prompt is text or token ids; a lone one gives a list of one.
 
-        Without `sampling` the model's generation defaults apply; without `stop`, 16 tokens at most.
+        Without `sampling` the model's generation defaults apply; without `stop`, 16 tokens at most. Tokens of
+        `logprob_token_ids` are `watched` beside every log-probability that is asked for.
         `on_delta(prompt index, delta)` sees output as it comes. With a `strategy` (one of `fnengine.decoding`, or your
         own) that function decides what the text is; log-probabilities are then those that it gives. `steer`, layer ->
         vector, is added to the residual stream after that layer, for layers of `Settings.steer`. Texts follow
@@ -209,6 +211,7 @@ class LLM:
                 stop=stop,
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
+                watched=logprob_token_ids,
                 steer=steer,
                 grammar=grammar,
                 speculate=speculate,
@@ -232,6 +235,7 @@ class LLM:
                     n=n,
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
+                    watched=tuple(logprob_token_ids),
                     steer=as_arrays(steer) or {},
                     grammar=grammar,
                     speculate=speculate,
@@ -295,7 +299,8 @@ class LLM:
             seed = self.engine.host.new_seed() if sampling.seed is None else sampling.seed
             for i in range(n):
                 sink = functools.partial(tell, len(jobs))
-                text = TextStream.start(self.engine.tokenizer, prompt, stop.strings, include_stop=stop.include_stop)
+                how: dict[str, Any] = dict(patterns=stop.patterns, include_stop=stop.include_stop)
+                text = TextStream.start(self.engine.tokenizer, prompt, stop.strings, **how)
                 jobs.append(Job(strategy, prompt, args, replace(sampling, seed=fold_in(seed, i)), stop))
                 answers.append(Answer(i, text, len(prompt), stop, ends, sink))
         self._runtime.forget_rows()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -24,6 +25,7 @@ from fnengine.errors import ConfigError
 from fnengine.graphs.bucket import fit
 from fnengine.graphs.ladder import MIXED
 from fnengine.host.answers import most_logprobs
+from fnengine.host.request import MAX_WATCHED
 from fnengine.host.runs import picks_of
 from fnengine.host.step import BLOCK
 from fnengine.kernels.layout import KVLayout, Tokens
@@ -35,7 +37,7 @@ from fnengine.leaves import QUANTIZED, Packing
 from fnengine.params import memory_plan, products
 from fnengine.program import PROGRAMS
 from fnengine.sampling import AT_ONCE, rows_at_once
-from fnengine.settings import Mode, PoolSize, Settings, size_pool, wanted_len
+from fnengine.settings import Apart, Mode, PoolSize, Settings, pool_of, size_pool, split, wanted_len, window_blocks
 from fnengine.spec import (
     Both,
     Half,
@@ -48,10 +50,11 @@ from fnengine.spec import (
     Recurrent,
     angle_pairs,
     attentions,
+    reach,
+    recurrents,
     routed,
-    state_bytes,
 )
-from fnengine.state import pool_bytes
+from fnengine.state import memory_bytes, pool_bytes
 from fnengine.step import SCORED_AT_ONCE
 
 MIB = 1 << 20
@@ -145,6 +148,8 @@ class Shapes:
     """What drafts beside the model."""
     kept: int = 0
     """States of recurrent layers beside those of the rows."""
+    apart: Apart | None = None
+    """Window blocks, which there are where they are fewer than blocks or somebody asked for them."""
 
     @property
     def kinds(self) -> set[str]:
@@ -162,9 +167,23 @@ class Shapes:
         return block_of(self.spec, self.kv, self.dtype) + (0 if self.extra is None else self.extra.per_block)
 
     @property
+    def near(self) -> int:
+        """Window blocks."""
+        a = self.apart
+        return a.blocks if a is not None and (a.asked or a.blocks < self.blocks) else 0
+
+    @property
+    def pool(self) -> int:
+        """Bytes of KV."""
+        if self.apart is None or not self.near:
+            return self.blocks * self.per_block
+        return self.blocks * (self.per_block - self.apart.bytes) + self.near * self.apart.bytes
+
+    @property
     def states(self) -> int:
-        """Bytes of the states of recurrent layers: those of the rows, the null row's, and the kept ones."""
-        return (self.mode.rows + 1 + self.kept) * state_bytes(self.spec)
+        """Bytes of the states of recurrent layers: those of the rows, the null row's, and the kept ones; and of what
+        rows note of guesses."""
+        return memory_bytes(self.spec, self.mode.rows, self.kept)
 
 
 def block_of(spec: ModelSpec, kv: KVLayout, dtype: torch.dtype) -> int:
@@ -176,6 +195,47 @@ def block_of(spec: ModelSpec, kv: KVLayout, dtype: torch.dtype) -> int:
     if not attentions(spec):
         raise ConfigError("a model without any layer of attention is not implemented", where=spec.architecture)
     return pool_bytes(kv, spec, dtype)
+
+
+def apart_of(
+    spec: ModelSpec,
+    kv: KVLayout,
+    dtype: torch.dtype,
+    settings: Settings,
+    mode: Mode,
+    attention: str = "",
+    beside: str = "",
+) -> tuple[Apart | None, str]:
+    """(window blocks that this model may have, why it has none, if it has windows).
+
+    Args:
+        attention: name of the backend.
+        beside: what drafts on the model's rows and blocks; empty for nothing.
+
+    Raises:
+        ConfigError: see `settings.window_blocks`.
+    """
+    reach_of = reach(spec)
+    longest = wanted_len(settings, spec.max_len) or spec.max_len
+    if not reach_of:
+        why = "no layer has a window"
+    elif recurrents(spec):
+        why = "recurrent layers begin again at their own places"
+    elif spec.upstream is not None:
+        why = "transformers' own module"
+    elif beside:
+        why = f"{beside} drafts on the same blocks"
+    elif longest <= reach_of:
+        why = f"no sequence is longer than {reach_of} tokens"
+    elif settings.swap_space:
+        why = "--swap-space saves blocks of one kind"
+    elif not settings.enable_chunked_prefill:
+        why = "prompts come in one piece"
+    elif attention == "torch":
+        why = "torch's attention reads blocks before a window"
+    else:
+        why = ""
+    return window_blocks(settings, mode, reach_of, pool_bytes(kv, spec, dtype, seeing=False), why)
 
 
 @dataclass(frozen=True)
@@ -236,7 +296,7 @@ def account(s: Shapes) -> Account:
     spec, item, V = s.spec, s.dtype.itemsize, s.spec.vocab
     b = fit(s.mode.budget, s.mode.rows)
     plan = memory_plan(spec, s.dtype, s.how)
-    rows = _rows(spec, s.dtype, s.mode.rows, s.max_len, s.own, s.steer)
+    rows = _rows(spec, s.dtype, s.mode.rows, s.max_len, s.own, s.steer, s.apart is not None)
     per_block = s.per_block
     k = V if s.max_logprobs < 0 else min(s.max_logprobs, V)
     layers = len(spec.layers)
@@ -258,6 +318,7 @@ def account(s: Shapes) -> Account:
         programs = -(-arena // HUGE) * HUGE + PROGRAMS * layers * CALLS * CALL_BYTES
     small = PIECES + min(KEPT, _small(min(b.rows, AT_ONCE), V) + _small(SCORED_AT_ONCE, V, narrow))
     second = () if s.extra is None else (Line("companion", x.weights, f"weights of {x.name}, which drafts"),)
+    beside = f" and {s.near:,} of layers with a window" if s.near else ""
     loading = max(plan.peak, plan.weights + V * TOKEN_READ, plan.weights + V * TOKEN_TEXT + x.loading)
     rest = (
         Line("base", s.base, "interpreter, torch and what serving imports: measured, not computed"),
@@ -266,12 +327,12 @@ def account(s: Shapes) -> Account:
         Line("weights", plan.weights, f"{s.how.name}, {'the embedding is the head' if spec.tied else 'own head'}"),
         *second,
         Line("rows", rows + x.rows, f"{s.mode.rows} + 1 rows of {s.max_len:,} tokens"),
-        *([Line("states", s.states, f"{s.mode.rows} + 1 of rows, {s.kept} kept")] if s.states else []),
+        *([Line("states", s.states, f"{s.mode.rows} + 1 of rows and their notes, {s.kept} kept")] if s.states else []),
         Line("swap space", s.host_slots * per_block, f"{s.host_slots} blocks of host memory"),
         Line("recorded steps", programs + x.recorded, f"up to {RECORDED_TOKENS} tokens, at most {PROGRAMS} sizes"),
         Line("workspace", workspace, f"one layer of {b.tokens:,} tokens, {s.threads} threads"),
         Line("allocator", small, "freed buffers that it does not give back"),
-        Line("KV pool", s.blocks * per_block, f"{s.blocks:,} blocks of {BLOCK} tokens, the null block included"),
+        Line("KV pool", s.pool, f"{s.blocks:,} blocks of {BLOCK} tokens{beside}, the null block included"),
     )
     passing = (
         Line("sampling", sampled, f"logits and log-probabilities of {picks} rows x {V:,}, {AT_ONCE} rows processed"),
@@ -318,6 +379,7 @@ def on_card(
     compiled: bool,
     steer: int = 0,
     drafting: bool = False,
+    near: bool = False,
 ) -> int:
     """Bytes that an engine takes on a GPU beside weights and KV: rows, the buffers of the largest step run directly and
     those of the largest one in a graph, which are kept apart, and what libraries and graphs hold. On paper: it keeps
@@ -342,13 +404,15 @@ def on_card(
         return layer + inputs_bytes(spec, T, item) + picks * (V * (16 + item) + max_len * 44)
 
     captured = step(min(mode.budget, MIXED)) + graphs * GRAPH if graphs else 0
-    return _rows(spec, dtype, R, max_len, steer=steer) + step(mode.budget) + captured + LIBRARIES
+    return _rows(spec, dtype, R, max_len, steer=steer, near=near) + step(mode.budget) + captured + LIBRARIES
 
 
-def _rows(spec: ModelSpec, dtype: torch.dtype, rows: int, max_len: int, own: int = 0, steer: int = 0) -> int:
+def _rows(
+    spec: ModelSpec, dtype: torch.dtype, rows: int, max_len: int, own: int = 0, steer: int = 0, near: bool = False
+) -> int:
     """Bytes of what a device knows of its rows, which no layout of KV changes."""
     meta = torch.device("meta")
-    sizes = dict(blocks=1, rows=rows, max_len=max_len, own=own, steer=steer)
+    sizes: dict[str, Any] = dict(blocks=1, rows=rows, max_len=max_len, own=own, steer=steer, near=1 if near else None)
     state = make_state(spec, Tokens(), **sizes, dtype=dtype, device=meta)
     return sum(t.nbytes for t in tree.leaves(state.rows))
 
@@ -472,13 +536,13 @@ def _sampling(R: int, V: int, narrow: int, k: int, S: int, ranked: int) -> int:
     head = R * V * (4 + narrow)
     some = min(R, AT_ONCE)
     processing = R * V * 4 + some * V * PROCESSED + max(ranked, some * S * LOOKED_BACK)
-    return max(head, processing, R * V * 4 + _logprobs(min(R, rows_at_once(k)), V, k) + R * k * 16)
+    return max(head, processing, R * V * 4 + _logprobs(min(R, rows_at_once(k)), V, k) + R * (k * 16 + MAX_WATCHED * 4))
 
 
 def _scoring(T: int, V: int, narrow: int, k: int) -> int:
     n = min(T, SCORED_AT_ONCE)
     head = n * V * (4 + narrow)
-    return max(head, n * V * 4 + _logprobs(min(n, rows_at_once(k)), V, k)) + T * k * 16
+    return max(head, n * V * 4 + _logprobs(min(n, rows_at_once(k)), V, k)) + T * (k * 16 + MAX_WATCHED * 4)
 
 
 def _logprobs(n: int, V: int, k: int) -> int:
@@ -520,7 +584,7 @@ def fitted(s: Shapes, memory: int, length: int | None) -> Shapes:
     blocks, max_len = 0, s.max_len
     for _ in range(8):  # a shorter row is a smaller row: a few rounds settle it
         beside = account(dataclasses.replace(s, blocks=1, max_len=max_len)).beside_pool
-        blocks = (memory - beside) // per_block
+        blocks, _ = split(memory - beside, per_block, 1 + s.mode.rows * -(-max_len // BLOCK), s.apart)
         if length is not None or blocks * BLOCK - BLOCK >= max_len:
             break
         max_len = max(BLOCK, (blocks - 1) * BLOCK)
@@ -617,16 +681,21 @@ def size(s: Shapes, settings: Settings, available: int, total: int, now: int = 0
             available=available,
             total=total,
             beside=max(beside - now, 0),
+            apart=s.apart,
         )
+        s = s if pool.near else dataclasses.replace(s, apart=None)
         return pool, account(dataclasses.replace(s, blocks=pool.blocks, max_len=pool.max_len))
     if settings.kv_cache_memory_bytes is not None:
         raise ConfigError("excludes --kv-cache-memory-bytes", where="--memory", remedy="give one of them")
+    asked = s.apart
     s = fitted(s if length is None else dataclasses.replace(s, max_len=length), settings.memory, length)
+    if not s.near:
+        s = dataclasses.replace(s, apart=None)
     kept = account(s)
     reason = f"--memory {said(settings.memory)}, of which {said(kept.beside_pool)} is for everything else"
-    if s.blocks * BLOCK * per_token + kept.beside_pool < settings.memory - BLOCK * per_token:
+    if s.pool + kept.beside_pool < settings.memory - BLOCK * per_token:
         reason = f"{s.mode.rows} rows x {s.max_len} tokens, less than {reason}"
-    return PoolSize(s.blocks, s.max_len, s.blocks * BLOCK * per_token, reason), kept
+    return pool_of(s.blocks, s.max_len, s.per_block, reason, s.apart, asked), kept
 
 
 def sentence(a: Account) -> str:

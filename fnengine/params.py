@@ -156,7 +156,7 @@ def further(spec: ModelSpec, layout: Further, number: int, kind: Layer) -> dict[
     `hidden_norm`, `project` and `norm`."""
     D, at = spec.width, layout.at.format(i=number, n=len(spec.layers) + number)
     return {
-        **_layer(FAMILIES[spec.family], number, kind, D, at),
+        **_layer(FAMILIES[spec.family], number, kind, D, at + layout.layer),
         **_norm("token_norm", f"{at}{layout.token_norm}", D),
         **_norm("hidden_norm", f"{at}{layout.hidden_norm}", D),
         "project": _linear(f"{at}{layout.project}", (D,), 2 * D, False),
@@ -307,7 +307,7 @@ def _layer(family: Family, i: int, kind: Layer, D: int, at: str = "") -> dict[st
     mixer, m, names = kind.mixer, kind.mlp, {**family.names, **family.renamed(kind)}
 
     def put(n: str) -> str:
-        return (n.replace("model.layers.{i}.", at) if at else n).replace("{i}", str(i))
+        return (at + n.partition("layers.{i}.")[2] if at else n).replace("{i}", str(i))
 
     def name(key: str) -> Any:
         n = names[key]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from fnengine.kernels.recording import (
 from fnengine.layers import Angles
 from fnengine.model import RunLayers, one_by_one
 from fnengine.spec import Layer, ModelSpec, Recurrent, Turning, angle_pairs
-from fnengine.state import LayerState, Memory, Pool, Where, lent_shapes
+from fnengine.state import LayerState, Memory, Pool, Where, lent_shapes, memory_shapes
 
 log = logging.getLogger("fnengine")
 
@@ -68,9 +68,18 @@ def compiled_layers(kinds: list[Kind], params: Any, folder: Path | None, traces:
     def run_layer(
         kind: Layer, p: Any, state: LayerState, where: Where, angles: tuple[Tensor, Tensor], ops: Ops, x_TD: Tensor
     ) -> Tensor:
-        w = where
+        w, (slot, table) = where, where.of(kind.mixer)
         return of_layer[id(p)].call(
-            x_TD, *angles, w.slot, w.row, w.start, w.length, w.table, *_two(state), *_beside(w), *flat[id(p)]
+            x_TD,
+            *angles,
+            slot,
+            w.row,
+            w.start,
+            w.length,
+            table,
+            *_remembered(state, w),
+            *_beside(w),
+            *flat[id(p)],
         )
 
     layers_in_a_row = one_by_one(run_layer)
@@ -111,7 +120,9 @@ class Recorded:
         w = where
         turning = (t for pair in angles.values() for t in pair)
         inputs = (x_TD, *turning, w.slot, w.row, w.start, w.length, w.table, *_beside(w))
-        key = (len(x_TD), len(w.row), len(kinds), id(params[0]), _two(pool[0])[0].data_ptr())
+        inputs += () if w.guessed is None or w.behind is None else (w.guessed, w.behind)
+        inputs += () if w.near_slot is None or w.near is None else (w.near_slot, w.near)
+        key = (len(x_TD), len(w.row), len(kinds), id(params[0]), tree.leaves(pool[0])[0].data_ptr())
         program = self.programs.get(key)
         if program is not None:
             self.programs[key] = self.programs.pop(key)  # the newest is last
@@ -142,9 +153,12 @@ class Recorded:
         return first
 
 
-def _two(state: LayerState) -> tuple[Tensor, Tensor]:
-    """The tensors of a layer's state."""
-    return (state.k, state.v) if isinstance(state, Pool) else (state.tail, state.matrix)
+def _remembered(state: LayerState, where: Where) -> tuple[Tensor, ...]:
+    """The tensors of a layer's state, and what layers that cannot cut theirs are told beside it."""
+    if isinstance(state, Pool):
+        return state.k, state.v
+    assert where.guessed is not None and where.behind is not None
+    return state.tail, state.matrix, state.heard, state.noted, where.guessed, where.behind
 
 
 def _beside(where: Where) -> tuple[Tensor, ...]:
@@ -155,7 +169,7 @@ def _beside(where: Where) -> tuple[Tensor, ...]:
 def _restorable(states: Sequence[LayerState], where: Where) -> Callable[[], None]:
     """Gives recurrent layers back, when it is called, what the step's rows remember now."""
     at = where.row.long()
-    before = [(t, t[at]) for state in states if isinstance(state, Memory) for t in _two(state)]
+    before = [(t, t[at]) for state in states if isinstance(state, Memory) for t in tree.leaves(state)]
 
     def restore() -> None:
         for t, was in before:
@@ -186,9 +200,11 @@ def wanted_layers(spec: ModelSpec, params: Any, ops: Ops, dtype: torch.dtype, de
     ]
 
 
-FIXED = ("x", "cos", "sin", "slot", "row", "start", "length", "table", "k", "v")
-"""Names of an artifact's first tensors; the layer's own input follows, if it has one, and the weights under their
-paths."""
+FIXED = ("x", "cos", "sin", "slot", "row", "start", "length", "table")
+"""Names of an artifact's first tensors, ..."""
+KEPT = ("k", "v"), ("tail", "matrix", "heard", "noted", "guessed", "behind")
+"""... and of what follows, in layers of attention and in recurrent ones; then the layer's own input, if it has one, and
+the weights under their paths."""
 
 
 def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.dtype, device: torch.device) -> Wanted:
@@ -202,12 +218,13 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
 
     angles = [floats(_T, angle_pairs(a.rope), dt=torch.float32) for _ in range(2)]
     if isinstance(a, Recurrent):
-        shapes, element = ((_N, a.taps - 1, a.channels), (_N, *a.memory)), torch.float32
+        states, notes = memory_shapes(a)
+        kept = [floats(n, *shape, dt=torch.float32) for n, some in ((_N, states), (_M, notes)) for shape in some]
+        kept += [ints(_R), ints(_M)]
     else:
-        shapes, element = lent_shapes(ops.kv, a, _N), ops.kv.element(dtype)
-    kept = [floats(*shape, dt=element) for shape in shapes]
+        kept = [floats(*shape, dt=ops.kv.element(dtype)) for shape in lent_shapes(ops.kv, a, _N)]
     fixed = [floats(_T, width), *angles, ints(_T), ints(_R), ints(_R + 1), ints(_R), ints(_M, _P), *kept]
-    dynamic: list[tuple[int, ...]] = [(0,), (0,), (0,), (0,), (0,), (0,), (0,), (0, 1), (0,), (0,)]
+    dynamic: list[tuple[int, ...]] = [(0,), (0,), (0,), (0,), (0,), (0,), (0,), (0, 1), *((0,) for _ in kept)]
     if kind.beside is not None:
         fixed, dynamic = [*fixed, floats(_T, kind.beside.width)], [*dynamic, (0,)]
     weights = tree.leaves(p)
@@ -221,15 +238,17 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
         start: Tensor,
         length: Tensor,
         table: Tensor,
-        k: Tensor,
-        v: Tensor,
         *flat: Tensor,
     ) -> Tensor:
-        rest = iter(flat)
+        rest = iter(flat[len(kept) :])
         own = None if kind.beside is None else next(rest)
         params = tree.map_with_path(lambda _path, _leaf: next(rest), p)
         where = Where(row=row, start=start, row_T=row, position=slot, slot=slot, length=length, table=table, beside=own)
-        state = Memory(k, v) if isinstance(a, Recurrent) else Pool(k, v)
+        if isinstance(a, Recurrent):
+            *four, guessed, behind = flat[: len(kept)]
+            state, where = Memory(*four), replace(where, guessed=guessed, behind=behind)
+        else:
+            state = Pool(*flat[: len(kept)])
         return layers.layer(kind, params, state, where, (cos, sin), ops, x)
 
     return wanted(
@@ -245,7 +264,12 @@ def _wanted(name: str, kind: Layer, width: int, p: Any, ops: Ops, dtype: torch.d
             "ops": {op: backend for op, backend, _, _ in kernels.describe(ops)},
             "source": _sources(),
         },
-        names=[*FIXED, *(("beside",) if kind.beside else ()), *(path for path, _ in tree.items(p))],
+        names=[
+            *FIXED,
+            *KEPT[isinstance(a, Recurrent)],
+            *(("beside",) if kind.beside else ()),
+            *(path for path, _ in tree.items(p)),
+        ],
     )
 
 

@@ -50,16 +50,40 @@ def mamba2(m: Mamba2, params: dict[str, Any], memory: Memory, where: Where, x_TD
 def convolved(m: Recurrent, params: dict[str, Any], memory: Memory, where: Where, x_TX: Tensor) -> Tensor:
     """x_TX after the short convolution over its row's tokens, float32. Donates `memory`'s tails."""
     bias_X = None if params["conv_bias"] is None else params["conv_bias"].float()
-    weight_XY, at = params["conv"].float().view(m.channels, m.taps), (where.row, where.start, where.length)
-    return _chosen("causal_conv", x_TX.device)(x_TX.float(), weight_XY, bias_X, memory.tail, *at)
+    weight_XY = params["conv"].float().view(m.channels, m.taps)
+    return _chosen("causal_conv", x_TX.device)(x_TX.float(), weight_XY, bias_X, memory.tail, memory.heard, *_at(where))
 
 
 def scanned(
     memory: Memory, where: Where, q_TGC: Tensor, k_TGC: Tensor, v_THP: Tensor, decay_TH: Tensor, beta_TH: Tensor | None
 ) -> Tensor:
     """What each token reads of its row's memory. Donates `memory`'s matrices."""
-    at = (where.row, where.start, where.length)
-    return _chosen("gated_scan", v_THP.device)(q_TGC, k_TGC, v_THP, decay_TH, beta_TH, memory.matrix, *at)
+    two = memory.matrix, memory.noted
+    return _chosen("gated_scan", v_THP.device)(q_TGC, k_TGC, v_THP, decay_TH, beta_TH, *two, *_at(where))
+
+
+def take_in(m: Recurrent, memory: Memory, row_R: Tensor, behind_M: Tensor) -> None:
+    """Lets the states of these rows take in what was noted of right guesses, as their next step would. Donates
+    `memory`."""
+    groups, delta = (m.key_heads, True) if isinstance(m, DeltaNet) else (m.groups, False)
+    none = torch.zeros_like(row_R)
+    where = Where(row_R, none.new_zeros(len(none) + 1), none, none, none, none + 1, none, none, behind_M)
+
+    def no(*shape: int) -> Tensor:
+        return memory.matrix.new_zeros(0, *shape)
+
+    conv, scan = (_chosen(op, row_R.device) for op in ("causal_conv", "gated_scan"))
+    weight_XY = memory.tail.new_zeros(m.channels, m.taps)
+    conv(no(m.channels), weight_XY, None, memory.tail, memory.heard, *_at(where))
+    q_TGC, rate_TH = no(groups, m.key_width), no(m.heads) if delta else None
+    two = memory.matrix, memory.noted
+    scan(q_TGC, q_TGC, no(m.heads, m.width), no(m.heads), rate_TH, *two, *_at(where))
+
+
+def _at(where: Where) -> tuple[Tensor, ...]:
+    """Where the new tokens of each row stand, as ops take it."""
+    assert where.behind is not None and where.guessed is not None
+    return where.row, where.start, where.length, where.behind, where.guessed
 
 
 def unit(x: Tensor) -> Tensor:

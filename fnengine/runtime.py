@@ -18,7 +18,7 @@ import itertools
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any, Literal
@@ -34,8 +34,9 @@ from fnengine.host.ask import pipeline_of
 from fnengine.host.blocks import Extension, Ledger, Path, Salt
 from fnengine.host.request import PLAIN, Sampling, check_sampling, fold_in
 from fnengine.host.states import NOWHERE, States, states_of
-from fnengine.host.steer import Steering, salted, steerings
+from fnengine.host.steer import Steering, digest_of, salted, steerings
 from fnengine.host.step import BLOCK, Admission, Ask, StepInput
+from fnengine.host.windows import BACK, windows_of
 from fnengine.model import Model
 from fnengine.processors import Own
 from fnengine.sequence import CLOSED, Likeliest, Logits, Sequence, Tokens, as_arrays, wishes
@@ -100,8 +101,9 @@ class Runtime:
     ):
         settings = settings or Settings(**options)
         built = build(model, settings, processors=processors)
-        caching, states = settings.enable_prefix_caching, states_of(built.device)
-        self._begin(model, settings, built, Ledger(built.device.blocks, BLOCK, caching=caching, states=states))
+        books: dict[str, Any] = dict(states=states_of(built.device), windows=windows_of(built.device))
+        ledger = Ledger(built.device.blocks, BLOCK, caching=settings.enable_prefix_caching, **books)
+        self._begin(model, settings, built, ledger)
 
     @classmethod
     def over(
@@ -134,6 +136,8 @@ class Runtime:
         self._rows: OrderedDict[int, tuple[int, int, Salt, Sampling | None, int] | None] = OrderedDict()
         self._holders: dict[int, weakref.ref[Sequence]] = {}
         """Row -> the sequence whose state it holds, where layers have states."""
+        self._lows: dict[int, int] = {}
+        """Row -> the first column whose window block it knows, where layers have such."""
         self._stamps = itertools.count()
         self.forget_rows()
         self._unseeded = 0
@@ -203,11 +207,13 @@ class Runtime:
         `steer`, layer -> vector (or a list with one such mapping, or None, for each pair), adds the vector to the
         residual stream after that layer at each new token, before a tap there; `Settings.steer` says which layers may
         be. It is part of the call, not of the sequence: give it again with every token that is to be steered. What the
-        prefix cache holds of one steering is found under the same one only.
+        prefix cache holds of one steering is found under the same one only. In models with recurrent layers it is the
+        same from a sequence's first token on: tokens whose state is lost are computed again.
 
         Raises:
             RequestError: no tokens, a token outside the vocabulary, a closed or foreign sequence, an unknown tap, a
-                layer that is not steered or a vector that is none of its.
+                layer that is not steered or a vector that is none of its; another steering than a sequence of recurrent
+                layers was computed under.
             ContextLengthError: a sequence would exceed `max_len`.
             OutOfBlocks: the pool is exhausted; nothing was changed.
         """
@@ -229,19 +235,33 @@ class Runtime:
 
     def save(self, seq: Sequence, path: str | FilePath) -> None:
         """Writes tokens and KV of a sequence to one file, which `load` gives back. A file of that name is replaced, at
-        once and only when the new one is whole.
+        once and only when the new one is whole. In models with recurrent layers it holds their state, too; where that
+        is not kept, it is computed anew.
 
         Raises:
             RequestError: a closed or foreign sequence.
-            KeptError: it cannot be written.
+            KeptError: it cannot be written, or its state is lost and was steered.
+            OutOfBlocks: there is no room to compute a state. Nothing was written.
         """
+        self._need_whole_windows(path)
         self._need_open(seq)
-        self._need_no_states(path)
+        place = NOWHERE if self._ledger.states is None or not len(seq) else self._state_after(seq)
         tokens, blocks = seq._buffer.data[: len(seq)], self._ledger.blocks_of(seq._path)
         pool, kv = self._pool, self.built.ops.kv
-        salt, pure = seq._path.salt, seq._pure
-        steer = salt if isinstance(salt, str) else salt[0]
-        kept.write(FilePath(path), self._identity, tokens, seq._prompt_len, pool, blocks, kv, steer=steer, pure=pure)
+        steer, pure = digest_of(seq._path.salt), seq._pure
+        kept.write(
+            FilePath(path),
+            self._identity,
+            tokens,
+            seq._prompt_len,
+            pool,
+            blocks,
+            kv,
+            steer=steer,
+            pure=pure,
+            memories=self._device.memories,
+            place=place,
+        )
 
     def load(self, path: str | FilePath) -> Sequence:
         """The sequence of a file that `save` wrote, here or in another process: extending it gives the bits that
@@ -252,9 +272,9 @@ class Runtime:
             ContextLengthError: it is longer than `max_len`.
             OutOfBlocks: the pool has too few free blocks. After any of these nothing was changed.
         """
-        self._need_no_states(path)
-        pool = self._pool
-        with kept.opened(FilePath(path), self._identity, pool) as file:
+        self._need_whole_windows(path)
+        pool, memories, states, null = self._pool, self._device.memories, self._ledger.states, self._device.rows
+        with kept.opened(FilePath(path), self._identity, pool, memories) as file:
             n = file.length
             if n > self.max_len:
                 raise ContextLengthError(f"{n} tokens exceed the context of {self.max_len}", where=str(path))
@@ -264,11 +284,13 @@ class Runtime:
             salt = (file.steer, "") if file.steer else ""
             whole = self._extensions([(self._ledger.empty(salt), n)])[0].path
             try:
-                tokens = file.fill(pool, self._ledger.blocks_of(whole))
+                tokens = file.fill(pool, self._ledger.blocks_of(whole), memories, null)
             except BaseException:
                 self._ledger.free(whole)
                 raise
         self._ledger.publish(whole, tokens[: file.pure])
+        if states is not None and states.keep(whole, n, null):  # without a place it is computed anew
+            self._device.keep(states.drain())
         return Sequence(self, whole, Tokens(tokens, n), file.prompt_len, file.pure)
 
     @property
@@ -277,12 +299,32 @@ class Runtime:
         own = self._device.state.pool[: len(self.model.spec.layers)]
         return tuple(p for p in own if isinstance(p, Pool) and p.k.numel())
 
-    def _need_no_states(self, path: str | FilePath) -> None:
-        if self._ledger.states is not None:
+    def _state_after(self, seq: Sequence) -> int:
+        """The place that holds the state after a sequence, until the next step: its row, a kept one, or a row in which
+        it is computed anew."""
+        states, n = self._ledger.states, len(seq)
+        assert states is not None
+        held = self._rows.get(seq._row[0])
+        if held is not None and held[:2] == (seq._row[1], n):
+            return seq._row[0]
+        length, place = states.find(seq._path)
+        if length == n:
+            self._device.keep(states.drain())
+            return place
+        if digest_of(seq._path.salt):  # whose vectors are known to those only who gave them
             raise KeptError(
-                f"a file holds KV, but no states of recurrent layers, which {self.model.spec.architecture} has",
+                f"the state after its {n} tokens is not kept any more, and they were steered",
+                remedy="extend `rt.empty` by its tokens under the same steering, and save that",
+            )
+        again, _ = self.extend(seq[: n - 1], seq._buffer.data[n - 1 : n], logits=None)
+        return again._row[0]
+
+    def _need_whole_windows(self, path: str | FilePath) -> None:
+        if self._ledger.windows is not None:
+            raise KeptError(
+                "a file holds KV of all tokens, and layers with a window have let go of what they see no more",
                 where=str(path),
-                remedy="compute the sequence from its tokens",
+                remedy="compute the sequence from its tokens, or keep windows whole with window_blocks=0",
             )
 
     @cached_property
@@ -290,13 +332,15 @@ class Runtime:
         return kept.identity(self.model, self.built)
 
     def _extensions(self, pairs: list[tuple[Path, int]]) -> list[Extension]:
-        """Longer paths for all pairs, or OutOfBlocks."""
+        """Longer paths for all pairs, or OutOfBlocks. Where more tokens are to come than a step takes, window blocks
+        are given step by step."""
+        first = 1 if sum(n for _, n in pairs) > self.built.mode.budget else None
         try:
-            return self._ledger.extend_many(pairs)
+            return self._ledger.extend_many(pairs, first)
         except OutOfBlocks:
             gc.collect()  # sequences in reference cycles hold blocks that nobody can use
             self.drain()
-            return self._ledger.extend_many(pairs)
+            return self._ledger.extend_many(pairs, first)
 
     def _extend(
         self,
@@ -333,8 +377,9 @@ class Runtime:
             self._ledger.settle()  # the copies are done
         results = []
         for i, p in enumerate(parts):
-            path = p.extension.path
-            self._ledger.publish(path, p.buffer.data[: p.pure])
+            self._ledger.publish(p.extension.path, p.buffer.data[: p.pure])
+            path = self._ledger.trim(p.extension.path, p.extension.path.length - BACK)
+            self._lows[p.row] = path.low
             stamp = next(self._stamps)
             new = Sequence(self, path, p.buffer, p.prompt_len, p.pure, (p.row, stamp))
             self._rows[p.row] = (stamp, path.length, *p.holds)
@@ -367,6 +412,8 @@ class Runtime:
             if sampling is not None and not (held is not None and held[0] == seq._row[1] and held[3] == sampling):
                 check_sampling(sampling, vocab, self._device.processors)
         self.affordable(sum(map(len, arrays)), want, taps)
+        if self._ledger.states is not None:
+            _alike(pairs, steers)
         self.drain()
         ledger, states = self._ledger, self._ledger.states
         if states is not None:
@@ -381,6 +428,7 @@ class Runtime:
         places = [NOWHERE] * len(pairs)
         if states is not None:
             places = [self._begin_from(states, seq, bases, i) for i, (seq, _) in enumerate(pairs)]
+        bases = [ledger.resumed(base) for base in bases]
         todo = []
         for (seq, _), array, base in zip(pairs, arrays, bases, strict=True):
             again = seq._buffer.data[base.length : len(seq)]
@@ -399,7 +447,7 @@ class Runtime:
             seed = 0
             if sampling is not None:
                 seed = sampling.seed if sampling.seed is not None else self.new_seed()
-            row, admitted, holds = self._row_for(seq, salted("", steer), sampling, seed, taken)
+            row, admitted, holds = self._row_for(seq, base, salted("", steer), sampling, seed, taken)
             same = seq._pure == len(seq) and base.salt == salted("", steer)
             taken.add(row)
             if admitted and holds[0] != len(seq):
@@ -445,7 +493,7 @@ class Runtime:
             states.keep(seq._path, len(seq), row)
 
     def _row_for(
-        self, seq: Sequence, steer: Salt, sampling: Sampling | None, seed: int, taken: set[int]
+        self, seq: Sequence, base: Path, steer: Salt, sampling: Sampling | None, seed: int, taken: set[int]
     ) -> tuple[int, bool, tuple[int, Salt, Sampling | None, int]]:
         """(row, whether it already holds this sequence, or a longer one that this was cut from, with this steering and
         sampling; length, steering, sampling and seed that it has or will be given). Least recently used otherwise."""
@@ -455,6 +503,8 @@ class Runtime:
         states = self._ledger.states
         if states is not None:  # which cannot be cut
             same = held is not None and same and held[1] == len(seq)
+        elif self._ledger.windows is not None:  # other blocks may stand now where the row has let go of some
+            same = same and base.length == len(seq) and base.low >= self._lows[row]
         if held is not None and same and (sampling is None or held[3:] == (sampling, seed)):
             self._rows.move_to_end(row)
             return row, True, held[1:]
@@ -499,11 +549,17 @@ class Runtime:
                 budget -= n
         # Where layers have states, all begin in the first step: what a row begins from may be another's to go on from.
         first = [i for i, p in enumerate(parts) if not p.entered and (i in live or states is not None)]
-        admit, grow, copy = [], [], []
+        admit, grow, copy, near_copy = [], [], [], []
+        for i, n in zip(live, sizes, strict=True) if self._ledger.windows is not None else ():
+            p = parts[i]
+            at = p.base.length + p.done
+            p.extension = replace(p.extension, path=self._ledger.trim(p.extension.path, at))
+            grow += [(p.row, column, block) for column, block in self._ledger.supply(p.extension.path, at + n)]
         for i in first:
             p = parts[i]
             p.entered = True
             copy += p.extension.copy
+            near_copy += p.extension.near_copy
             if p.admitted:
                 grow += [(p.row, column, block) for column, block in p.extension.grown]
             else:
@@ -517,6 +573,7 @@ class Runtime:
                         sampling=p.sampling or PLAIN,
                         seed=p.seed,
                         state=p.state,
+                        near=self._nears(self._ledger.blocks_of(p.extension.path).tolist()),
                         steer=() if p.steer is None else p.steer.vectors,
                     )
                 )
@@ -537,6 +594,8 @@ class Runtime:
                 grow=np.array(grow, np.int32).reshape(-1, 3),
                 admit=tuple(admit),
                 keep=np.array(keep, np.int32) if keep else None,
+                near_grow=self._nears([block for *_, block in grow]),
+                near_copy=np.array(near_copy, np.int32) if near_copy else None,
                 ask=Ask(
                     pipeline=names,
                     noise=noise,
@@ -564,6 +623,10 @@ class Runtime:
             if taps:
                 inside[i].append(tuple(x[offset : offset + n] for x in out.taps))
             offset += n
+
+    def _nears(self, blocks: list[int]) -> np.ndarray | None:
+        """The window blocks of these blocks, where layers have such."""
+        return None if self._ledger.windows is None else self._ledger.nears_of(blocks)
 
     def affordable(self, tokens: int, want: Logits, taps: tuple[str, ...]) -> None:
         """Raises `RequestError` if what so many new tokens are to give takes more than `ALL_LOGITS_BYTES`."""
@@ -621,3 +684,15 @@ class Runtime:
         """Asserts that the ledger's books balance."""
         self.drain()
         self._ledger.check()
+
+
+def _alike(pairs: list[tuple[Sequence, Iterable[int]]], steers: list[Steering | None]) -> None:
+    """Raises RequestError for a sequence that was computed under another steering than the one that is given now."""
+    for (seq, _), steer in zip(pairs, steers, strict=True):
+        if len(seq) and digest_of(seq._path.salt) != ("" if steer is None else steer.digest):
+            raise RequestError(
+                "a sequence of a model with recurrent layers is steered alike from its first token on: what is lost of "
+                "their states is computed again",
+                param="steer",
+                remedy="give the steering that it was begun with, or extend `rt.empty` by its tokens under this one",
+            )

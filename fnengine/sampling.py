@@ -31,6 +31,9 @@ STREAM = 0
 AT_ONCE = 16
 """Rows that go through the processors together on CPU. It bounds what is alive between them, and halves the time of 32
 rows of 151,936 (18 ms of one core against 35 ms for all five processors): fresh memory costs page faults."""
+FEW_LOGITS = 1 << 18
+"""So many logits are masked together where nothing else is done to them: a step of a small vocabulary costs what
+surrounds its kernels."""
 
 
 def choose(
@@ -61,8 +64,9 @@ def choose(
         return ops.gumbel_argmax(logits, temperature_R[part], seed_R[part], position_R[part], STREAM, last_R)
 
     R = len(logits_RV)
-    works = ask.masked or any(name in processors for name in ask.pipeline)
-    if not works or fixed_work(logits_RV) or R <= AT_ONCE:
+    works = any(name in processors for name in ask.pipeline)
+    little = not works and (not ask.masked or logits_RV.numel() <= FEW_LOGITS)
+    if little or fixed_work(logits_RV) or R <= AT_ONCE:
         return tokens(slice(R))
     return torch.cat([tokens(slice(i, i + AT_ONCE)) for i in range(0, R, AT_ONCE)])
 
@@ -93,21 +97,26 @@ def rows_at_once(k: int) -> int:
     return 64 if k <= 4 * FEW else 8
 
 
-def logprobs(logits_nV: Tensor, chosen_n: Tensor, k: int) -> Top:
-    """Log-probabilities of the chosen tokens and of the k most likely ones, from raw logits in float32.
+def logprobs(logits_nV: Tensor, chosen_n: Tensor, k: int, watched_nJ: Tensor | None = None) -> Top:
+    """Log-probabilities of the chosen tokens, of the k most likely ones and of the watched ones, from raw logits in
+    float32.
 
-    Both are read from one log_softmax, so that a chosen token which is also a top one has the same float. At most
+    All are read from one log_softmax, so that a chosen token which is also a top one has the same float. At most
     `rows_at_once(k)` rows of it are alive at a time.
 
-    Shapes: logits [n, V], chosen [n] integer -> Top with chosen [n], ids [n, k] and values [n, k]; k beyond V is V.
+    Shapes: logits [n, V], chosen [n] integer, watched [n, J] integer (-1 where unused) -> Top with chosen [n], ids
+    [n, k], values [n, k] and watched [n, J]; k beyond V is V.
     """
     k = min(k, logits_nV.shape[1])
     parts = []
     n = rows_at_once(k)
-    for logits, chosen in zip(logits_nV.split(n), chosen_n.split(n), strict=True):
-        logp = logits.float().log_softmax(1)
+    for i in range(0, max(len(logits_nV), 1), n):
+        logp = logits_nV[i : i + n].float().log_softmax(1)
         value, id = leading(logp, k)
-        parts.append((logp.gather(1, chosen.long()[:, None])[:, 0], id.int(), value))
+        part = [logp.gather(1, chosen_n[i : i + n].long()[:, None])[:, 0], id.int(), value]
+        if watched_nJ is not None:
+            part.append(logp.gather(1, watched_nJ[i : i + n].long().clamp_(min=0)))
+        parts.append(part)
     if len(parts) == 1:
         return Top(*parts[0])
     return Top(*(torch.cat(p) for p in zip(*parts, strict=True)))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fnengine.errors import ConfigError
 from fnengine.host.step import BLOCK
+from fnengine.host.windows import span
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class Settings:
     kept_states: int | None = None
     """States of recurrent layers that are kept of beginnings, beside those of the sequences in a step; None: as many as
     those are."""
+    window_blocks: int | None = None
+    """Blocks of KV of layers with a window, which let go of what they see no more; 0 keeps it whole, in the blocks that
+    all layers have; None: so many that no running sequence ever lacks one, or 0 where that saves nothing."""
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     enforce_eager: bool = False
@@ -131,6 +135,70 @@ def kept_states(settings: Settings, rows: int) -> int:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """Window blocks: KV of layers with a window in blocks of their own."""
+
+    blocks: int
+    """N_w, the null block included."""
+    bytes: int
+    """Of one, over all of these layers."""
+    reach: int
+    """Tokens that the longest window covers."""
+    asked: bool = False
+    """Somebody said how many."""
+
+
+def window_blocks(settings: Settings, mode: Mode, reach: int, bytes: int, why_not: str) -> tuple[Apart | None, str]:
+    """(window blocks of a model whose longest window covers `reach` tokens, why it has none).
+
+    By default every row has what a window covers and one block more, which it needs while it passes from one block to
+    the next; a quarter as many windows stay for prefixes that are found again; and the pieces of prompts of two steps,
+    the newest and the one before it, have their blocks. So no running sequence ever waits for a window block, and short
+    ones are not fewer at a time than in a pool of one kind.
+
+    Args:
+        why_not: what keeps windows whole, in words; empty for nothing.
+
+    Raises:
+        ConfigError: too few for one sequence, or asked for where windows are kept whole.
+    """
+    where, given = "--window-blocks", settings.window_blocks
+    if why_not or given == 0:
+        if given:
+            raise ConfigError(f"windows are kept whole: {why_not}", where=where, remedy="leave it out")
+        return None, why_not or where
+    piece, covered = -(-mode.budget // BLOCK), span(reach)
+    least = covered + piece + 3
+    if given is not None and given < least:
+        raise ConfigError(
+            f"{given} are too few for a window of {reach} tokens and {mode.budget} new ones a step",
+            where=where,
+            remedy=f"at least {least}, or 0 for windows that are kept whole",
+        )
+    enough = max(least, 1 + (mode.rows + -(-mode.rows // 4)) * (covered + 1) + 2 * piece)
+    return Apart(enough if given is None else given, bytes, reach, given is not None), ""
+
+
+FREE = 1 << 40
+"""Blocks, of layers that keep no KV in them."""
+
+
+def split(budget: int, per_block: int, enough: int, apart: Apart | None) -> tuple[int, Apart | None]:
+    """(blocks that so many bytes hold, the null block included; window blocks beside them, or None where windows are
+    kept whole, because there would be as many window blocks as blocks).
+
+    Args:
+        per_block: bytes of a block of all layers.
+        enough: blocks that all rows together can use, and the null block.
+    """
+    whole = budget // per_block
+    if apart is None or (apart.blocks >= min(whole, enough) and not apart.asked):
+        return whole, None
+    seeing, rest = per_block - apart.bytes, max(budget - apart.blocks * apart.bytes, 0)
+    return rest // seeing if seeing else FREE * (rest > 0), apart
+
+
+@dataclass(frozen=True)
 class PoolSize:
     blocks: int
     """N, the null block included."""
@@ -139,6 +207,8 @@ class PoolSize:
     bytes: int
     reason: str
     """Where the size came from, for `doctor` and the log."""
+    near: int = 0
+    """N_w, window blocks, the null block included; 0 where windows are kept whole."""
 
 
 def wanted_len(settings: Settings, model_len: int) -> int | None:
@@ -169,8 +239,10 @@ def size_pool(
     available: int,
     total: int = 0,
     beside: int = 0,
+    apart: Apart | None = None,
 ) -> PoolSize:
-    """Blocks of the KV pool and the longest sequence, from memory and flags.
+    """Blocks of the KV pool and the longest sequence, from memory and flags; `apart` are window blocks, if the model
+    has such.
 
     On CPU a quarter of the available memory, or what `beside` leaves of it, or less when max rows x max length needs
     less; on CUDA what `gpu_memory_utilization` of the card leaves beside what is in use and `beside`. `available` and
@@ -197,14 +269,18 @@ def size_pool(
         reason = f"--gpu-memory-utilization {settings.gpu_memory_utilization} of {total / 2**30:.1f} GiB"
         if beside:
             reason += f", {in_use / 2**30:.1f} GiB in use and {beside / 2**30:.1f} GiB kept for steps and graphs"
-    fits = budget // per_block - 1
-    if fits < 1:
-        raise ConfigError(
-            f"{max(budget, 0)} bytes hold no block of KV beside the null block ({per_block} bytes each)",
-            where="KV pool",
-            remedy=f"at least --kv-cache-memory-bytes {2 * per_block}",
-        )
     length = model_len if wanted is None else wanted
+    asked = apart
+    blocks, apart = split(budget, per_block, rows * -(-length // BLOCK) + 1, apart)
+    fits = blocks - 1
+    if fits < 1:
+        beside_it = "" if apart is None else f" and {apart.blocks} window blocks"
+        least = 2 * per_block + (0 if apart is None else (apart.blocks - 2) * apart.bytes)
+        raise ConfigError(
+            f"{max(budget, 0)} bytes hold no block of KV beside the null block{beside_it} ({per_block} bytes each)",
+            where="KV pool",
+            remedy=f"at least --kv-cache-memory-bytes {least}",
+        )
     most = fits * BLOCK
     if length > most:
         if wanted is not None or settings.kv_cache_memory_bytes is not None:
@@ -220,4 +296,17 @@ def size_pool(
     if need < fits:
         fits = need
         reason = f"{rows} rows x {length} tokens, less than {reason}"
-    return PoolSize(fits + 1, length, (fits + 1) * per_block, reason)
+    return pool_of(fits + 1, length, per_block, reason, apart, asked)
+
+
+def pool_of(
+    blocks: int, length: int, per_block: int, reason: str, apart: Apart | None, asked: Apart | None
+) -> PoolSize:
+    """The pool, and in its reason what layers with a window take of it; `asked` is what they might have had."""
+    if apart is None:
+        if asked is not None:
+            reason += f"; windows of {asked.reach} tokens are kept whole, which takes no more here"
+        return PoolSize(blocks, length, blocks * per_block, reason)
+    taken = blocks * (per_block - apart.bytes) + apart.blocks * apart.bytes
+    reason += f"; {apart.blocks} window blocks for layers that see {apart.reach} tokens"
+    return PoolSize(blocks, length, taken, reason, apart.blocks)

@@ -247,6 +247,11 @@ class DeltaNet:
         return self.heads, self.key_width, self.width
 
     @property
+    def note(self) -> int:
+        """Numbers that a token brings to the memory: k, v, decay and rate."""
+        return self.key_heads * self.key_width + self.heads * (self.width + 2)
+
+    @property
     def rope(self) -> None:
         """Nothing rotates."""
         return None
@@ -286,6 +291,11 @@ class Mamba2:
     @property
     def memory(self) -> tuple[int, int, int]:
         return self.heads, self.key_width, self.width
+
+    @property
+    def note(self) -> int:
+        """Numbers that a token brings to the memory: k, v and decay."""
+        return self.groups * self.key_width + self.heads * (self.width + 1)
 
     @property
     def rope(self) -> None:
@@ -599,6 +609,16 @@ def features(spec: ModelSpec) -> tuple[str, ...]:
 def attentions(spec: ModelSpec) -> list[Attending]:
     """The mixers that keep KV, layer by layer."""
     return [kind.mixer for kind in spec.layers if isinstance(kind.mixer, Attending)]
+
+
+def sight(mixer: Mixer) -> int:
+    """How far back a layer's tokens see, as attention's contract has it: 0 for everything."""
+    return -mixer.chunk or mixer.window or 0 if isinstance(mixer, Attention) else 0
+
+
+def reach(spec: ModelSpec) -> int:
+    """Tokens, the newest included, that the longest window or chunk of a model covers; 0: no layer has one."""
+    return max((abs(sight(m)) for m in attentions(spec)), default=0)
 
 
 def recurrents(spec: ModelSpec) -> list[Recurrent]:

@@ -8,7 +8,7 @@ row and block 0 is the null block, so padding needs no branch: it reads and writ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -16,10 +16,21 @@ import torch
 from torch import Tensor
 
 from fnengine.graphs.bucket import Bucket
-from fnengine.host.request import MAX_ARGUMENTS, MAX_BAD, MAX_BIAS, MAX_BREAKERS, Sampling
+from fnengine.host.request import MAX_ARGUMENTS, MAX_BAD, MAX_BIAS, MAX_BREAKERS, MAX_DRAFT, MAX_WATCHED, Sampling
 from fnengine.host.step import BLOCK, Ask
 from fnengine.kernels.layout import KVLayout, Shape, shapes_of
-from fnengine.spec import Attending, ModelSpec, attentions, borrows, shares
+from fnengine.spec import (
+    Attending,
+    Mixer,
+    ModelSpec,
+    Recurrent,
+    attentions,
+    borrows,
+    recurrents,
+    shares,
+    sight,
+    state_bytes,
+)
 from fnengine.tree import static
 
 
@@ -31,6 +42,9 @@ class Rows:
     """[M+1] int32 tokens whose KV is in the pool."""
     table: Tensor
     """[M+1, P] int32 block table; unused columns are 0, the null block."""
+    near: Tensor
+    """[M+1, P] int32 table of window blocks: a column that nobody sees any more holds anything; [M+1, 0] where layers
+    with a window lie in the same blocks as all others."""
     history: Tensor
     """[M+1, S+1] int32 token at each position; history[row, length] is the newest, not yet computed, token."""
     prompt_len: Tensor
@@ -89,6 +103,11 @@ class Rows:
     """[M+1, U, 8] float32"""
     steer: Tensor
     """[M+1, S, D] float32: what is added to the row's residual stream after each of S declared layers."""
+    watched: Tensor
+    """[M+1, 128] int32 token ids whose log-probabilities are wanted, -1 where unused."""
+    behind: Tensor | None = None
+    """[M+1] int32, where layers have states: the last tokens of its length that these have noted and not taken in yet,
+    guesses that turned out to be right."""
 
 
 def empty_rows(
@@ -102,14 +121,18 @@ def empty_rows(
     lists: bool = True,
     own: int = 0,
     steer: tuple[int, int] = (0, 0),
+    states: bool = False,
+    near: bool = False,
 ) -> Rows:
     """M rows that hold nothing and ask for nothing.
 
     Args:
         columns, tokens: widths of block tables and histories.
-        lists: whether there is room for allowed tokens, bad words and sequence breakers.
+        near: whether they have a table of window blocks.
+        lists: whether there is room for allowed tokens, bad words, sequence breakers and watched tokens.
         own: processors of the engine's own.
         steer: layers that may be steered, and the model's width.
+        states: whether layers have states.
     """
 
     def full(value: float, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -119,6 +142,7 @@ def empty_rows(
     return Rows(
         length=full(0, i32),
         table=full(0, i32, columns),
+        near=full(0, i32, columns * near),
         history=full(0, i32, tokens),
         prompt_len=full(0, i32),
         temperature=full(0, f32),
@@ -148,6 +172,8 @@ def empty_rows(
         own=full(False, torch.bool, own),
         own_args=full(0, f32, own, MAX_ARGUMENTS),
         steer=full(0, f32, *steer),
+        watched=full(-1, i32, some * MAX_WATCHED),
+        behind=full(0, i32) if states else None,
     )
 
 
@@ -230,9 +256,11 @@ def lent_shapes(kv: KVLayout, mixer: Attending, N: int) -> tuple[Shape, Shape]:
     return shapes_of(kv, N, BLOCK, mixer.kv_heads, mixer.width, shares(mixer))
 
 
-def pool_bytes(kv: KVLayout, spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Bytes of one block of the pools of all layers, of KV computed in `dtype`."""
-    return sum(block_bytes(kv, mixer, dtype) for mixer in attentions(spec))
+def pool_bytes(kv: KVLayout, spec: ModelSpec, dtype: torch.dtype, seeing: bool | None = None) -> int:
+    """Bytes of one block of the pools of all layers, of KV computed in `dtype`; with `seeing`, of those that see
+    everything, or (False) of those with a window."""
+    mixers = [m for m in attentions(spec) if seeing is None or seeing == (not sight(m))]
+    return sum(block_bytes(kv, mixer, dtype) for mixer in mixers)
 
 
 def block_bytes(kv: KVLayout, mixer: Attending, dtype: torch.dtype) -> int:
@@ -244,12 +272,34 @@ def block_bytes(kv: KVLayout, mixer: Attending, dtype: torch.dtype) -> int:
 class Memory:
     """What one recurrent layer remembers, in S places: those of the rows, the null row's, and those of states that are
     kept. Donated like a pool. A row of no tokens remembers nothing, whatever lies here.
+
+    A state cannot be cut, so it holds no token that is only guessed: of these a row has notes, of which its next step
+    takes in those that were right (`Rows.behind`).
     """
 
     tail: Tensor
     """[S, Y - 1, X] float32: what the convolution reads of the last tokens, newest last."""
     matrix: Tensor
     """[S, H, C, P] float32"""
+    heard: Tensor
+    """[M+1, NOTED, X] float32: what the convolution is to read of guesses, ..."""
+    noted: Tensor
+    """[M+1, NOTED, J] float32: ... and the matrix: k, v, decay and, in a delta net, rate."""
+
+
+NOTED = MAX_DRAFT
+"""Most guesses of a row in a step."""
+
+
+def memory_shapes(mixer: Recurrent) -> tuple[tuple[Shape, Shape], tuple[Shape, Shape]]:
+    """Shapes of a state of a layer, the tail and the matrix, and of a row's notes for each."""
+    return ((mixer.taps - 1, mixer.channels), mixer.memory), ((NOTED, mixer.channels), (NOTED, mixer.note))
+
+
+def memory_bytes(spec: ModelSpec, rows: int, kept: int) -> int:
+    """Bytes of what all recurrent layers remember, of so many rows, the null row, and states that are kept."""
+    notes = sum(4 * sum(map(prod, memory_shapes(m)[1])) for m in recurrents(spec))
+    return (rows + 1 + kept) * state_bytes(spec) + (rows + 1) * notes
 
 
 LayerState = Pool | Memory
@@ -293,9 +343,9 @@ class Batch:
     target: Tensor | None
     """[T] int32 or None, see `StepInput.target`."""
     pick: Tensor | None = None
-    """[E] int32, see `StepInput.pick`; None: the last token of each row. Padding picks token 0."""
+    """[E] int32, see `StepInput.pick`; None: the last token of each row. Padding picks the first once more."""
     mask: Tensor | None = None
-    """[E, ceil(V / 32)] int32 or None, see `StepInput.mask`. Padding allows everything."""
+    """[E, ceil(V / 32)] int32 or None, see `StepInput.mask`. Padding allows what the first row does."""
     ask: Ask = static(default=Ask())
 
 
@@ -352,10 +402,24 @@ class Where:
     """[R] int32 KV length including the new tokens"""
     table: Tensor
     """[M+1, P] int32, the rows' own"""
+    guessed: Tensor | None = None
+    """[R] int32, where layers have states: the last new tokens, which are only guessed"""
+    behind: Tensor | None = None
+    """[M+1] int32, the rows' own"""
+    near_slot: Tensor | None = None
+    """[T] int32: where KV of layers with a window goes, if they have blocks of their own ..."""
+    near: Tensor | None = None
+    """[M+1, P] int32: ... and the table of those"""
     token: Tensor | None = None
     """[T] int32, the tokens themselves; None where nobody has said, and no layer reads them"""
     beside: Tensor | None = None
     """What layers read beside the residual stream, if they do: [l, T, P] of l layers in a row, [T, P] of one"""
+
+    def of(self, mixer: Mixer) -> tuple[Tensor, Tensor]:
+        """(slot, table) of the blocks in which a layer with this mixer keeps KV."""
+        if self.near_slot is None or self.near is None or not sight(mixer):
+            return self.slot, self.table
+        return self.near_slot, self.near
 
 
 @dataclass(frozen=True)
@@ -368,6 +432,8 @@ class Top:
     """[n, k] int32"""
     values: Tensor
     """[n, k]"""
+    watched: Tensor | None = None
+    """[n, 128] of the tokens that the row watches"""
 
 
 @dataclass(frozen=True)
@@ -401,4 +467,9 @@ def locate(rows: Rows, batch: Batch, block: int) -> Where:
     column = (position // block).clamp_(max=rows.table.shape[1] - 1).long()
     slot = rows.table[row_T, column] * block + position % block
     length = rows.length[batch.row.long()] + batch.start[1:] - batch.start[:-1]
-    return Where(batch.row, batch.start, row_T, position, slot, length, rows.table)
+    where = Where(batch.row, batch.start, row_T, position, slot, length, rows.table)
+    if rows.behind is not None:
+        where = replace(where, guessed=(batch.emit - 1).clamp_(min=0), behind=rows.behind)
+    if rows.near.shape[1]:
+        where = replace(where, near_slot=rows.near[row_T, column] * block + position % block, near=rows.near)
+    return where

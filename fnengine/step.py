@@ -78,13 +78,17 @@ def make_step(
             rows.history[row_R, at_R] = torch.where(count_R > 0, newest_R, rows.history[row_R, at_R])
         if ask.logprobs is not None:
             assert logits_EV is not None
-            logprobs = sampling.logprobs(logits_EV, token_E, ask.logprobs)
+            watched_EJ = rows.watched[row_E] if ask.watched else None
+            logprobs = sampling.logprobs(logits_EV, token_E, ask.logprobs, watched_EJ)
         rows.length[row_R] = length_R
+        if rows.behind is not None:
+            rows.behind[row_R] = (count_R - 1).clamp(min=0)
         rows.length[-1:] = 0  # the null row stays empty, whatever padding did to it
         score = None
         if ask.score is not None:
             assert batch.target is not None
-            score = _score(forward, spec, params, x_TD, batch.target, ask.score)
+            watched_TJ = rows.watched[where.row_T] if ask.watched else None
+            score = _score(forward, spec, params, x_TD, batch.target, ask.score, watched_TJ)
         seen = {"embedding": embedding_TD, **{residual(i): x for i, x in inside.items()}}
         if "final" in ask.taps:
             seen["final"] = forward.final_norm(spec, params, x_TD)
@@ -129,10 +133,21 @@ def _kept(batch: Batch, token_T: Tensor, chosen_E: Tensor) -> tuple[Tensor, Tens
     return count_R, chosen_T[(first_R + count_R - 1).clamp(min=0).long()]
 
 
-def _score(forward: Forward, spec: ModelSpec, params: Any, x_TD: Tensor, target_T: Tensor, k: int) -> Top:
+def _score(
+    forward: Forward,
+    spec: ModelSpec,
+    params: Any,
+    x_TD: Tensor,
+    target_T: Tensor,
+    k: int,
+    watched_TJ: Tensor | None,
+) -> Top:
     """Log-probabilities of `target_T` (or of token 0 where it is -1), a bounded number of rows at a time."""
     parts = []
-    for x, target in zip(x_TD.split(SCORED_AT_ONCE), target_T.split(SCORED_AT_ONCE), strict=True):
-        logits = forward.head_logits(spec, params, x)
-        parts.append(sampling.logprobs(logits, target.clamp(min=0), k))
-    return Top(*(torch.cat([getattr(p, f) for p in parts]) for f in ("chosen", "ids", "values")))
+    for i in range(0, len(x_TD), SCORED_AT_ONCE):
+        some = slice(i, i + SCORED_AT_ONCE)
+        logits = forward.head_logits(spec, params, x_TD[some])
+        watched = None if watched_TJ is None else watched_TJ[some]
+        parts.append(sampling.logprobs(logits, target_T[some].clamp(min=0), k, watched))
+    names = ("chosen", "ids", "values", *(() if watched_TJ is None else ("watched",)))
+    return Top(*(torch.cat([getattr(p, f) for p in parts]) for f in names))

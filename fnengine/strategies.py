@@ -82,6 +82,7 @@ def refuse_beside(
     stop: Stop | None,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    watched: Iterable[int] = (),
     steer: Mapping[str, Any] | None,
     grammar: Grammar | None,
     speculate: Speculate | None,
@@ -96,6 +97,7 @@ def refuse_beside(
     asked = {
         "logprobs": logprobs is not None,
         "prompt_logprobs": prompt_logprobs is not None,
+        "logprob_token_ids": bool(tuple(watched)),
         "min_tokens": stop is not None and stop.min_tokens > 0,
         "prediction": speculate is not None and bool(speculate.prediction),
         drafts: speculate is not None and speculate.k > 0,
@@ -134,6 +136,7 @@ def named(request: Request, known: Mapping[str, Strategy] | None, policy: Policy
         stop=request.stop,
         logprobs=request.logprobs,
         prompt_logprobs=request.prompt_logprobs,
+        watched=request.watched,
         steer=request.steer,
         grammar=request.grammar,
         speculate=request.speculate,

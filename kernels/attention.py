@@ -43,7 +43,8 @@ def _attend(
 ) -> Tensor:
     """Attention of rows with n queries each over their gathered KV; a row's last query stands at end - 1. [R,n,H,C]
 
-    Values from `end` on are cleared, because a weight of zero does not silence a NaN that a former owner left there.
+    Values from `end` on, and before what the first query sees, are cleared, because a weight of zero does not silence a
+    NaN that a former owner left there, or a later one.
     """
     R, n, H, C = q_RnHC.shape
     S, K = k_RSKC.shape[1:3]
@@ -63,7 +64,8 @@ def _attend(
     if sink_H is not None:
         score = torch.cat([score, sink_H.float().view(K, G, 1, 1).expand(R, K, G, n, 1)], -1)
     weight = score.softmax(-1)[..., :S].reshape(R, K, G * n, S)
-    v = v_RSKC.float().masked_fill_((kv >= end_R.long()[:, None])[..., None, None], 0.0)
+    unseen = (kv >= end_R.long()[:, None]) | ~(seen.any(1) if window else kv >= 0)
+    v = v_RSKC.float().masked_fill_(unseen[..., None, None], 0.0)
     out = torch.matmul(weight, v.permute(0, 2, 1, 3))
     return out.view(R, K, G, n, C).permute(0, 3, 1, 2, 4).reshape(R, n, H, C).to(q_RnHC.dtype)
 
@@ -155,7 +157,8 @@ PAGED_ATTENTION = Contract(
     length[r] - (start[r+1] - t) and sees the KV positions up to and including its own; with window > 0 only the last
     `window` of those, with window < 0 those from the last multiple of -window on (chunks). KV position p of batch row r
     lies in block table[row[r], p // B] at offset p % B (beyond the table, where only padding goes, its last column
-    stands for the missing ones); the pool already holds the new tokens' KV (the write of *all* rows comes first). Query
+    stands for the missing ones; a column that no query of the row sees may name any block of the pool, whatever lies in
+    it); the pool already holds the new tokens' KV (the write of *all* rows comes first). Query
     head h reads KV head h // (H // K). Softmax in float32, output in the dtype of q. start[r] == start[r+1] is legal:
     the row has no queries.
 

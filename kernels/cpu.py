@@ -325,12 +325,23 @@ def _arrange_experts(expert: Tensor, experts: int) -> Tensor:
 
 
 def _causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, row: Tensor, start: Tensor, length: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor,
+    heard: Tensor,
+    row: Tensor,
+    start: Tensor,
+    length: Tensor,
+    behind: Tensor,
+    guessed: Tensor,
 ) -> Tensor:
     x, weight = _float32(x), _float32(weight).contiguous()
     X, taps = weight.shape
     assert x.shape[1] == X and tail.shape[1:] == (taps - 1, X) and tail.is_contiguous() and tail.dtype == torch.float32
-    row, start, length = _int32(row), _int32(start), _int32(length)
+    assert heard.shape[2] == X and heard.is_contiguous() and heard.dtype == torch.float32
+    assert len(behind) == len(heard) <= len(tail)
+    row, start, length, behind, guessed = (_int32(t) for t in (row, start, length, behind, guessed))
     y = empty(x.shape, torch.float32)
     bad = invoke(
         _library().fn_causal_conv,
@@ -338,19 +349,23 @@ def _causal_conv(
         weight.data_ptr(),
         None if bias is None else _float32(bias).data_ptr(),
         tail.data_ptr(),
+        heard.data_ptr(),
         row.data_ptr(),
         start.data_ptr(),
         length.data_ptr(),
+        behind.data_ptr(),
+        guessed.data_ptr(),
         y.data_ptr(),
         x.stride(0),
         row.shape[0],
-        tail.shape[0],
+        heard.shape[0],
+        heard.shape[1],
         X,
         taps,
         torch.get_num_threads(),
         checked=True,
     )
-    assert not bad, f"a row is out of range, or {taps} taps are too many: {row=} {start=}"
+    assert not bad, f"a row or its guesses are out of range, or {taps} taps are too many: {row=} {start=} {guessed=}"
     return y
 
 
@@ -361,9 +376,12 @@ def _gated_scan(
     decay: Tensor,
     beta: Tensor | None,
     memory: Tensor,
+    noted: Tensor,
     row: Tensor,
     start: Tensor,
     length: Tensor,
+    behind: Tensor,
+    guessed: Tensor,
 ) -> Tensor:
     (_, G, C), (T, H, P) = q.shape, v.shape
     assert k.shape == (T, G, C) and decay.shape == (T, H) and memory.shape[1:] == (H, C, P) and H % G == 0
@@ -371,7 +389,9 @@ def _gated_scan(
     q, k, v = (_packed(_float32(t)) for t in (q, k, v))
     decay = _float32(decay).contiguous()
     beta = None if beta is None else _float32(beta).contiguous()
-    row, start, length = _int32(row), _int32(start), _int32(length)
+    assert noted.shape[2] == G * C + H * P + H * (1 if beta is None else 2)
+    assert noted.is_contiguous() and noted.dtype == torch.float32 and len(behind) == len(noted) <= len(memory)
+    row, start, length, behind, guessed = (_int32(t) for t in (row, start, length, behind, guessed))
     out = empty(v.shape, torch.float32)
     bad = invoke(
         _library().fn_gated_scan,
@@ -381,12 +401,17 @@ def _gated_scan(
         decay.data_ptr(),
         None if beta is None else beta.data_ptr(),
         memory.data_ptr(),
+        noted.data_ptr(),
         row.data_ptr(),
         start.data_ptr(),
         length.data_ptr(),
+        behind.data_ptr(),
+        guessed.data_ptr(),
         out.data_ptr(),
         row.shape[0],
-        memory.shape[0],
+        noted.shape[0],
+        noted.shape[1],
+        noted.shape[2],
         G,
         H,
         C,
@@ -397,7 +422,7 @@ def _gated_scan(
         torch.get_num_threads(),
         checked=True,
     )
-    assert not bad, f"a row is out of range, or keys of {C} channels are too wide: {row=} {start=}"
+    assert not bad, f"a row or its guesses are out of range, or keys of {C} channels are too wide: {row=} {start=}"
     return out
 
 

@@ -37,10 +37,10 @@ SCHEMAS = {
     "Tensor? last=None) -> Tensor",
     "truncate": "(Tensor logits, Tensor temperature, Tensor min_p, Tensor top_k, Tensor top_p) -> Tensor",
     "apply_mask": "(Tensor logits, Tensor mask) -> Tensor",
-    "causal_conv": "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) tail, Tensor row, Tensor start, Tensor length) "
-    "-> Tensor",
-    "gated_scan": "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor? beta, Tensor(a!) memory, Tensor row, "
-    "Tensor start, Tensor length) -> Tensor",
+    "causal_conv": "(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) tail, Tensor(b!) heard, Tensor row, "
+    "Tensor start, Tensor length, Tensor behind, Tensor guessed) -> Tensor",
+    "gated_scan": "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor? beta, Tensor(a!) memory, Tensor(b!) noted, "
+    "Tensor row, Tensor start, Tensor length, Tensor behind, Tensor guessed) -> Tensor",
     "penalize": "(Tensor logits, Tensor row, Tensor length, Tensor history, Tensor prompt_len, Tensor frequency, "
     "Tensor presence, Tensor repetition) -> Tensor",
 }
@@ -173,8 +173,6 @@ def register(
         fn = through
     _LIBRARY.define(name + SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _LIBRARY.impl(name, fn, key)
-    if key != "CompositeExplicitAutograd":
-        _LIBRARY.impl(name, SHAPES[op], "Meta")
     torch.library.register_fake(f"{NAMESPACE}::{name}", SHAPES[op], lib=_LIBRARY)
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default
     IMPLEMENTATIONS[registered] = run

@@ -216,8 +216,8 @@ _COMMON = {
     "fn_top_experts": (None, [P] * 2 + [N] * 4 + [I]),
     "fn_arrange_experts": (I, [P] * 2 + [N] * 2),
     "fn_apply_mask": (None, [P] * 3 + [N] * 4 + [I]),
-    "fn_causal_conv": (I, [P] * 8 + [N] * 5 + [I]),
-    "fn_gated_scan": (I, [P] * 10 + [N] * 9 + [I]),
+    "fn_causal_conv": (I, [P] * 11 + [N] * 6 + [I]),
+    "fn_gated_scan": (I, [P] * 13 + [N] * 11 + [I]),
 }
 _KV = {name: _ELEMENT[name] for name in ("fn_paged_attention", "fn_rope_write")}
 SIGNATURES = {

@@ -141,6 +141,7 @@ def _examples_mask(dtype: torch.dtype, seed: int) -> Iterator[dict[str, Any]]:
     for R, V in ((1, 1), (3, 32), (4, 1000), (2, 4099), (0, 50)):
         mask = torch.randint(-(2**31), 2**31, (R, -(-V // 32)), generator=g).int()
         mask[: R // 2, ::3] = -1
+        mask[R // 2 :, 1::3] = 0
         yield {"logits_RV": torch.randn(R, V, generator=g), "mask_RW": mask}
 
 

@@ -53,6 +53,7 @@ BUDGET = 16
 THOUGHT = 6
 """Tokens until reasoning is made to end."""
 WIDTH = 3
+WATCHED = (7, 300)
 SIZES = {"max_model_len": 256, "max_num_seqs": 8, "enforce_eager": True}
 
 
@@ -254,12 +255,15 @@ def matches(case: Case) -> None:
 
 
 def scored(case: Case) -> None:
-    """One entry a token, whose bytes make the text."""
+    """One entry a token, whose bytes make the text, with the likely tokens and the watched ones."""
+    watched = [list(case.world.text.token_bytes(i)) for i in WATCHED]
     for c in case.seen.choices:
         assert c.logprobs is not None and len(c.logprobs) == len(c.tokens)
         assert [bytes(e["bytes"]) for e in c.logprobs] == [case.world.text.token_bytes(i) for i in c.tokens]
         for e in c.logprobs:
-            likely = [t["logprob"] for t in e["top_logprobs"]]
+            likely, rest = [t["logprob"] for t in e["top_logprobs"][:2]], e["top_logprobs"][2:]
+            unlikely = [w for w in watched if w not in [t["bytes"] for t in e["top_logprobs"][:2]]]
+            assert [t["bytes"] for t in rest] == unlikely and all(t["logprob"] <= likely[1] for t in rest)
             assert len(likely) == 2 and likely == sorted(likely, reverse=True) and e["logprob"] <= likely[0] <= 0
 
 
@@ -388,9 +392,9 @@ FEATURES = (
     Feature(
         "logprobs",
         ("logprobs",),
-        {"logprobs": True, "top_logprobs": 2},
+        {"logprobs": True, "top_logprobs": 2, "logprob_token_ids": list(WATCHED)},
         scored,
-        "same tokens as without; one entry a token, with its own bytes, the likely ones in order",
+        "same tokens as without; one entry a token, with its own bytes, the likely ones in order, the watched ones",
     ),
     Feature("n > 1", ("n",), {"n": 3}, several, "choice 0 has the tokens of n = 1, others differ; usage is their sum"),
     Feature(

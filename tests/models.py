@@ -22,7 +22,7 @@ from fnengine.host.step import BLOCK
 from fnengine.kernels.layout import Tokens
 from fnengine.model import Model, embed, head_logits
 from fnengine.spec import Recurrent
-from fnengine.state import Batch, LayerState, Memory, Pool, Rows, locate, pool_shapes
+from fnengine.state import Batch, LayerState, Memory, Pool, Rows, locate, memory_shapes, pool_shapes
 
 TINY: dict[str, dict[str, Any]] = {
     "llama2": dict(
@@ -705,10 +705,14 @@ class Paged:
         at = [none] * len(dataclasses.fields(Rows))
         state = Rows(*at)
         state = dataclasses.replace(
-            state, length=z(M, dtype=torch.int32), table=z(M, P, dtype=torch.int32), history=z(M, max_len + 1)
+            state,
+            length=z(M, dtype=torch.int32),
+            table=z(M, P, dtype=torch.int32),
+            history=z(M, max_len + 1),
+            behind=z(M, dtype=torch.int32),
         )
         pool = tuple(
-            Memory(z(M, m.taps - 1, m.channels) + torch.nan, z(M, *m.memory) + torch.nan)
+            Memory(*(z(M, *shape) + torch.nan for some in memory_shapes(m) for shape in some))
             if isinstance(m := la.mixer, Recurrent)
             else Pool(*(z(s, dtype=model.dtype) for s in pool_shapes(ops.kv, m, blocks)))
             for la in model.spec.layers

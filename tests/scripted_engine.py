@@ -87,11 +87,16 @@ def said(text: str, **kw: Any) -> Script:
     return Script((*text.encode(), EOS), **kw)
 
 
-def likely(chosen: int, k: int, unlikely: bool = False) -> TokenLogprob:
+def likely(chosen: int, k: int, unlikely: bool = False, watched: tuple[int, ...] = ()) -> TokenLogprob:
     """The hand-made distribution: powers of 1/2 from the chosen token on; minus infinity for the sixth."""
     first = (chosen + 7) % 256 if unlikely else chosen
-    top = [((first + j) % 256 if j else first, math.log(0.5 ** (j + 1)) if j != 5 else -math.inf) for j in range(k)]
-    return TokenLogprob(chosen, math.log(0.01) if unlikely else math.log(0.5), tuple(top))
+
+    def at(j: int) -> float:
+        return math.log(0.5 ** (j + 1)) if j != 5 else -math.inf
+
+    top = [((first + j) % 256 if j else first, at(j)) for j in range(k)]
+    seen = tuple((i, at((i - first) % 256)) for i in watched)
+    return TokenLogprob(chosen, math.log(0.01) if unlikely else math.log(0.5), tuple(top), seen)
 
 
 @dataclass
@@ -115,6 +120,8 @@ class ScriptedStream:
         self.items: deque[Delta] = deque()
         self.open = request.n
         self.wake = asyncio.Event()
+        self.waits = False
+        self.take = lambda delta: False
 
     def __aiter__(self):
         return self
@@ -124,7 +131,9 @@ class ScriptedStream:
             if self.open <= 0:
                 raise StopAsyncIteration
             self.wake.clear()
+            self.waits = True
             await self.wake.wait()
+            self.waits = False
         delta = self.items.popleft()
         self.open -= delta.finish is not None
         return delta
@@ -132,7 +141,12 @@ class ScriptedStream:
     def ready(self) -> bool:
         return bool(self.items)
 
+    def straight(self, take) -> None:
+        self.take = take
+
     def put(self, delta: Delta) -> None:
+        if self.waits and not self.items and self.take(delta):
+            return
         self.items.append(delta)
         self.wake.set()
 
@@ -319,7 +333,7 @@ class ScriptedEngine:
         scored = None
         if c.count == 0 and c.index == 0 and request.prompt_logprobs is not None:
             k = request.prompt_logprobs
-            scored = (None, *(likely(int(i), k) for i in request.prompt[1:]))
+            scored = (None, *(likely(int(i), k, watched=request.watched) for i in request.prompt[1:]))
         if request.pooling is not None:
             c.ended = True
             usage = Usage(len(request.prompt), 0, 0)
@@ -372,7 +386,8 @@ class ScriptedEngine:
         logprobs = None
         if c.request.logprobs is not None:
             base = c.count - len(ids)
-            logprobs = tuple(likely(i, c.request.logprobs, base + j in c.script.unlikely) for j, i in enumerate(ids))
+            k, watched, rare = c.request.logprobs, c.request.watched, c.script.unlikely
+            logprobs = tuple(likely(i, k, base + j in rare, watched) for j, i in enumerate(ids))
         usage = Usage(len(c.request.prompt), 3, c.count) if finish else None
         c.ended = finish is not None
         stream.put(Delta(c.index, text, ids, logprobs, scored, finish, reason, None, usage))

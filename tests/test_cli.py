@@ -210,6 +210,7 @@ def test_values_that_say_what_is_done_anyway_pass(words):
         (["serve", "--ssl-keyfile", "k"], r"--ssl-certfile: TLS needs"),
         (["serve", "--stream-interval", "0"], r"--stream-interval"),
         (["serve", "--shutdown-timeout", "-1"], r"--shutdown-timeout"),
+        (["serve", "--request-timeout", "-1"], r"--request-timeout"),
         (["serve", "--config", "/no/f.yaml"], r"--config: cannot read /no/f.yaml"),
         (["serve", "--config"], r"--config: expected a file"),
         (["serve", "--override-generation-config", '{"top": 1}', "demo"], r"--override-.*'top' is no sampling default"),

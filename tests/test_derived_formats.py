@@ -67,8 +67,14 @@ def test_what_a_template_shows_is_read_back_however_it_is_cut(template):
         content, _, found = whole(read(parsers, [said + text]))
         assert content.strip() == said.strip() and len(found) == 2
     text = shown(template, CALLS[:1])
-    for broken in (text[: len(text) // 2], text.replace("{", "", 1)):
+    for broken in (text[: len(text) // 3], text.replace("{", "", 1)):
         assert whole(read(parsers, list(broken)))[::2] == (broken, []), "what is no call is content, word for word"
+    full = whole(read(parsers, [text]))[2]
+    for at in range(1, len(text)):  # broken off: content, or arguments as far as they came
+        content, _, found = whole(read(parsers, list(text[:at])))
+        assert (text[:at].endswith if found else text[:at].startswith)(content)  # behind a call half a mark
+        assert [name for name, _ in found] in ([], ["get_weather"])
+        assert all(given and full[0][1].startswith(given) for _, given in found)
 
 
 def test_grammars_take_what_the_template_shows(template):

@@ -13,7 +13,7 @@ import torch
 import fnengine as fn
 from fnengine.engine import Engine
 from fnengine.errors import QueueFull, RequestError
-from fnengine.host.request import Request, Sampling, Stop, fold_in
+from fnengine.host.request import Request, Sampling, Speculate, Stop, fold_in
 from tests.models import tiny_model, upstream
 from tests.text_models import byte_tokenizer
 
@@ -173,6 +173,44 @@ def test_logprobs_are_log_softmax_of_raw_logits():
     first = got[0].logprobs[0]
     assert first.logprob == pytest.approx(float(reference[-1, first.id]), abs=1e-4)
     assert [t for t, _ in first.top] == reference[-1].topk(3).indices.tolist()
+
+
+def test_watched_tokens_have_the_log_probabilities_that_transformers_gives_them():
+    """Beside rows that watch others or none, drafts, prompts in chunks, and rows that were sent back."""
+    with torch.no_grad():
+        reference = upstream("qwen3")(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+    e = engine(max_num_batched_tokens=8, kv_cache_memory_bytes=1 << 17)
+    some, others = (5, 130, 0), tuple(range(128))
+    asked = [
+        request(logprobs=1, prompt_logprobs=0, watched=some, n=2),
+        request(logprobs=0, watched=others, speculate=Speculate("ngram", 3)),
+        request(logprobs=2),
+        request(),
+    ]
+    (first, _), (second,), (third,), (fourth,) = run(e, asked)
+    scored = next(d.prompt_logprobs for d in first if d.prompt_logprobs)
+    for i in range(1, len(PROMPT)):
+        assert [id for id, _ in scored[i].watched] == list(some)
+        assert [p for _, p in scored[i].watched] == pytest.approx(reference[i - 1, list(some)].tolist(), abs=1e-4)
+    text = tokens(second)
+    with torch.no_grad():
+        after = upstream("qwen3")(torch.tensor([PROMPT + text])).logits[0].log_softmax(-1)[len(PROMPT) - 1 :]
+    found = [p for d in second for p in d.logprobs]
+    assert [p.id for p in found] == text
+    for at, p in enumerate(found):
+        assert [x for _, x in p.watched] == pytest.approx(after[at, list(others)].tolist(), abs=1e-4)
+        assert p.id not in others or dict(p.watched)[p.id] == p.logprob, "not the same float"
+    assert all(not p.watched for d in third for p in d.logprobs) and fourth[0].logprobs is None
+
+
+def test_what_cannot_be_watched_is_refused_and_nothing_is_held():
+    e = engine()
+    for bad in (dict(watched=(131,)), dict(watched=(-1,)), dict(watched=tuple(range(129)))):
+        with pytest.raises(RequestError, match="logprob_token_ids"):
+            e.submit(request(logprobs=0, **bad))
+    with pytest.raises(RequestError, match="needs logprobs"):
+        e.submit(request(watched=(1,)))
+    assert e.gauges().waiting == 0
 
 
 def test_a_failing_step_ends_its_requests_and_the_engine_lives():

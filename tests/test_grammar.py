@@ -349,6 +349,32 @@ def test_a_tag_that_is_a_token_is_that_token():
     assert M.done(M.advance(at, SMALL.encode("12!")))
 
 
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_grammars_of_bytes_alone_need_no_second_look(tokenizer):
+    """Oracle: what a text can hold, and the parser's own word on where it may end."""
+    vocab = vocabulary_of(tokenizer)
+    known, eos = ids(vocab.known_W), set(vocab.eos)
+    made = [G.json_schema(s) for s in (PERSON, SHAPE)]
+    made += [G.json_object(), G.regex("(a|é+)*[0-9]?"), G.choice(["ab", "é"])]
+    for grammar in made:
+        compiled, draw = M.compile(grammar, vocab), random.Random(1)
+        assert compiled.exact
+        at, places = M.start(compiled), 0
+        while not at.ended and places < 150:
+            may, places = ids(M.allowed(at)), places + 1
+            assert may <= known and may & eos == (eos if M.accepts_end(at) else set())
+            at = at.after(draw.choice(sorted(may - eos) or sorted(may)))
+        assert places >= 2
+    assert not M.compile(G.cfg('start: "a"'), vocab).exact
+
+
+def test_how_a_text_is_cut_is_remembered_of_few_and_short_ones():
+    pieces = M._Pieces(SMALL, [SMALL.token_bytes(i) for i in range(SMALL.vocab_size)], frozenset({0, 1, 2, 3}), 0, None)
+    for text in ('ab":', "é{", "c" * M.CUT, "c" * (M.CUT + 1), *map(str, range(M.MOST_CUT + 9))):
+        assert pieces(text) == pieces(text) == SMALL.encode(text)
+        assert len(pieces._cut) <= M.MOST_CUT and all(len(t) <= M.CUT for t in pieces._cut)
+
+
 # values
 
 
@@ -388,10 +414,10 @@ def test_older_values_and_forks_stay_what_they_are():
         if not here.ended:
             values.append(M.advance(here, [draw.choice(sorted(masks[i]))]))
             # Oracle: a matcher that was never anywhere else.
-            fresh, tokens, node = M.start(compiled), [], values[-1]._node
-            while node is not None:
-                tokens.append(node.token)
-                node = node.parent
+            fresh, tokens, text = M.start(compiled), [], values[-1].text
+            while text is not None:
+                text, token = text
+                tokens.append(token)
             fresh = M.advance(fresh, tokens[::-1])
             masks.append(ids(M.allowed(fresh)) if not values[-1].ended else {0, 1})
     assert len(values) > 200 and len({frozenset(m) for m in masks}) > 5
@@ -423,9 +449,13 @@ def test_drafts_are_counted_and_masked_along():
     assert M.can(at, [*whole, 0]) == len(whole) + 1 and M.can(at, [*whole, 0, 0]) == len(whole) + 1
     assert ids(M.masks_along(at, [*whole, 0])[-1]) == {0, 1} and M.can(at, [a, 0]) == 1
     assert at.length == 0 and ids(M.allowed(at)) == of("a", "b", "ab"), "asking changes nothing"
-    with pytest.raises(AssertionError, match="not allowed"):
-        M.advance(at, [c])
-    assert ids(M.allowed(at)) == of("a", "b", "ab"), "nor does a token that is not allowed"
+    for wrong in ([c], [a, c]):
+        with pytest.raises(AssertionError, match="not allowed"):
+            M.advance(at, wrong)
+        assert ids(M.allowed(at)) == of("a", "b", "ab"), "nor does a token that is not allowed"
+    with pytest.raises(RequestError, match="no token is left"):
+        at.after(c)
+    assert ids(M.allowed(at.after(a))) == of("b")
 
 
 def test_a_full_lexer_is_replaced():

@@ -20,7 +20,7 @@ from fnengine.engine import Engine
 from fnengine.errors import RequestError
 from fnengine.host import grammar as G
 from fnengine.host import guide as guiding
-from fnengine.host.guide import Reasoning
+from fnengine.host.guide import Masks, Reasoning
 from fnengine.host.request import Request, Sampling, Speculate, Stop
 from fnengine.host.thinking import Budget
 from fnengine.host.tokenizer import Decoding, Tokenizer, byte_alphabet
@@ -169,6 +169,15 @@ def test_what_must_come_takes_fewer_steps_and_the_same_tokens(engine, monkeypatc
     assert tokens(fast[0]) == tokens(slow[0])
     # {"name":" ","age": ,"tags":[ ]} are 30 of them, in four runs.
     assert middle - before <= engine.gauges().steps - middle - 18
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6, 9, 12])
+def test_a_forced_run_is_one_step_whatever_it_is_padded_to(engine, n):
+    """The prompt's step chooses the first letter, the next one computes it with the run behind it, and that is all."""
+    before = engine.gauges().steps
+    (made,) = run(engine, ask(G.Grammar("regex", "[ab]" + "c" * n), 1))
+    assert re.fullmatch("[ab]c+", text(made[0])) and len(text(made[0])) == n + 1
+    assert engine.gauges().steps - before == 2
 
 
 def test_log_probabilities_are_those_of_all_tokens(engine):
@@ -381,14 +390,15 @@ def test_a_budget_around_the_grammar_of_messages_with_calls():
     opened = "<|channel|>analysis<|message|>abc"
     here, _ = walk(opened)
     assert here.forced() == tuple(ids)
-    mask = np.zeros(here.words, np.int32)
+    masks = Masks(np.zeros((1, here.words), np.int32))
+    mask = masks.array[0]
     for one in ids:
         here = here.after(one)
-    here.allow(mask)
+    here.allow(masks, 0)
     assert [chr(i) for i in range(126) if mask[i // 32] >> i % 32 & 1] == ["c", "f"], "commentary or final"
     _, said = walk(opened + "final<|message|>So.")
     assert said == opened + "<|end|><|start|>assistant<|channel|>final<|message|>So."
     call = 'commentary to=functions.go <|constrain|>json<|message|>{"city":"Oslo"}'
     here, said = walk(opened + call)
-    here.allow(mask)
+    here.allow(masks, 0)
     assert said.endswith(call) and mask[135 // 32] >> 135 % 32 & 1 and not here.can(text.encode("x", add_special=False))

@@ -384,15 +384,22 @@ def test_invariance_law_catches_kv_split_by_number_of_queries():
     assert first_variation(split, torch.float32) is not None
 
 
+def seen_from(position: int, window: int) -> int:
+    """The first position that a query at this one sees."""
+    return position // -window * -window if window < 0 else max(0, position - window + 1) if window else 0
+
+
 def reads_rubbish(
     fn: Callable[..., Any], dtype: torch.dtype, examples: Examples = attention.PAGED_ATTENTION.examples
 ) -> str | None:
-    """Where NaN in every slot that belongs to no row's tokens changes an answer."""
+    """Where NaN in every slot that belongs to no row's tokens, or to a block that none of its queries sees, changes an
+    answer."""
     for n, e in enumerate(examples(dtype, 31)):
         B = e["k_NBKC"].shape[1]
         k, v = torch.full_like(e["k_NBKC"], torch.nan), torch.full_like(e["v_NBKC"], torch.nan)
-        for r, length in zip(e["row_R"].tolist(), e["length_R"].tolist(), strict=True):
-            at = torch.arange(length)
+        new = e["start_R1"].diff().tolist()
+        for r, length, queries in zip(e["row_R"].tolist(), e["length_R"].tolist(), new, strict=True):
+            at = torch.arange(seen_from(length - queries, e["window"]) // B * B, length)
             slot = e["table_MP"][r, at // B].long(), at % B
             k[slot], v[slot] = e["k_NBKC"][slot], e["v_NBKC"][slot]
         if not torch.equal(fn(*(e | {"k_NBKC": k, "v_NBKC": v}).values()), fn(*e.values())):
@@ -404,10 +411,24 @@ def reads_rubbish(
 @pytest.mark.parametrize("backend", on_this_machine("paged_attention"))
 def test_rubbish_behind_the_end_of_a_row_is_not_read(backend: Backend, dtype: torch.dtype):
     """A block's former owner, or a token that was taken back, may have left NaN where the row has no tokens yet; with
-    pairs of tokens that is beside the row's last token, too."""
+    pairs of tokens that is beside the row's last token, too. Blocks before a window may be anybody's by now."""
     needs(backend, dtype)
     for examples in (attention.PAGED_ATTENTION.examples, long_examples):
         assert reads_rubbish(canonical(backend), dtype, examples) is None
+
+
+@pytest.mark.parametrize("backend", on_this_machine("paged_attention"))
+@pytest.mark.parametrize("window", [-64, -48, 1, 16, 17, 100])
+def test_blocks_before_a_window_or_a_chunk_are_not_read(backend: Backend, window: int):
+    needs(backend)
+    for examples in (attention.PAGED_ATTENTION.examples, long_examples):
+
+        def windowed(dtype: torch.dtype, seed: int, examples: Examples = examples) -> Iterator[dict[str, Any]]:
+            return (e | {"window": window} for e in examples(dtype, seed))
+
+        if window < 0 and backend.name == "triton":
+            pytest.skip("no kernels for chunks")
+        assert reads_rubbish(canonical(backend), torch.float32, windowed) is None
 
 
 def test_rubbish_is_noticed_where_it_is_read():
@@ -738,6 +759,61 @@ def test_tokens_in_a_row_are_written_as_each_alone(dtype: torch.dtype, C: int):
             q_one = cpu.rope_write.fn(qkv[one], norm, norm, cos[one], sin[one], *alone, slot[one], 1e-6)
             assert torch.equal(q_one[0], q[t]), t
         assert all(map(torch.equal, together, alone)), (T, first)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("delta", [True, False])
+def test_guesses_come_into_a_state_when_they_were_right(backend, delta):
+    """Rounds of guesses, some of them right, and tokens that follow. Oracle: the same op over what was right at once,
+    to the bit."""
+    g = torch.Generator().manual_seed(1)
+    G, H, C, P, X, Y, K = 2, 4, 24, 40, 70, 4, 6
+    T, row, S = 60, 2, 5
+
+    def inputs(n: int) -> tuple[torch.Tensor, ...]:
+        k = torch.randn(n, G, C, generator=g) / (C**0.5 * 2)
+        rates = torch.rand(2, n, H, generator=g)
+        beta = rates[1] if delta else None
+        return torch.randn(n, G, C, generator=g), k, torch.randn(n, H, P, generator=g), rates[0], beta
+
+    right, x_TX = inputs(T), torch.randn(T, X, generator=g)
+    weight = torch.randn(X, Y, generator=g)
+    conv, scan = (next(b.fn for b in BACKENDS[op] if b.name == backend) for op in ("causal_conv", "gated_scan"))
+    J = G * C + H * P + (2 if delta else 1) * H
+
+    def fresh() -> tuple[torch.Tensor, ...]:
+        sizes = (S, Y - 1, X), (S, K, X), (S, H, C, P), (S, K, J)
+        return tuple(torch.randn(*size, generator=g) for size in sizes)
+
+    def run(state, x, parts, length: int, behind: int, guessed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        i32 = lambda *v: torch.tensor(v, dtype=torch.int32)  # noqa: E731
+        tail, heard, memory, noted = state
+        at = i32(row), i32(0, len(x)), i32(length), torch.full((S,), behind, dtype=torch.int32), i32(guessed)
+        return conv(x, weight, None, tail, heard, *at), scan(*parts, memory, noted, *at)
+
+    one = fresh()
+    y, o = run(one, x_TX, right, T, 0, 0)
+    many, at, behind = fresh(), 0, 0
+    for guessed, kept in ((0, 0), (3, 3), (3, 0), (5, 2), (6, 6), (1, 1), (6, 5), (2, 1)):
+        new, wrong = 1 + guessed, inputs(guessed)
+        bad_x = torch.randn(guessed, X, generator=g)
+
+        def line(a, b, at=at, kept=kept):
+            return None if a is None else torch.cat([a[at : at + 1 + kept], b[kept:]])
+
+        parts = tuple(line(a, b) for a, b in zip(right, wrong, strict=True))
+        got = run(many, line(x_TX, bad_x), parts, at + new, behind, guessed)
+        assert torch.equal(got[0][: 1 + kept], y[at : at + 1 + kept])
+        assert torch.equal(got[1][: 1 + kept], o[at : at + 1 + kept]), (at, behind, guessed, kept)
+        at, behind = at + 1 + kept, kept
+        if kept == 2:  # a state that catches up without new tokens
+            run(many, x_TX[:0], tuple(None if a is None else a[:0] for a in right), at, behind, 0)
+            behind = 0
+    rest = tuple(None if a is None else a[at:] for a in right)
+    got = run(many, x_TX[at:], rest, T, behind, 0)
+    assert torch.equal(got[0], y[at:]) and torch.equal(got[1], o[at:])
+    for a, b in ((many[0], one[0]), (many[2], one[2])):
+        assert torch.equal(a[row], b[row])
 
 
 # ---- choosing and building --------------------------------------------------------------------------------------

@@ -38,9 +38,9 @@ SPEC = ModelSpec("llama", "LlamaForCausalLM", 1000, 64, (LAYER, LAYER), 1e-6, Tr
 SHAPES = Shapes(SPEC, torch.float32, Packing("dense", ""), Mode(budget=32, rows=8), max_len=512, blocks=5)
 
 
-RARE = 4 * 8 + 1 + 4 * 32 + 4 * 32 + 2 * 4 * 512
+RARE = 4 * 8 + 1 + 4 * 32 + 4 * 32 + 2 * 4 * 512 + 4 * 128
 """Of a row's rare parameters: 8 words, a flag, 32 words of allowed tokens (1,000 bits), 32 breakers, 2 x 512 words of
-bad words."""
+bad words, 128 watched tokens."""
 ROWS = 9 * (4 * 9 + 8 + 4 * 32 + 4 * 513 + 3 * 4 * 512 + RARE)
 """9 rows of 12 one-word fields but for the seed's two, 32 blocks, 513 tokens, 3 x 512 words of bias; and RARE."""
 
@@ -95,7 +95,7 @@ def test_fewer_rows_at_a_time_where_log_probabilities_are_many():
     spec = dataclasses.replace(SPEC, vocab=152_000)
     s = dataclasses.replace(SHAPES, spec=spec, mode=Mode(budget=64, rows=64), max_logprobs=-1)
     V = 152_000
-    assert account(s).line("scoring").bytes == 2 * 64 * V * 4 + 8 * V * (4 + 12 + 4) + 64 * V * 16
+    assert account(s).line("scoring").bytes == 2 * 64 * V * 4 + 8 * V * (4 + 12 + 4) + 64 * (V * 16 + 128 * 4)
 
 
 KINDS = ("dense", "packed", "tiled", "int8", "int4")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 
+import jiter
 import pytest
 
 from tests.test_tools import CALLS, NOW, PROMPT, QWEN, TWO_CALLS, WEATHER, said, served
@@ -53,7 +54,7 @@ def joined(found):
             block, delta = message["content"][e["index"]], e["delta"]
             if delta["type"] == "input_json_delta":
                 text += delta["partial_json"]
-                block["input"] = json.loads(text)
+                block["input"] = jiter.from_json(text.encode(), partial_mode=True)  # as anthropic does
             else:
                 name = {"text_delta": "text", "thinking_delta": "thinking"}[delta["type"]]
                 block[name] += delta[name]
@@ -117,6 +118,10 @@ def test_tools_and_thinking_are_blocks():
         assert (paris["name"], paris["input"]) == ("get_weather", {"city": "Paris"})
         assert rome["input"] == {"city": "Rome", "days": 2} and paris["id"] != rome["id"]
         found = joined(events(client, body))
+        pieces = [e for e in events(client, body) if e.get("delta", {}).get("type") == "input_json_delta"]
+        assert len(pieces) > 20, "arguments come with their tokens"
+        cut = client.post("/v1/messages", json={**body, "stop_sequences": ["Rome"]}).json()
+        assert cut["content"][-1]["input"] == {"unreadable": '{"city": "'}, "what broke off is told as it is"
         for a, b in zip(found["content"], whole["content"], strict=True):
             assert {k: v for k, v in a.items() if k != "id"} == {k: v for k, v in b.items() if k != "id"}
 

@@ -33,6 +33,8 @@ from tests.test_families import tokens
 
 GREEDY = Sampling(temperature=0, seed=1)
 AT = "model.layers.2."
+QWEN = ("qwen3-next", "qwen3-5", "qwen3-5-moe")
+"""Whose layer follows layers with states."""
 
 
 @pytest.fixture(autouse=True)
@@ -49,17 +51,22 @@ def further(name: str) -> Any:
     base = upstream(name).model
     config = copy.deepcopy(upstream(name).config)
     config.first_k_dense_replace = 0  # it has experts, whatever its number is
+    if name in QWEN:
+        config.layer_types = ["full_attention"]
     torch.manual_seed(77)
     layer: Any = MtpLayer(config, type(base.layers[-1]), type(base.norm), 0).eval()
     with torch.no_grad():
         for p in layer.parameters():
             p.copy_(1 + 0.3 * torch.randn_like(p) if p.dim() == 1 else 0.2 * torch.randn_like(p))
-        layer.mtp_block.mlp.gate.e_score_correction_bias.copy_(0.2 * torch.randn(8))
+        if name not in QWEN:
+            layer.mtp_block.mlp.gate.e_score_correction_bias.copy_(0.2 * torch.randn(8))
     return layer
 
 
 def published(layer: Any) -> dict[str, Tensor]:
     """The layer's tensors under the names that checkpoints give them, with copies of what is the model's."""
+    if "Qwen" in type(layer.mtp_block).__name__:
+        return published_by_qwen(layer)
     held = {}
     for name, x in layer.state_dict().items():
         name = name.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm.")
@@ -74,10 +81,28 @@ def published(layer: Any) -> dict[str, Tensor]:
     return {name: x.clone().contiguous() for name, x in {**held, **copies}.items()}
 
 
+def published_by_qwen(layer: Any) -> dict[str, Tensor]:
+    """The same of Qwen3-Next and Qwen3.5, which name what stands around the layer once for all of them."""
+    around = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "post_norm": "norm"}
+    held = {}
+    for name, x in layer.state_dict().items():
+        first, _, rest = name.partition(".")
+        at = f"mtp.{around[first]}.{rest}" if first in around else f"mtp.layers.0.{rest}"
+        if rest == "mlp.experts.gate_up_proj":
+            for e, (gate, up) in enumerate(y.chunk(2) for y in x):
+                held |= {at.replace("gate_up_proj", f"{e}.gate_proj.weight"): gate}
+                held |= {at.replace("gate_up_proj", f"{e}.up_proj.weight"): up}
+        elif rest == "mlp.experts.down_proj":
+            held |= {at.replace("down_proj", f"{e}.down_proj.weight"): y for e, y in enumerate(x)}
+        else:
+            held[at] = x
+    return {name: x.clone().contiguous() for name, x in held.items()}
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
-    for name in ("deepseek-v3", "glm4-moe"):
+    for name in ("deepseek-v3", "glm4-moe", *QWEN):
         folder = tmp_path_factory.mktemp(name) / "m"
         shutil.copytree(tiny_folder(name), folder)
         held = load_file(folder / "model.safetensors")
@@ -103,11 +128,11 @@ def expected(name: str, ids: list[int], k: int) -> list[int]:
     return said
 
 
-@pytest.mark.parametrize("name", ["deepseek-v3", "glm4-moe"])
+@pytest.mark.parametrize("name", ["deepseek-v3", "glm4-moe", *QWEN])
 def test_a_checkpoint_drafts_with_its_own_layer(folders: dict[str, Path], name: str):
     """Oracle: transformers' layer, from transformers' hidden states; for the model, its tree without that layer."""
     model = fn.load(folders[name], dtype="float32", device="cpu")
-    assert len(model.params["layers"]) == 2
+    assert len(model.params["layers"]) == upstream(name).config.num_hidden_layers
     head = mtp.load(model)
     ids = tokens(40, seed=4)
     with torch.no_grad():
@@ -136,12 +161,13 @@ def options(folder: Path, *more: str) -> Any:
     return resolve(cli.parser().parse_args(words))
 
 
-def test_a_server_drafts_with_the_layer(folders: dict[str, Path]):
+@pytest.mark.parametrize("name", ["deepseek-v3", "qwen3-next", "qwen3-5"])
+def test_a_server_drafts_with_the_layer(folders: dict[str, Path], name: str):
     """Oracle: the functional loop without drafts."""
     from fnengine.engine import Engine
     from tests.text_models import byte_tokenizer
 
-    folder = folders["deepseek-v3"]
+    folder = folders[name]
     model = fn.load(folder, dtype="float32", device="cpu")
     drafting = drafts.prepare({"method": "mtp", "k": 2, "adapt": False}, model, options(folder))
     assert drafting.about == "mtp head, up to 2 tokens"

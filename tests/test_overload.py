@@ -75,6 +75,21 @@ def test_a_request_that_is_in_time_does_not_notice():
             problem(server.post("/v1/completions", {**TEXT, "timeout": bad}), 400, "timeout")
 
 
+def test_the_servers_own_deadline_is_for_requests_that_name_none():
+    with serving(ScriptedEngine(SCRIPTS, pace=0.02), request_timeout=0.2) as server:
+        began = time.monotonic()
+        says = problem(
+            server.post("/v1/completions", ENDLESS), 408, None, "0.2 seconds of the server's --request-timeout"
+        )
+        assert says["type"] == "TimeoutError" and time.monotonic() - began < 3
+        assert server.events("/v1/completions", ENDLESS)[-1]["error"]["code"] == 408
+        assert server.post("/v1/responses", {"input": "endless"}).status_code == 408
+        longer = server.post("/v1/completions", {**ENDLESS, "max_tokens": 30, "timeout": 20})  # 0.6 s
+        assert longer.json()["choices"][0]["finish_reason"] == "length"
+        assert server.post("/v1/completions", {**ENDLESS, "max_tokens": 2}).status_code == 200
+        server.quiet()
+
+
 # --- connections ------------------------------------------------------------------------------------------------------
 
 

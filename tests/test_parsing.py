@@ -168,7 +168,7 @@ WELL_FORMED = [
         "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather "
         '<|constrain|>json<|message|>{"city":"Paris"}<|call|>',
         "",
-        [PARIS],
+        [("get_weather", '{"city":"Paris"}')],  # in the model's own words
     ),
     (
         HARMONY,
@@ -197,13 +197,13 @@ def test_well_formed_answers_by_hand(name, text, content, expected):
 BROKEN = [
     ("hermes", "<tool_call>"),
     ("hermes", "a <tool_call> b"),
-    ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1'),
-    ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1}} no</tool_call>'),
+    ("hermes", '<tool_call>{"name": "f", "arguments": '),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {'),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {x: 1}}</tool_call>'),
+    ("hermes", '<tool_call>{"arguments": {"x": NaN}, "name": "f"}</tool_call>'),
+    ("hermes", '<tool_call>{"arguments": {"x": 1}, "name": "f"'),
     ("hermes", '<tool_call>{"name": 5}</tool_call>'),
     ("hermes", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>'),
-    ("hermes", '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>'),
-    ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>'),
-    ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 01}}</tool_call>'),
     ("hermes", '<tool_call>{"name": "f",}</tool_call>'),
     ("hermes", "<tool_call>" + "[" * 9999),
     ("hermes", '<tool_call>{"a":' + "[" * 9999),
@@ -215,7 +215,6 @@ BROKEN = [
     ("llama3_json", '<|python_tag|>print({"name": 1})'),
     ("llama3_json", 'Here: {"name": "get_weather", "parameters": {}}'),
     ("mistral", "[TOOL_CALLS] nothing"),
-    ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}}'),
     ("mistral", "[TOOL_CALLS][]"),
     ("mistral", "[TOOL_CALLS]" + "x" * 999 + "{}"),
     ("pythonic", "[1, 2, 3]"),
@@ -231,7 +230,6 @@ BROKEN = [
     ("qwen3_coder", "<tool_call>\n<function=" + "x" * 999 + ">"),
     ("deepseek_v3", AROUND % "nothing"),
     ("deepseek_v3", "<｜tool▁calls▁begin｜>"),
-    ("deepseek_v3", V3 % '{"city": '),
     ("deepseek_v31", V31 % "[1]"),
     (HARMONY, "no header"),
     (HARMONY, "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{broken<|call|>"),
@@ -244,6 +242,93 @@ BROKEN = [
 def test_what_is_no_call_is_content_word_for_word(name, text):
     assert whole(read(parsers(name), [text])) == (text, "", [])
     assert whole(read(parsers(name), list(text[:3000]))) == whole(read(parsers(name), [text[:3000]]))
+
+
+F, G = '{"name": "f", "arguments": {"x": 1}}', '{"name": "g", "arguments": {"y": "z"}}'
+GONE_WRONG = [
+    # (format, text, content, calls): arguments that go wrong after they were told, and what follows them
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1', "", [("f", '{"x": 1')]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"x": "a\nb\\', "", [("f", '{"x": "a\\nb\\')]),
+    ("hermes", f"<tool_call>{F} no</tool_call>", " no</tool_call>", [("f", '{"x": 1}')]),
+    ("hermes", f"<tool_call>{F[:-1]}", "", [("f", '{"x": 1}')]),
+    ("hermes", f"<tool_call>{F[:-1]}, 5}}</tool_call>", ", 5}</tool_call>", [("f", '{"x": 1}')]),
+    ("hermes", f'<tool_call>{F[:-1]}, "id": "a"}}</tool_call>', "", [("f", '{"x": 1}')]),
+    ("hermes", f"<tool_call>{F.replace('1', 'NaN')}</tool_call>", "", [("f", '{"x": NaN}')]),
+    ("hermes", f"<tool_call>{F.replace('1', '1,')}</tool_call>x", "}}</tool_call>x", [("f", '{"x": 1,')]),
+    (
+        "hermes",  # the next call stands
+        f"<tool_call>{F.replace('1', '1 2')}</tool_call><tool_call>{F}",
+        "2}}</tool_call>",
+        [("f", '{"x": 1 '), ("f", '{"x": 1}')],
+    ),
+    ("llama3_json", '{"name": "now", "parameters": {"a": [1', "", [("now", '{"a": [1')]),
+    ("mistral", f"[TOOL_CALLS] [{F}", "", [("f", '{"x": 1}')]),
+    ("mistral", f"[TOOL_CALLS] [{F}, {G}", "", [("f", '{"x": 1}'), ("g", '{"y": "z"}')]),
+    ("mistral", f"[TOOL_CALLS] [{F}, {{}}, {G}]", f", {{}}, {G}]", [("f", '{"x": 1}')]),
+    (
+        "mistral",
+        f'[TOOL_CALLS] [{F}, {{"arguments": {{"y": 2}}, "name": "g"}}]',
+        "",
+        [("f", '{"x": 1}'), ("g", '{"y": 2}')],
+    ),
+    ("mistral", f"[TOOL_CALLS] [{F} {G}]", f" {G}]", [("f", '{"x": 1}')]),
+    ("qwen3_coder", CODER % ("Paris", "hm"), "\nhm</function>\n</tool_call>", [("get_weather", '{"city": "Paris"')]),
+    (
+        "qwen3_coder",
+        CODER.partition("%s</f")[0] % "Paris" + "<parameter=days>\n2",
+        "\n<parameter=days>\n2",
+        [("get_weather", '{"city": "Paris"')],
+    ),
+    ("deepseek_v3", V3 % '{"city": ', "```<｜tool▁call▁end｜>", [("get_weather", '{"city": \n')]),
+    (
+        HARMONY,
+        '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"x": [1}}<|call|>',
+        "}}",
+        [("f", '{"x": [1')],
+    ),
+]
+
+
+@pytest.mark.parametrize("name,text,content,expected", GONE_WRONG)
+def test_arguments_that_go_wrong_end_there_and_the_rest_is_content(name, text, content, expected):
+    got, _, found = whole(read(parsers(name), [text]))
+    assert (got, found) == (content, expected)
+    assert whole(read(parsers(name), list(text))) == (content, "", expected)
+
+
+STREAMED = [
+    ("hermes", '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>'),
+    ("llama3_json", '{"name": "get_weather", "parameters": {"city": "Paris", "days": 2}}'),
+    ("mistral", '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}]'),
+    ("mistral", '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris", "days": 2}'),
+    ("deepseek_v3", AROUND % (V3 % '{"city": "Paris", "days": 2}')),
+    ("deepseek_v31", AROUND % (V31 % '{"city": "Paris", "days": 2}')),
+    (HARMONY, '<|channel|>commentary to=functions.get_weather<|message|>{"city": "Paris", "days": 2}<|call|>'),
+]
+
+
+@pytest.mark.parametrize("name,text", STREAMED)
+def test_arguments_are_told_as_they_come(name, text):
+    """Behind its opening, every character of the arguments is told with itself."""
+    state, told = begin(parsers(name), "", TOOLS), ""
+    at = text.index('{"city"')
+    for i, c in enumerate(text):
+        assert state is not None
+        state, events = parsing.feed(state, c)
+        assert not any(e.kind == "content" for e in events)
+        told += "".join(e.text for e in events if e.kind == "arguments")
+        if at < i < text.index("2}") + 2:
+            assert told == text[at : i + 1]
+    assert told == '{"city": "Paris", "days": 2}'
+
+
+def test_parameters_are_told_one_by_one():
+    state, told = begin(parsers("qwen3_coder"), "", TOOLS), []
+    for c in CODER % ("Paris", "<parameter=days>\n2\n</parameter>\n"):
+        assert state is not None
+        state, events = parsing.feed(state, c)
+        told += [e.text for e in events]
+    assert told == ["get_weather", '{"city": "Paris"', ', "days": 2', "}"]
 
 
 def test_a_broken_call_does_not_hide_the_next_one():
@@ -311,7 +396,10 @@ def cuts_of(text, at):
     return [text[a:b] for a, b in itertools.pairwise(at)]
 
 
-@pytest.mark.parametrize("name,text", [(n, t) for n, t, *_ in WELL_FORMED] + [(n, t[:400]) for n, t in BROKEN])
+CUT = [(n, t) for n, t, *_ in WELL_FORMED + GONE_WRONG] + [(n, t[:400]) for n, t in BROKEN]
+
+
+@pytest.mark.parametrize("name,text", CUT)
 def test_every_cut_into_two_and_every_character_alone(name, text):
     for tags in (None, "qwen3"):
         p = parsers(name, tags if name != HARMONY else None)
@@ -336,6 +424,8 @@ def test_all_cuts_of_short_texts():
 JSONS = [
     '{"name": "now"}',
     '{"name": "get_weather", "arguments": {"city": "P"}}',
+    '{"name": "now", "arguments": {"a": ',
+    '"b\\n\n"',
     "{",
     "}",
     '"',
@@ -377,6 +467,12 @@ def cases(draw):
     return parsers(name, tags), draw(st.sampled_from(["", "<think>\n", "<think></think>"])), cuts_of(text, cuts)
 
 
+def told(arguments):
+    """Whether arguments are an object, or the begin of one that broke off."""
+    scan = scan_json(Scan(), arguments, 0)
+    return arguments[0] == "{" and scan.end != "wrong" and scan.at == len(arguments)
+
+
 def law(case):
     p, prompt, pieces = case
     text = "".join(pieces)
@@ -385,7 +481,7 @@ def law(case):
     assert read(p, list(text), prompt=prompt) == events
     content, thought, found = whole(events)
     for name, arguments in found:
-        assert name in text and isinstance(json.loads(arguments), dict)
+        assert name in text and told(arguments)
     if not found and p.tools != HARMONY and p.reasoning is None:
         assert content == text  # nothing is lost where nothing was found
     assert len(content) + len(thought) <= len(text)

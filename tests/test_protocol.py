@@ -18,9 +18,10 @@ from prometheus_client import Histogram as PrometheusHistogram
 from fnengine.errors import RequestError
 from fnengine.host.output import Delta, TokenLogprob, Usage
 from fnengine.serve import answer as answering
-from fnengine.serve import protocol, translate
+from fnengine.serve import bodies, protocol, translate
 from fnengine.serve.answer import Answer, offsets
 from fnengine.serve.app import make_app
+from fnengine.serve.bodies import PIECE, loads
 from fnengine.serve.flight import Thinning, joined
 from fnengine.serve.metrics import FIRST_TOKEN, Histogram, one_two_five
 
@@ -308,6 +309,67 @@ def test_no_field_is_of_two_kinds():
     typed = set(protocol.CompletionBody.model_fields) | set(protocol.ChatBody.model_fields)
     assert not typed & protocol.HINTS and not typed & protocol.REFUSED.keys()
     assert not protocol.HINTS & protocol.REFUSED.keys()
+
+
+# --- large bodies -----------------------------------------------------------------------------------------------------
+
+jsons = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=6),
+    lambda x: st.lists(x, max_size=5) | st.dictionaries(st.text(max_size=5), x, max_size=3)
+    | st.lists(st.integers(-9, 99) | st.floats(-1e3, 1e3), max_size=12),
+    max_leaves=12,
+)  # fmt: skip
+
+
+def outcome(load, text):
+    """A value, or the kind of error; where it lies may differ in lists of numbers."""
+    try:
+        return repr(load(text))
+    except (ValueError, RecursionError) as e:
+        return type(e)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    jsons,
+    st.sampled_from([None, 1]),
+    st.lists(st.tuples(st.integers(0, 200), st.sampled_from('[]{},:"1-e. \\')), max_size=2),
+)
+def test_json_in_pieces_is_json(value, indent, changes):
+    """Oracle: `json.loads`, on texts that are JSON and on others."""
+    text = json.dumps(value, indent=indent)
+    for at, c in changes:
+        text = text[: at % (len(text) + 1)] + c + text[at % (len(text) + 1) :]
+    for piece in (1, 3, 20):
+        assert outcome(lambda t, p=piece: loads(t, float, p), text) == outcome(json.loads, text)
+
+
+def test_large_bodies_are_read_in_pieces_and_say_what_is_wrong():
+    many = list(range(200_000))
+    assert protocol.read_json(json.dumps({"prompt": many}).encode()) == {"prompt": many}
+    for bad, says in (
+        ('{"a": [%s,]}', "not JSON"),
+        ('{"a": [%s, NaN]}', "NaN"),
+        ('{"a": [%s], "b": "\\ud800"}', "surrogate"),
+        ('{"a": [%s]} x', "Extra data"),
+        ('{"a": [%s], "b": ' + "[" * 5000 + "]" * 5000 + "}", "deeply"),
+        ("[%s]", "object"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            protocol.read_json((bad % ",".join(map(str, many))).encode())
+    pair = protocol.read_json(f'{{"a": {json.dumps(many)}, "b": "\\ud83d\\ude00"}}'.encode())
+    assert pair["b"] == "\U0001f600"
+
+
+def test_nothing_of_a_large_body_is_read_at_once_but_pieces_and_strings(monkeypatch):
+    """`json.loads` keeps every other thread waiting until it is done, 200 ms for a million token ids."""
+    read = []
+    monkeypatch.setattr(bodies.json, "loads", lambda t, load=json.loads: (read.append(len(t)), load(t))[1])
+    text = json.dumps({"prompt": [list(range(50_000)), [0.5] * 50_000], "stop": ["a"] * 9000})
+    found = loads(text, float)
+    assert len(found["prompt"][0]) == len(found["prompt"][1]) == 50_000 and len(found["stop"]) == 9000
+    assert max(read) <= PIECE + 2 and sum(read) > 0.9 * len(text) - 9000 * 5
 
 
 # --- hostile bodies ---------------------------------------------------------------------------------------------------

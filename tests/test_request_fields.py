@@ -3,6 +3,8 @@ log-probabilities worked out by hand, prompts written out, and what the fields a
 
 from __future__ import annotations
 
+from math import log
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,6 +45,27 @@ def test_best_of_ranks_by_the_mean_and_counts_all():
         ):
             assert complete(client, 400, **body)["param"] == "best_of"
         assert complete(client, best_of=1)["choices"][0]["text"] == "abc"
+
+
+def test_watched_tokens_stand_behind_the_likely_ones():
+    """Script p says "abc": beside an a, b has 1/4, c 1/8 and the fourth after it 1/16; the sixth has none."""
+    with served(SCRIPTS) as (client, engine):
+        ids = [100, 98, 98, 97, 102]  # d, b twice, a, f
+        body = {"max_tokens": 1, "logprobs": 2, "logprob_token_ids": ids, "echo": True, "prompt": "pq"}
+        lp = complete(client, **{**body, "prompt": "p"})["choices"][0]["logprobs"]
+        assert list(lp["top_logprobs"][1]) == ["a", "b", "d", "f"] and lp["top_logprobs"][0] is None
+        assert lp["top_logprobs"][1] == pytest.approx({"a": log(1 / 2), "b": log(1 / 4), "d": log(1 / 16), "f": -9999})
+        assert engine.requests[-1].watched == (100, 98, 97, 102)
+        prompt = complete(client, **body)["choices"][0]["logprobs"]["top_logprobs"][1]
+        assert prompt["d"] == pytest.approx(log(0.5 ** (1 + (100 - ord("q")) % 256)))  # of the prompt's own tokens, too
+        chat = {**HI, "max_tokens": 1, "logprobs": True, "top_logprobs": 1, "logprob_token_ids": [98, 97]}
+        (one,) = client.post("/v1/chat/completions", json=chat).json()["choices"][0]["logprobs"]["content"]
+        assert [t["bytes"] for t in one["top_logprobs"]][1:] == [[98], [97]]
+        scored = complete(client, prompt="pq", prompt_logprobs=0, logprob_token_ids=[97])["choices"][0]
+        assert scored["prompt_logprobs"][1]["97"]["rank"] is None and scored["logprobs"] is None
+        for bad in ({}, {"prompt_logprobs": None}, {"logprobs": None}):
+            assert complete(client, 400, logprob_token_ids=[97], **bad)["param"] == "logprob_token_ids"
+        assert complete(client, logprob_token_ids=[])["choices"][0]["text"] == "abc"
 
 
 def test_beam_search_by_fields_is_a_strategy():

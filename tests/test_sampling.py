@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 )
 
 import fnengine as fn
-from fnengine import kernels, processors
+from fnengine import kernels, processors, sampling
 from fnengine.errors import RequestError
 from fnengine.host.request import Sampling, fold_in
 from fnengine.host.step import COMMON, PIPELINE, Ask
@@ -597,6 +597,20 @@ def test_choose_is_processors_then_philox_gumbel():
         row = naive_top_p(naive_top_k(naive_min_p(x[r].numpy(), T, 0.001), T, 60), T, np.float32(0.9))
         noisy = row / np.float32(T) + gumbel(seed[r], position[r], 0, np.arange(V))
         assert got[r] == int(np.argmax(noisy)), f"{r=}"
+
+
+def test_few_logits_are_masked_together_and_many_in_parts(monkeypatch: pytest.MonkeyPatch):
+    """The same tokens, which are the largest logits among those that may come."""
+    R, V = 40, 99
+    logits, g = torch.randn(R, V), torch.Generator().manual_seed(0)
+    mask = torch.randint(-(2**31), 2**31 - 1, (R, -(-V // 32)), generator=g).int() | 1
+    rows = empty_rows(R, columns=1, tokens=8, vocab=V, device=torch.device("cpu"))
+    ask, row, position = Ask(masked=True), torch.arange(R), torch.full((R,), 3, dtype=torch.int32)
+    together = choose(ask, logits, rows, row, position, OPS, mask_RW=mask)
+    monkeypatch.setattr(sampling, "FEW_LOGITS", 0)
+    assert torch.equal(choose(ask, logits, rows, row, position, OPS, mask_RW=mask), together)
+    bits = np.unpackbits(mask.numpy().view(np.uint8), axis=1, bitorder="little")[:, :V]
+    assert together.tolist() == np.where(bits, logits.numpy(), -np.inf).argmax(1).tolist()
 
 
 def test_without_noise_or_at_temperature_zero_the_lowest_id_of_the_largest_wins():

@@ -378,7 +378,7 @@ def test_a5_lm_eval_scoring_request(server):
             assert value == max(top.values())
 
 
-@pytest.mark.parametrize("field,value", [("prompt_embeds", "AAAA"), ("logprob_token_ids", [1])])
+@pytest.mark.parametrize("field,value", [("prompt_embeds", "AAAA"), ("vllm_xargs", {"a": 1})])
 def test_a5_unimplemented_fields_are_named(server, field, value):
     problem(server.post("/v1/completions", {**TEXT, field: value}), 400, field, "not implemented")
 
@@ -687,7 +687,7 @@ CHAT_REFUSED = [
     ("beam_width", 3),
     ("best_of", 2),
     ("suffix", "x"),
-    ("stop_regex", "x"),
+    ("stop_regex", "(?=x)"),
     ("audio", {"voice": "x"}),
     ("modalities", ["text", "audio"]),
     ("logits_processors", ["x"]),

@@ -31,7 +31,7 @@ class Timed:
     def __init__(self, toy: ToyDevice):
         self.toy, self.now, self.free = toy, 0.0, 0.0
         self.depth, self.blocks, self.rows, self.max_len = toy.depth, toy.blocks, toy.rows, toy.max_len
-        self.host_slots, self.kept = toy.host_slots, toy.kept
+        self.host_slots, self.kept, self.windows = toy.host_slots, toy.kept, toy.windows
         self.launched: list[tuple[int, int, float]] = []
 
     def launch(self, step: StepInput):

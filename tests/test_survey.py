@@ -62,7 +62,7 @@ class StopsAtTheFirstShared(Ledger):
         owner = [FREE] * len(self._nodes)
         for node in self._cached:
             owner[node.block] = CACHED
-        for i, (tip, _, _) in enumerate(paths):
+        for i, (tip, *_) in enumerate(paths):
             node = tip
             while node is not None and owner[node.block] == FREE:
                 owner[node.block] = i

@@ -432,7 +432,7 @@ def scanned(scan: StopScan, pieces: list[str]) -> tuple[str, str | None]:
         if stop is not None:
             return shown, stop
         assert len(given_) - len(shown) <= max(map(len, scan.stops), default=1) - 1
-    return shown + scan.flush(), None
+    return shown + scan.flush()[0], None
 
 
 few = st.text("ab", max_size=6)

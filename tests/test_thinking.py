@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fnengine.errors import RequestError
+from fnengine.host.guide import Masks
 from fnengine.host.thinking import Brief, Budget, brief
 
 TEXT = {
@@ -67,14 +68,15 @@ def test_a_text_that_opens_its_thinking_itself_pays_from_there():
 def test_what_is_forced_is_all_that_may_come_and_once_something_may_not():
     budget = Budget(1, ("</t>",), (8,), never=5)
     here = walk(budget, [5])
-    mask = np.full(1, -1, np.int32)
-    here.allow(mask)
-    assert mask[0] == 1 << 8 and here.can([8, 9]) == 2 and here.can([5]) == 0
+    masks = Masks(np.full((1, 1), -1, np.int32))
+    here.allow(masks, 0)
+    assert masks.array[0, 0] == 1 << 8 and here.can([8, 9]) == 2 and here.can([5]) == 0
     with pytest.raises(RequestError, match="token 7"):
         here.after(7)
     closed = here.after(8)
-    closed.allow(mask)
-    assert mask.view(np.uint32)[0] == 0xFFFFFFFF ^ (1 << 5) and closed.can([5]) == 0 and closed.can([9, 5]) == 2
+    closed.allow(masks, 0)
+    assert masks.array.view(np.uint32)[0, 0] == 0xFFFFFFFF ^ (1 << 5)
+    assert closed.can([5]) == 0 and closed.can([9, 5]) == 2
     assert closed.after(9) is None
 
 

@@ -160,15 +160,17 @@ def test_a_prompt_in_chunks_has_the_bits_it_has_at_once(interpreter):
             assert torch.equal(attend(e | chunk), whole[a:b]), (a, b)
 
 
-@pytest.mark.parametrize("kv", ["auto", "fp8"])
-def test_what_stands_behind_the_end_of_a_row_is_not_read(interpreter, kv: str):
+@pytest.mark.parametrize("kv, window", [("auto", 0), ("fp8", 0), ("auto", 20), ("auto", 40)])
+def test_what_stands_behind_the_end_of_a_row_or_before_its_window_is_not_read(interpreter, kv: str, window: int):
     """NaN in the pool, and columns of the table that point nowhere. (Scales of int8 are the next test's.)"""
-    e = example(torch.float32, ROWS)
+    e = example(torch.float32, ROWS, window=window)
+    first = [max(0, end - n - window + 1) if window else 0 for n, end in ROWS]
     k, v = torch.full_like(e["k_NBKC"], torch.nan), torch.full_like(e["v_NBKC"], torch.nan)
     table = torch.full_like(e["table_MP"], 2**31 - 1)
-    for r, length in zip(e["row_R"].tolist(), e["length_R"].tolist(), strict=True):
-        table[r, : -(-length // 16)] = e["table_MP"][r, : -(-length // 16)]
-        for p in range(length):
+    for r, length, seen in zip(e["row_R"].tolist(), e["length_R"].tolist(), first, strict=True):
+        columns = slice(seen // 16, -(-length // 16))
+        table[r, columns] = e["table_MP"][r, columns]
+        for p in range(seen // 16 * 16, length):
             slot = int(e["table_MP"][r, p // 16]), p % 16
             k[slot], v[slot] = e["k_NBKC"][slot], e["v_NBKC"][slot]
     rubbish = e | {"k_NBKC": k, "v_NBKC": v, "table_MP": table}

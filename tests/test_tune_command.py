@@ -27,6 +27,7 @@ class Slow:
 
     def __init__(self, toy: ToyDevice):
         self.toy, self.now, self.rng, self.seen, self.kept = toy, 0.0, random.Random(1), [], toy.kept
+        self.windows = toy.windows
         self.depth, self.blocks, self.rows, self.max_len, self.host_slots = 0, toy.blocks, toy.rows, toy.max_len, 0
 
     @staticmethod

@@ -7,9 +7,10 @@ The pool holds, for every token, its id and a digest of all tokens up to it, as 
 
 Both are read back through the row's block table, so a wrong block, copy, table edit, swap or order changes tokens. The
 logits after a token are its digest. With `kept` places the device has layers with states: a row's state is the digest
-of its last token, and the next one is made of that and not of what the pool holds. A companion keeps digests of its own
-beside them; what it drafts is somebody else's to say, but it computes what it has not seen, finds the rest right, and
-scribbles where drafts lie.
+of its last token, and the next one is made of that and not of what the pool holds. With `windows` it has a layer with a
+window, in blocks of its own, and every token must find in its window the digests that stand there by right. A companion
+keeps digests of its own beside them; what it drafts is somebody else's to say, but it computes what it has not seen,
+finds the rest right, and scribbles where drafts lie.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from fnengine.host import plan as planning
 from fnengine.host.ahead import Ahead
 from fnengine.host.blocks import Ledger, Path
 from fnengine.host.commit import Event
+from fnengine.host.guide import Masks
 from fnengine.host.plan import Host, Planned, Policy
 from fnengine.host.request import Request, Sampling, fold_in
 from fnengine.host.runs import Run
 from fnengine.host.states import States
 from fnengine.host.step import BLOCK, NEWEST, Admission, Scores, StepInput, StepOutput
+from fnengine.host.windows import Windows
 
 EMPTY = -7
 """In a slot nobody wrote."""
@@ -84,10 +87,10 @@ class Rule:
             return frozenset(plain[:1])
         return frozenset(plain[: rng.integers(2, 60)] + [t for t in (5, 8, 9, 40) if rng.random() < 0.2])
 
-    def allow(self, mask_W: np.ndarray) -> None:
+    def allow(self, masks: Masks, i: int) -> None:
         bits = np.zeros(32 * self.words, np.uint8)
         bits[list(self.may())] = 1
-        mask_W[:] = np.packbits(bits, bitorder="little").view(np.int32)
+        masks.array[i] = np.packbits(bits, bitorder="little").view(np.int32)
 
     def after(self, token: int) -> Rule:
         if token not in self.may():
@@ -147,6 +150,7 @@ class ToyDevice:
         ledger: when given, every indexed block is compared with the pool after every step.
         fail_at: numbers of launches (from 0) whose ticket raises when read; they leave wrong KV behind.
         kept: places of states beside those of the rows; None: its layers have none.
+        windows: window blocks, and how far back a token sees in the layer that has such; None: there is none.
     """
 
     def __init__(
@@ -161,14 +165,18 @@ class ToyDevice:
         ledger: Ledger | None = None,
         fail_at: tuple[int, ...] = (),
         kept: int | None = None,
+        windows: tuple[int, int] | None = None,
     ):
-        self.kept = kept
+        self.kept, self.windows = kept, windows
         self.memory = np.full(rows + 1 + (kept or 0), EMPTY, np.int64)
         self.depth, self.blocks, self.rows, self.max_len, self.host_slots = depth, blocks, rows, max_len, host_slots
         self.vocab, self.ledger, self.fail_at = vocab, ledger, fail_at
         self.pool = np.full((blocks, BLOCK, 3), EMPTY, np.int64)
         self.host = np.full((host_slots, BLOCK, 3), EMPTY, np.int64)
         self.table = np.zeros((rows, -(-max_len // BLOCK)), np.int32)
+        self.near = np.zeros_like(self.table)
+        self.seen = np.full((0 if windows is None else windows[0], BLOCK), EMPTY, np.int64)
+        """Digests, in window blocks."""
         self.state = [_Row() for _ in range(rows)]
         self.launches = 0
         self.copies = 0
@@ -190,6 +198,8 @@ class ToyDevice:
         for row, first, end in spans:
             for i in range(first, end):
                 self.pool[self.table[row, i // BLOCK], i % BLOCK, :2] = 3
+                if self.windows is not None:
+                    self.seen[self.near[row, i // BLOCK], i % BLOCK] = 3
             self.state[row].newest = 3
             self.memory[row] = 3
         if step.keep is not None:
@@ -223,14 +233,32 @@ class ToyDevice:
             assert a.length <= min(len(a.tokens), len(a.blocks) * BLOCK)
             self.table[a.row] = 0
             self.table[a.row, : len(a.blocks)] = a.blocks
+            assert (a.near is None) == (self.windows is None)
+            self.near[a.row] = 0
+            if a.near is not None:
+                self.near[a.row, : len(a.near)] = a.near
             self.state[a.row] = _Row(a.length, EMPTY, a)
         for row, column, block in step.grow.tolist():
             self.table[row, column] = block
+        self._edit_windows(step)
         targets += step.copy[:, 1].tolist()
         self.copies += len(step.copy)
         assert len(set(targets)) == len(targets), "two swap-ins or copies into one block"
         assert not sources & set(targets), "a block is source and target of parallel copies"
         self.pool[step.copy[:, 1]] = self.pool[step.copy[:, 0]]
+
+    def _edit_windows(self, step: StepInput) -> None:
+        if self.windows is None:
+            assert step.near_copy is None and step.near_grow is None, "window blocks of layers that have none"
+            return
+        assert step.near_grow is not None and len(step.near_grow) == len(step.grow)
+        for (row, column, _), near in zip(step.grow.tolist(), step.near_grow.tolist(), strict=True):
+            self.near[row, column] = near
+        assert len(step.copy) == (0 if step.near_copy is None else len(step.near_copy))
+        if step.near_copy is not None:
+            source, target = step.near_copy.T
+            assert len({*target.tolist()}) == len(target) and not {*source.tolist()} & {*target.tolist()}
+            self.seen[target] = self.seen[source]
 
     def _move_states(self, step: StepInput) -> None:
         """Keeps states, and gives those to admitted rows that they begin from."""
@@ -280,8 +308,22 @@ class ToyDevice:
                 slot = self.table[row, i // BLOCK], i % BLOCK
                 before = digest(before, int(self.pool[slot][0]))
                 self.pool[(*slot, 1)] = before
+                if self.windows is not None:
+                    near = self.near[row, i // BLOCK]
+                    assert near != 0, "a write to the null block of windows"
+                    self.seen[near, i % BLOCK] = before
             self.memory[row] = before
+        if self.windows is not None:
+            self._look_through(spans, self.windows[1])
         return spans
+
+    def _look_through(self, spans: list[tuple[int, int, int]], reach: int) -> None:
+        """Asserts that every new token finds in its window what stands there."""
+        for row, first, end in spans:
+            at = np.arange(max(0, first - reach + 1), end)
+            found = self.seen[self.near[row, at // BLOCK], at % BLOCK]
+            right = self.pool[self.table[row, at // BLOCK], at % BLOCK, 1]
+            assert (found == right).all(), "a token finds in its window what does not stand there"
 
     def draft(self, round: Ahead, guesses: dict[int, tuple[int, ...]]) -> np.ndarray:
         """The guesses of each row, once the companion has computed what it had not seen, and what it leaves behind."""
@@ -346,6 +388,7 @@ class ToyDevice:
                 self.state[row].length = length
                 if logprobs is not None:
                     _fill(logprobs, r * W + w, kv[:length, 0], t)
+                self.memory[row] = kv[length - 1, 1]  # of the tokens that stay
                 if length < end and kv[length, 0] != t:
                     break
             if logprobs is not None and not step.emit[r]:  # what comes after its last token
@@ -366,6 +409,8 @@ class ToyDevice:
             for token, d, _ in block.tolist():
                 before = digest(before, token)
                 assert before == d, f"{node} was computed on another prefix"
+            if node.near:
+                assert (self.seen[node.near] == block[:, 1]).all(), f"{node} has the window block of another"
 
 
 def _may(step: StepInput, at: int) -> frozenset[int] | None:
@@ -652,13 +697,15 @@ def world(
     fail_at: tuple[int, ...] = (),
     seed: int = 0,
     kept: int | None = None,
+    windows: tuple[int, int] | None = None,
     **policy,
 ) -> World:
     """A host on a toy device. Further keywords go to `Policy`."""
     options = {"budget": 64, "queue": 1000, "vocab": 97, "eos": (5,), **policy}
     p = Policy(rows=rows, max_len=max_len, **options)
     states = None if kept is None else States(rows + 1, kept, BLOCK)
-    ledger = Ledger(blocks, BLOCK, caching=p.caching, states=states)
+    near = None if windows is None else Windows(*windows, BLOCK)
+    ledger = Ledger(blocks, BLOCK, caching=p.caching, states=states, windows=near)
     device = ToyDevice(
         depth=depth,
         blocks=blocks,
@@ -669,5 +716,6 @@ def world(
         ledger=ledger,
         fail_at=fail_at,
         kept=kept,
+        windows=windows,
     )
     return World(Host(p, ledger, rows=rows, host_slots=host_slots, seed=seed), device)

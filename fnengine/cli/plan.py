@@ -99,7 +99,10 @@ def made(options: Options, folder: Path) -> tuple[PoolSize, Account, int]:
         available, _ = build.memory(torch.device("cpu"))
         longest, why, account = whole_memory.fitted(shapes, settings, available, base)
         return whole_memory.pool_of(longest, why), account, shapes.mode.rows
-    shapes = dataclasses.replace(shapes, host_slots=int(settings.swap_space * 2**30) // shapes.per_block)
+    mode, beside = settings.mode("cpu"), "" if extra is None else extra.name
+    apart, _ = memory.apart_of(needs.spec, needs.kv, needs.dtype, settings, mode, settings.attention_backend, beside)
+    slots = int(settings.swap_space * 2**30) // shapes.per_block
+    shapes = dataclasses.replace(shapes, host_slots=slots, apart=apart)
     available, total = build.memory(torch.device("cpu"))
     if settings.memory is None:  # as after loading: the weights are no longer available then
         weights = memory.account(shapes).line("weights").bytes + (0 if extra is None else extra.weights)

@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
             access=access,
             profile_dir=s.profile_dir,
             stuck=s.stuck_after,
+            request_timeout=s.request_timeout,
             allowed_origins=s.allowed_origins,
             response_role=s.response_role,
             stream_interval=s.stream_interval,

@@ -8,7 +8,8 @@
 
 The hidden state of a token that the target has computed is the one that its head reads. A layer that predicts one token
 ahead drafts more by being used again on its own output y, as transformers and SGLang do.
-Source: DeepSeek-V3 (arXiv 2412.19437), section 2.2; MiMo-7B (arXiv 2505.07608) and its modeling code.
+Source: DeepSeek-V3 (arXiv 2412.19437), section 2.2; MiMo-7B (arXiv 2505.07608) and its modeling code; of Qwen3-Next
+and Qwen3.5, where a layer of full attention follows layers with states, vLLM's code, as read.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from fnengine import checkpoint, params, tree
 from fnengine.decoding.heads import Found, Head, Wiring, embedding, normed, shared_head
 from fnengine.errors import CheckpointError
 from fnengine.families import FAMILIES
-from fnengine.families.names import DEEPSEEK, MIMO, Further
+from fnengine.families.names import DEEPSEEK, MIMO, QWEN, Further
 from fnengine.leaves import matmul, packing
 from fnengine.model import Model
 from fnengine.params import ArrayInfo
-from fnengine.spec import Layer
+from fnengine.spec import Attending, Layer
 
-__all__ = ["DEEPSEEK", "MIMO", "load", "read"]
+__all__ = ["DEEPSEEK", "MIMO", "QWEN", "load", "read"]
 
 
 def load(target: Model, *, number: int = 0, claims: bool = False) -> Head:
@@ -72,7 +73,7 @@ def read(
 
     Args:
         number: which of several MTP layers.
-        kind: its decoder layer, where that is not like the model's last one.
+        kind: its decoder layer, where that is not like the model's last one of attention.
         where: for errors.
 
     Raises:
@@ -83,7 +84,7 @@ def read(
 
 def _head(found: Found, layout: Further, number: int, kind: Layer | None, claims: bool) -> Head:
     target = found.target
-    kind = kind or target.spec.layers[-1]
+    kind = kind or [k for k in target.spec.layers if isinstance(k.mixer, Attending)][-1]
     how = packing(target.device, target.dtype)  # nothing is rounded
 
     def make(_path: str, info: ArrayInfo) -> Tensor:
@@ -94,6 +95,9 @@ def _head(found: Found, layout: Further, number: int, kind: Layer | None, claims
 
     infos = params.further(target.spec, layout, number, kind)
     p = {name: checkpoint.placed(name, node, make, how) for name, node in infos.items()}
+    if kind.norm.plus:  # weights of norms are kept as what they add to it
+        own = ("token_norm", "hidden_norm", "norm", "norm1", "norm2")
+        p |= {name: (p[name].float() + kind.norm.plus).to(target.dtype) for name in own}
     output, embed = shared_head(target), embedding(target, p["token_norm"], kind.eps)
 
     def enter(token: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:

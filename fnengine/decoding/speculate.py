@@ -364,7 +364,7 @@ def speculate(
         >>> speculate(rt, model.encode("a b c a b"), NGram(), sampling=Sampling(temperature=0)).tokens
     """
     stop = stop or Stop(max_tokens=16)
-    if stop.strings or stop.min_tokens or stop.include_stop:
+    if stop.strings or stop.patterns or stop.min_tokens or stop.include_stop:
         raise RequestError(
             "speculate looks at tokens only", param="stop", remedy="leave strings, min_tokens and include_stop out"
         )

@@ -69,10 +69,14 @@ class Further:
     """All four below `at`, without `.weight`; beside them those of a decoder layer, under the names of the model's."""
     hidden_first: bool
     """The projection reads the hidden state before the embedding."""
+    layer: str = ""
+    """Between `at` and the names of the decoder layer's tensors: several layers share what stands around them."""
 
     def has(self, name: str, layers: int) -> bool:
         """Whether a tensor is of such a layer, of a model of so many layers of its own."""
-        begin, rest = self.at.split("{")
+        begin, numbered, rest = self.at.partition("{")
+        if not numbered:
+            return name.startswith(begin)
         number = name.removeprefix(begin).partition(".")[0]
         least = layers if rest.startswith("n") else 0
         return name.startswith(begin) and number.isdecimal() and int(number) >= least
@@ -83,6 +87,17 @@ MIMO = Further(
 )
 DEEPSEEK = Further("model.layers.{n}.", "enorm", "hnorm", "eh_proj", "shared_head.norm", hidden_first=False)
 """Also GLM-4-MoE's."""
+QWEN = Further(
+    "mtp.",
+    "pre_fc_norm_embedding",
+    "pre_fc_norm_hidden",
+    "fc",
+    "norm",
+    hidden_first=False,
+    layer="layers.{i}.",
+)
+"""Of Qwen3-Next and Qwen3.5. Source: names in the index of their checkpoints; how they are put together, vLLM's
+qwen3_next_mtp.py, as read: transformers ignores these tensors, and no such checkpoint was at hand."""
 
 
 class Read(Protocol):
@@ -124,8 +139,7 @@ class Family:
     further: Further | None = None
     """Layers that predict further tokens, which checkpoints may have beside the config's: `decoding.mtp` loads them."""
     apart: tuple[str, ...] = ()
-    """Beginnings of names of tensors that are no part of what runs here, and are not loaded: heads that predict further
-    tokens in another form, other towers."""
+    """Beginnings of names of tensors that are no part of what runs here, and are not loaded: other towers."""
     unread: Callable[[ModelSpec, str], bool] = lambda spec, name: False
     """Whether a tensor of this name may be there and belongs to nothing in such a model."""
     spelt: Mapping[str, str] = field(default_factory=dict)

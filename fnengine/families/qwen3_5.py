@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from fnengine.families.fields import Fields, experts, model_spec, text_of
-from fnengine.families.names import DELTA_NET, EXPERTS, IGNORED, NAMES, ROUTING, Family, Names, within
+from fnengine.families.names import DELTA_NET, EXPERTS, IGNORED, NAMES, QWEN, ROUTING, Family, Names, within
 from fnengine.families.qwen3_next import ENDS, NORM, gated_queries, mixers, with_shared
 from fnengine.spec import DeltaNet, Layer, Mlp, ModelSpec
 
@@ -49,7 +49,8 @@ def _family(name: str, architecture: str, whole: bool) -> Family:
         orders={"qkv": gated_queries},
         renamed=(lambda kind: within(renamed(kind), "model.language_model")) if whole else renamed,
         asks=() if "Moe" in architecture else ("intermediate_size",),
-        apart=("mtp.", "model.visual."),
+        further=QWEN,
+        apart=("model.visual.",),
     )
 
 

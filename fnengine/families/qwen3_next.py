@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fnengine.families.fields import Fields, check_layer_types, experts, kv_heads, model_spec, rope, sparse
-from fnengine.families.names import DELTA_NET, EXPERTS, IGNORED, NAMES, ROUTING, Family, Names, Sorted
+from fnengine.families.names import DELTA_NET, EXPERTS, IGNORED, NAMES, QWEN, ROUTING, Family, Names, Sorted
 from fnengine.spec import Attention, DeltaNet, Ends, Layer, Mlp, ModelSpec, MoE, Norm
 
 NORM = Norm(plus=1.0)
@@ -22,6 +22,7 @@ def read(config: dict, where: str = "config.json") -> ModelSpec:
     eps = f.number("rms_norm_eps", 1e-6)
     f.only("hidden_act", "silu")
     f.only("use_sliding_window", False)
+    f.integer("num_nextn_predict_layers", 1, least=0)  # layers after these, which predict further tokens
     E = experts(f, 512)
     routed = with_shared(f, E, 10, normalized=f.flag("norm_topk_prob", True))
     dense = Mlp(f.integer("intermediate_size", 5632))
@@ -101,5 +102,5 @@ FAMILY = Family(
     IGNORED,
     orders={"qkv": gated_queries, "mix": grouped_mix},
     renamed=renamed,
-    apart=("mtp.",),
+    further=QWEN,
 )

@@ -38,16 +38,18 @@ def fits(request: Request, *, rows: int, budget: int, answer_bytes: int) -> None
         RequestError: names the field and the largest value that would do.
     """
     for name, k, n in (("logprobs", request.logprobs, rows), ("prompt_logprobs", request.prompt_logprobs, budget)):
-        if k is not None and k > most_logprobs(n):
+        most = most_logprobs(n) - len(request.watched)
+        if k is not None and k > most:
             raise RequestError(
-                f"{name} must be at most {most_logprobs(n)} here, got {k}: a step holds those of {n} positions at once",
+                f"{name} must be at most {most} here, got {k}: a step holds those of {n} positions at once",
                 param=name,
                 remedy="ask for fewer, or start with fewer tokens a step (--max-num-seqs, --max-num-batched-tokens)",
             )
     positions, made = len(request.prompt) - 1, 0 if request.logprobs is None else request.stop.max_tokens or 0
+    each = 1 + len(request.watched)
     parts = {
-        "prompt_logprobs": 0 if request.prompt_logprobs is None else positions * (request.prompt_logprobs + 1),
-        "logprobs": request.n * made * ((request.logprobs or 0) + 1),
+        "prompt_logprobs": 0 if request.prompt_logprobs is None else positions * (request.prompt_logprobs + each),
+        "logprobs": request.n * made * ((request.logprobs or 0) + each),
     }
     if (need := sum(parts.values())) * ENTRY > answer_bytes:
         name = max(parts, key=lambda part: parts[part])
@@ -62,13 +64,13 @@ def fits(request: Request, *, rows: int, budget: int, answer_bytes: int) -> None
 def most_unread(request: Request, *, rows: int, answer_bytes: int) -> int:
     """Deltas of a request's stream that may wait to be read: each of `rows` running choices has an equal share of what
     an answer may take, so that all clients together that do not read hold no more than that."""
-    each = TOKEN + (0 if request.logprobs is None else ENTRY * (request.logprobs + 1))
+    each = TOKEN + (0 if request.logprobs is None else ENTRY * (request.logprobs + 1 + len(request.watched)))
     return max(LEAST_UNREAD, request.n * answer_bytes // (rows * each))
 
 
 def weigh(delta: Delta) -> int:
     """Bytes that a delta takes while an answer is held back until it is whole."""
-    entries = sum([len(p.top) + 1 for p in delta.logprobs or ()])
-    entries += sum([1 if p is None else len(p.top) + 1 for p in delta.prompt_logprobs or ()])
+    entries = sum([len(p.top) + len(p.watched) + 1 for p in delta.logprobs or ()])
+    entries += sum([1 if p is None else len(p.top) + len(p.watched) + 1 for p in delta.prompt_logprobs or ()])
     numbers = 0 if delta.vector is None else len(delta.vector)
     return TOKEN * len(delta.tokens) + ENTRY * entries + NUMBER * numbers

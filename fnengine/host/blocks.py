@@ -10,6 +10,8 @@ A node is *held* while a path ends in it or a held node stands on it, *cached* w
 still knows its content, and gone otherwise. Letting a path go cascades from its tail, so a block becomes evictable
 before the one it stands on: the order that prefix caching wants, and the reason why no cached block is ever cut off
 from the index. Which tokens a block is about is known to the index alone, and only for full blocks.
+
+Layers with a window have blocks of their own, which nodes lose when nobody can see them any more: `host.windows`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import numpy as np
 from fnengine.errors import OutOfBlocks
 from fnengine.host.states import States
 from fnengine.host.step import BLOCK
+from fnengine.host.windows import Windows
 
 Salt = str | tuple[str, str]
 """What KV depends on beside its tokens: a request's own salt, or (digest of its steering, own salt)."""
@@ -42,7 +45,7 @@ UNSEEN, PRIVATE = 0, -1
 class Node:
     """A block of the pool that holds, or held, somebody's tokens."""
 
-    __slots__ = ("block", "column", "content", "followed", "frontier", "holds", "key", "parent")
+    __slots__ = ("block", "column", "content", "followed", "frontier", "holds", "key", "near", "nears", "parent")
 
     def __init__(self, block: int, parent: Node | None, frontier: int):
         self.block = block
@@ -58,6 +61,10 @@ class Node:
         self.content = UNSEEN
         self.key: Key | None = None
         """In the index under this key; None when not indexed."""
+        self.near = 0
+        """Its window block; 0 where layers have no windows, and once it was let go of."""
+        self.nears = 0
+        """Paths that hold that."""
 
     def __repr__(self) -> str:
         return f"Node(block {self.block}, column {self.column}, {self.frontier} tokens, {self.holds} holds)"
@@ -70,6 +77,9 @@ class Path(NamedTuple):
     length: int
     """Tokens."""
     salt: Salt = ""
+    low: int = 0
+    """The first column whose window block it holds, where layers have windows. Where that lies behind what a token
+    after its end may see, its window is not whole, and it is begun again from a shorter prefix (`Ledger.resumed`)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +91,8 @@ class Extension:
     """(source, target): at most one, the tail block that others still read."""
     grown: tuple[tuple[int, int], ...] = ()
     """(column, block) of every table entry that differs from the old path's."""
+    near_copy: tuple[tuple[int, int], ...] = ()
+    """`copy` in the pools of layers with a window."""
 
 
 class Ledger:
@@ -91,11 +103,20 @@ class Ledger:
         block: tokens in a block.
         caching: whether full blocks are indexed for reuse by later sequences.
         states: the books of states, where a model's layers have any.
+        windows: those of window blocks, where layers with a window let go of what they see no more. Not with states.
     """
 
-    def __init__(self, blocks: int, block: int = BLOCK, caching: bool = True, states: States | None = None):
-        assert blocks >= 1 and block >= 1
-        self.block, self.caching, self.states = block, caching, states
+    def __init__(
+        self,
+        blocks: int,
+        block: int = BLOCK,
+        caching: bool = True,
+        states: States | None = None,
+        windows: Windows | None = None,
+    ):
+        assert blocks >= 1 and block >= 1 and (states is None or windows is None)
+        self.block, self.caching, self.states, self.windows = block, caching, states, windows
+        self._books = windows if states is None else states
         self.total = blocks - 1
         """Usable blocks."""
         self.held = 0
@@ -128,7 +149,13 @@ class Ledger:
 
     @property
     def available(self) -> int:
-        """Blocks that could be had right now, cached ones included."""
+        """Blocks that could be had right now, cached ones included; where layers have windows, with a window block."""
+        n = self.spare
+        return n if self.windows is None else min(n, self.windows.available)
+
+    @property
+    def spare(self) -> int:
+        """Blocks that could be had right now, with or without a window block."""
         n = len(self._free) + len(self._cached)
         if self._sources:
             n -= sum(1 for b in self._sources if (node := self._nodes[b]) is not None and node.holds == 0)
@@ -151,6 +178,10 @@ class Ledger:
             node = node.parent
         return out
 
+    def nears_of(self, blocks: Iterable[int]) -> np.ndarray:
+        """[n] int32: the window block of each of these blocks, which are in use; 0 where it was let go of."""
+        return np.array([0 if (n := self._nodes[b]) is None else n.near for b in blocks], np.int32)
+
     def owners(self, paths: Sequence[Path]) -> array[int]:
         """[N - 1] int32, of blocks 1, 2, ...: the index of the one path that holds it, or SHARED by several of them,
         held by OTHER paths only, CACHED, or FREE. What stands under a shared block is shared, too, so a node is visited
@@ -159,8 +190,8 @@ class Ledger:
         owner, claimed = [FREE] * len(self._nodes), 0
         for node in self._cached:
             owner[node.block] = CACHED
-        for i, (tip, _, _) in enumerate(paths):
-            node = tip
+        for i, path in enumerate(paths):
+            node = path.tip
             while node is not None and owner[node.block] == FREE:
                 owner[node.block] = i
                 claimed += 1
@@ -182,7 +213,7 @@ class Ledger:
 
     def match(self, tokens: Sequence[int] | np.ndarray, salt: Salt = "", count: bool = True) -> Path:
         """The longest indexed prefix of `tokens` in full blocks, held; at least one token is left to compute. Where
-        layers have states, the longest at whose end one is kept.
+        layers have states, the longest at whose end one is kept; where they have windows, at whose end one is whole.
 
         `count=False` looks without adding to `queries` and `hits`.
         """
@@ -190,16 +221,21 @@ class Ledger:
             return self.empty(salt)
         data = np.ascontiguousarray(tokens, np.int32).tobytes()
         size, index = 4 * self.block, self._index
-        tip, content = None, 0
+        found: list[Node] = []
+        content = 0
         for start in range(0, (len(tokens) - 1) // self.block * size, size):
             node = index.get((content, salt, data[start : start + size]))
             if node is None:
                 break
-            tip, content = node, node.content
+            found.append(node)
+            content = node.content
+        tip, low = found[-1] if found else None, 0
         if self.states is not None:
             tip = self.states.under(tip)
-        path = Path(tip, 0 if tip is None else (tip.column + 1) * self.block, salt)
-        self._hold(tip)
+        elif self.windows is not None:
+            tip, _, low = self.windows.last_whole(found, len(found) * self.block)
+        path = Path(tip, 0 if tip is None else (tip.column + 1) * self.block, salt, low)
+        self._hold_path(path)
         if count:
             self.queries += len(tokens)
             self.hits += path.length
@@ -207,8 +243,8 @@ class Ledger:
 
     def share(self, path: Path) -> Path:
         """The same path, held once more."""
-        self._hold(path.tip)
-        return Path(path.tip, path.length, path.salt)
+        self._hold_path(path)
+        return Path(*path)
 
     def cut(self, path: Path, n: int) -> Path:
         """The first `n` tokens of the path, held."""
@@ -216,12 +252,41 @@ class Ledger:
         tip, last = path.tip, (n - 1) // self.block
         while tip is not None and tip.column > last:
             tip = tip.parent
-        self._hold(tip)
-        return Path(tip, n, path.salt)
+        low = 0 if self.windows is None or tip is None else self.windows.kept_from(tip, n)
+        short = Path(tip, n, path.salt, low)
+        self._hold_path(short)
+        return short
+
+    def resumed(self, path: Path) -> Path:
+        """What the path can be gone on from, in its place: itself, or, where layers have windows and its own is not
+        whole, its longest prefix with one that is. Tokens behind that are computed again, in blocks of their own."""
+        windows = self.windows
+        if windows is None or windows.whole(path):
+            return path
+        node, nodes = path.tip, []
+        while node is not None:
+            nodes.append(node)
+            node = node.parent
+        tip, length, low = windows.last_whole(reversed(nodes), path.length)
+        short = Path(tip, length, path.salt, low)
+        self._hold_path(short)
+        self.free(path)
+        return short
+
+    def trim(self, path: Path, n: int) -> Path:
+        """The path in its own place, which is never cut to fewer than `n` tokens: what only tokens before that can see
+        is let go of."""
+        windows = self.windows
+        if windows is None or path.low >= (low := windows.first(n)):
+            return path
+        windows.let_go(path.tip, path.low, low)
+        return path._replace(low=low)
 
     def free(self, path: Path) -> None:
         """Lets the path go. Blocks nobody holds any more are cached if indexed, free otherwise; tails first."""
         node = path.tip
+        if self.windows is not None:
+            self.windows.let_go(node, path.low)
         while node is not None:
             node.holds -= 1
             assert node.holds >= 0, "a path was freed twice"
@@ -246,8 +311,10 @@ class Ledger:
             OutOfBlocks: nothing was changed.
         """
         tip, end, copying, need = self._decide(path, n, None)
-        if need > len(self._free) and need > (available := self.available):
+        if need > len(self._free) and need > (available := self.spare):
             raise OutOfBlocks(need, available, self.held)
+        if self.windows is not None:
+            self.windows.need(need)
         return self._extend(path, n, tip, end, copying)
 
     def advance(self, path: Path, n: int) -> Path | None:
@@ -257,7 +324,7 @@ class Ledger:
         The path that is given is let go if and only if a new one is returned; a new block is the new path's tip.
         Generation does this for nearly every token.
         """
-        tip, length, salt = path
+        tip, length, salt, low = path
         if tip is None:
             return None
         B, frontier = self.block, tip.frontier
@@ -269,6 +336,9 @@ class Ledger:
         else:
             if frontier < B or n > B:
                 return None
+            windows = self.windows
+            if windows is not None and not windows.available:
+                return None
             if not self._free:
                 if self._sources or not self._cached:
                     return None
@@ -278,21 +348,54 @@ class Ledger:
             tip = self._nodes[block] = Node(block, tip, n)
             tip.holds = 1
             self.held += 1
+            if windows is not None:
+                low = windows.step(tip, low, length)
         self._written += n
-        return _tuple(Path, (tip, length + n, salt))
+        return _tuple(Path, (tip, length + n, salt, low))
 
-    def extend_many(self, pairs: Sequence[tuple[Path, int]]) -> list[Extension]:
+    def extend_many(self, pairs: Sequence[tuple[Path, int]], first: int | None = None) -> list[Extension]:
         """The extensions of one whole step, in argument order, all or none; the same path may occur twice.
+
+        Args:
+            first: where layers have windows, window blocks are given for so many tokens of each; for those behind them
+                by `supply`, before they are computed.
 
         Raises:
             OutOfBlocks: nothing was changed.
         """
         self.settle()
         ahead: dict[Node, tuple[int, int]] = {}
-        need = sum(self._decide(path, n, ahead)[3] for path, n in pairs)
-        if need > (available := self.available):
+        decided = [self._decide(path, n, ahead) for path, n in pairs]
+        need = sum(d[3] for d in decided)
+        if need > (available := self.spare):
             raise OutOfBlocks(need, available, self.held)
-        return [self._extend(path, n, *self._decide(path, n, None)[:3]) for path, n in pairs]
+        if self.windows is not None:
+            later = [self._last(path, n, None) - self._last(path, n, first) for path, n in pairs]
+            self.windows.need(sum(max(0, d[3] - columns) for d, columns in zip(decided, later, strict=True)))
+        return [self._extend(path, n, *self._decide(path, n, None)[:3], first) for path, n in pairs]
+
+    def supply(self, path: Path, n: int) -> tuple[tuple[int, int], ...]:
+        """(column, block) of the columns of the path's first n tokens that it holds and that had no window block before
+        this call.
+
+        Raises:
+            OutOfBlocks: nothing was changed.
+        """
+        node, bare = path.tip, []
+        if self.windows is None:
+            return ()
+        while node is not None and node.column >= path.low:
+            if not node.near and node.column * self.block < n:
+                bare.append(node)
+            node = node.parent
+        self.windows.need(len(bare))
+        for node in bare:
+            self.windows.give(node)
+        return tuple((node.column, node.block) for node in bare)
+
+    def _last(self, path: Path, n: int, first: int | None) -> int:
+        """The last column that gets a window block when a path is extended by n tokens."""
+        return (path.length + (n if first is None else min(n, first)) - 1) // self.block
 
     def settle(self) -> None:
         """Marks the start of a new step: blocks that the last step copies from may be handed out again.
@@ -304,6 +407,8 @@ class Ledger:
             self._sources.clear()
             self._free += self._resting
             self._resting.clear()
+        if self.windows is not None:
+            self.windows.settle()
 
     def followed(self, path: Path) -> int:
         """Tokens of the path whose KV a companion has computed, too."""
@@ -358,22 +463,21 @@ class Ledger:
             key = (content, path.salt, data[i * size : (i + 1) * size])
             if content == PRIVATE or key in self._index:
                 content = node.content = PRIVATE
-                if self.states is not None:
-                    self._liken(node, path.salt, key[2])
+                if (books := self._books) is not None:
+                    self._liken(books, node, path.salt, key[2])
                 continue
             self._contents += 1
             content = node.content = self._contents
             node.key = key
             self._index[key] = node
 
-    def _liken(self, node: Node, salt: Salt, ids: bytes) -> None:
-        """Tells the states which indexed block has the content of one that is not."""
-        assert self.states is not None
-        under = self.states.like(node.parent)
+    def _liken(self, books: States | Windows, node: Node, salt: Salt, ids: bytes) -> None:
+        """Tells states or windows which indexed block has the content of one that is not."""
+        under = books.like(node.parent)
         if node.parent is None or under is not None:
             other = self._index.get((0 if under is None else under.content, salt, ids))
             if other is not None:
-                self.states.alike(node, other)
+                books.alike(node, other)
 
     def unpublish(self, path: Path, from_length: int) -> set[Node]:
         """The blocks of the path that hold tokens from `from_length` on and all indexed ones that stand on them; they
@@ -390,6 +494,8 @@ class Ledger:
             if node.key is not None:
                 dead.add(node.content)
                 self._forget(node)
+            if self.windows is not None:
+                self.windows.disown(node)
             node.content = PRIVATE
             node = node.parent
         # Content ids grow from parent to child, so one pass in their order finds every descendant.
@@ -410,8 +516,8 @@ class Ledger:
 
     def reset_cache(self) -> None:
         """Forgets every cached block that nobody holds, and every kept state."""
-        if self.states is not None:
-            self.states.reset()
+        if (books := self._books) is not None:
+            books.reset()
         while self._cached:
             self._evict()
 
@@ -437,10 +543,12 @@ class Ledger:
             ahead[tip] = (min(end + n, B) if end < B else frontier, holds + 1)
         return tip, end, copying, need + copying
 
-    def _extend(self, path: Path, n: int, tip: Node | None, end: int, copying: bool) -> Extension:
-        B, length = self.block, path.length + n
+    def _extend(
+        self, path: Path, n: int, tip: Node | None, end: int, copying: bool, first: int | None = None
+    ) -> Extension:
+        B, length, windows = self.block, path.length + n, self.windows
         copy: tuple[tuple[int, int], ...] = ()
-        grown = []
+        grown, new, source = [], [], None
         left = n
         if tip is not None and end < B:
             left = max(end + n - B, 0)
@@ -451,20 +559,36 @@ class Ledger:
                 copy = ((source.block, tip.block),)
                 self._sources.add(source.block)
                 grown.append((tip.column, tip.block))
+                new.append(tip)
             else:
                 if tip.frontier > end:  # what stood here is written over
                     tip.content, tip.followed = UNSEEN, min(tip.followed, end)
                     if self.states is not None:
                         self.states.forget(tip, end)
+                    elif windows is not None:
+                        windows.disown(tip)
                 self._written += min(end + n, B) - tip.frontier
                 tip.frontier = min(end + n, B)
         while left > 0:
             tip = self._new(tip, min(left, B))
             grown.append((tip.column, tip.block))
+            new.append(tip)
             left -= B
         assert tip is not None
         tip.holds += 1
-        return Extension(Path(tip, length, path.salt), copy, tuple(grown))
+        if windows is None:
+            return Extension(Path(tip, length, path.salt), copy, tuple(grown))
+        assert windows.whole(path), f"{path} is extended without the window at its end"
+        longer = Path(tip, length, path.salt, windows.first(path.length))
+        windows.hold(tip, longer.low)
+        last = self._last(path, n, first)
+        for node in new:
+            if node.column <= last:
+                windows.give(node)
+        if source is None:
+            return Extension(longer, copy, tuple(grown))
+        windows.copied(source.near)
+        return Extension(longer, copy, tuple(grown), ((source.near, new[0].near),))
 
     def _new(self, parent: Node | None, frontier: int) -> Node:
         """A held node over a fresh block; its own hold is added by whoever ends in it or stands on it."""
@@ -477,6 +601,11 @@ class Ledger:
         if parent is not None:
             parent.holds += 1
         return node
+
+    def _hold_path(self, path: Path) -> None:
+        self._hold(path.tip)
+        if self.windows is not None:
+            self.windows.hold(path.tip, path.low)
 
     def _hold(self, node: Node | None) -> None:
         while node is not None:
@@ -498,8 +627,8 @@ class Ledger:
     def _forget(self, node: Node) -> None:
         """Takes a node out of the index, and out of the pool if nobody holds it."""
         assert node.key is not None
-        if self.states is not None:
-            self.states.forget(node)
+        if (books := self._books) is not None:
+            books.forget(node)
         del self._index[node.key]
         node.key, node.content = None, PRIVATE
         if node.holds == 0:
@@ -507,8 +636,8 @@ class Ledger:
             self._vacate(node)
 
     def _vacate(self, node: Node) -> None:
-        if self.states is not None:
-            self.states.forget(node)
+        if (books := self._books) is not None:
+            books.forget(node)
         self._nodes[node.block] = None
         (self._resting if node.block in self._sources else self._free).append(node.block)
 
@@ -516,6 +645,7 @@ class Ledger:
 
     def check(self, paths: Iterable[Path] | None = None) -> None:
         """Asserts every law of the books; with `paths`, that exactly these are held. Costs O(blocks)."""
+        paths = None if paths is None else list(paths)
         nodes = [n for n in self._nodes if n is not None]
         held = [n for n in nodes if n.holds]
         assert self.unused + self.cached + self.held == self.total, (
@@ -559,6 +689,8 @@ class Ledger:
         assert not holders, "a path ends in a block that is gone"
         if self.states is not None:
             self.states.check(set(nodes))
+        if self.windows is not None:
+            self.windows.check(nodes, paths)
         self._check_index(nodes)
 
     def _check_index(self, nodes: list[Node]) -> None:

@@ -17,6 +17,7 @@ from fnengine.host.plan import Planned
 from fnengine.host.pooling import fold
 from fnengine.host.runs import Host, Run, drop_saved, end, landed
 from fnengine.host.step import Scores, StepOutput
+from fnengine.host.windows import BACK
 
 
 class Event(NamedTuple):
@@ -52,6 +53,7 @@ _tuple = tuple.__new__
 def commit(host: Host, planned: Planned, output: StepOutput, now: float) -> list[Event]:
     """Events of a step that was read, in the order of its batch rows. Steps are committed in the order of plans."""
     step, events = planned.input, []
+    guided: list[int] = []
     emit, token = step.emit.tolist(), output.token[:, 0].tolist()
     W = output.token.shape[1]
     if W == 1:
@@ -71,15 +73,23 @@ def commit(host: Host, planned: Planned, output: StepOutput, now: float) -> list
         if run.base is not None:
             _collect(host, planned, output, r, run, events)
         elif run.drafted:
-            events.append(_looked(host, run, _judge(host, run, output, r, now)))
+            events.append(_judge(host, run, output, r, now))
+            if run.guide is not None:  # an ended run has none
+                guided.append(len(events) - 1)
         elif emit[r]:
             logprobs = None
             if scores is not None and (k := run.request.logprobs) is not None:
-                logprobs = (_logprob(scores, r * W, token[r], k),)
-            events.append(_looked(host, run, _append(host, run, token[r], logprobs, now)))
+                logprobs = (_logprob(scores, r * W, token[r], k, run.request.watched),)
+            events.append(_append(host, run, token[r], logprobs, now))
+            if run.guide is not None:
+                guided.append(len(events) - 1)
         elif run.until > run.limit and planned.paths[r].length == run.limit:
             end(host, run, "length")
             events.append(Event(run, prompt_logprobs=_scores_of(run), finish="length"))
+    if guided:
+        for i, error in guiding.look([events[at].run for at in guided]).items():
+            event = events[guided[i]]
+            events[guided[i]] = _refused(host, event.run, error)._replace(tokens=event.tokens, logprobs=event.logprobs)
     return events
 
 
@@ -109,6 +119,8 @@ def _collect(host: Host, planned: Planned, output: StepOutput, r: int, run: Run,
         run.found = output.logprobs.top_ids[at, :k], output.logprobs.top[at, :k]
     tokens = (int(output.token[r, 0]),) if step.emit[r] else ()
     path = host.ledger.share(run.path) if run.request.pooling is None else None  # nobody goes on from an embedding
+    if path is not None:
+        path = host.ledger.trim(path, path.length - BACK)
     if path is not None and host.ledger.states is not None:  # whoever gets it will go on from here, most likely
         host.ledger.states.keep(path, path.length, run.row)
     end(host, run, "length")
@@ -124,7 +136,9 @@ def _judge(host: Host, run: Run, output: StepOutput, r: int, now: float) -> Even
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     for j, token in enumerate(output.token[r, :n].tolist()):
-        scores = None if k is None or output.logprobs is None else (_logprob(output.logprobs, r * W + j, token, k),)
+        scores = None
+        if k is not None and output.logprobs is not None:
+            scores = (_logprob(output.logprobs, r * W + j, token, k, run.request.watched),)
         one = _append(host, run, token, scores, now)
         tokens, logprobs = tokens + one.tokens, logprobs + (one.logprobs or ())
         event = one if event is None else event._replace(finish=one.finish, stop_token=one.stop_token, error=one.error)
@@ -142,8 +156,14 @@ def _judge(host: Host, run: Run, output: StepOutput, r: int, now: float) -> Even
 def _append(host: Host, run: Run, token: int, logprobs: tuple[TokenLogprob, ...] | None, now: float) -> Event:
     """The run with one more token, ended if that was its last."""
     last, run.last_token = run.last_token, now
-    known = run.append(token)
-    if last is not None and known != run.limit and token not in run.ending and run.guide is None:
+    known, complete = run.append(token), False
+    if run.guide is not None:  # which is asked about an end as well: where nothing is left to choose, any token comes
+        try:
+            complete = guiding.follow(run, token)
+        except RequestError as e:
+            run.known = known - 1  # nobody is told of the token
+            return _refused(host, run, e)
+    if last is not None and known != run.limit and token not in run.ending and not complete:
         # For nearly every token; costs half of what calling the class costs.
         return _tuple(Event, (run, (token,), logprobs, None, None, None, False, now - last, None, 0, 0, None))
     first = last is None
@@ -154,27 +174,12 @@ def _append(host: Host, run: Run, token: int, logprobs: tuple[TokenLogprob, ...]
         finish, stop_token = "stop", token
     elif known == run.limit:
         finish = "length"
-    if run.guide is not None:  # which is asked about an end as well: where nothing is left to choose, any token comes
-        try:
-            if guiding.follow(run, token):
-                finish = "stop"
-        except RequestError as e:
-            run.known = known - 1  # nobody is told of the token
-            return _refused(host, run, e)
+    if complete:
+        finish = "stop"
     if finish is not None:
         end(host, run, finish)
     gap, prompt_logprobs = (None, _scores_of(run)) if last is None else (now - last, None)
     return Event(run, (token,), logprobs, prompt_logprobs, finish, stop_token, first, gap)
-
-
-def _looked(host: Host, run: Run, event: Event) -> Event:
-    """The event, after a look at what may come next in a run that is guided."""
-    if run.guide is not None:  # an ended run has none
-        try:
-            guiding.look(run)
-        except RequestError as e:
-            return _refused(host, run, e)._replace(tokens=event.tokens, logprobs=event.logprobs)
-    return event
 
 
 def _refused(host: Host, run: Run, error: RequestError) -> Event:
@@ -223,10 +228,11 @@ def fail(host: Host, planned: Planned, error: str) -> list[Event]:
 def _score(planned: Planned, output: StepOutput, r: int, run: Run) -> None:
     """Adds the scores of batch row `r` to its run."""
     step = planned.input
-    assert output.score is not None and step.target is not None and run.request.prompt_logprobs is not None
+    k, watched = run.request.prompt_logprobs, run.request.watched
+    assert output.score is not None and step.target is not None and k is not None
     for t in range(step.start[r], step.start[r + 1]):
         if (target := int(step.target[t])) >= 0:
-            run.scores.append(_logprob(output.score, t, target, run.request.prompt_logprobs))
+            run.scores.append(_logprob(output.score, t, target, k, watched))
 
 
 def _see(planned: Planned, output: StepOutput, r: int, run: Run) -> None:
@@ -251,6 +257,10 @@ def _scores_of(run: Run) -> tuple[TokenLogprob | None, ...] | None:
     return (None, *run.scores)
 
 
-def _logprob(scores: Scores, at: int, token: int, k: int) -> TokenLogprob:
+def _logprob(scores: Scores, at: int, token: int, k: int, watched: tuple[int, ...]) -> TokenLogprob:
     top = tuple(zip(scores.top_ids[at, :k].tolist(), scores.top[at, :k].tolist(), strict=True))
-    return TokenLogprob(token, float(scores.chosen[at]), top)
+    if not watched:
+        return TokenLogprob(token, float(scores.chosen[at]), top)
+    assert scores.watched is not None
+    seen = zip(watched, scores.watched[at, : len(watched)].tolist(), strict=True)
+    return TokenLogprob(token, float(scores.chosen[at]), top, tuple(seen))

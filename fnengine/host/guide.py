@@ -25,7 +25,7 @@ from fnengine.host.thinking import brief, found
 
 if TYPE_CHECKING:
     from fnengine.host.grammar import Grammar
-    from fnengine.host.matcher import Cache, Matcher, Vocabulary
+    from fnengine.host.matcher import Cache, Vocabulary
     from fnengine.host.request import Request
     from fnengine.host.runs import Run
     from fnengine.host.tokenizer import Tokenizer
@@ -34,7 +34,20 @@ FORCED = 16
 """Most tokens that are appended in one step because nothing else may come: each wants logits of its own."""
 
 
-_NOTHING = "no token is left to choose by the grammar and whatever else forbids tokens in this request"
+NOTHING = "no token is left to choose by the grammar and whatever else forbids tokens in this request"
+
+
+class Masks:
+    """[N, W] masks, one of each place, in memory that a library may write to."""
+
+    __slots__ = ("address", "array", "stride")
+
+    def __init__(self, array_NW: np.ndarray):
+        assert array_NW.dtype == np.int32 and array_NW.ndim == 2 and array_NW.flags.c_contiguous
+        self.array = array_NW
+        self.address: int = array_NW.ctypes.data
+        self.stride: int = 4 * array_NW.shape[1]
+        """Bytes of a mask."""
 
 
 class Guide(Protocol):
@@ -45,8 +58,9 @@ class Guide(Protocol):
         """W, words of a mask."""
         ...
 
-    def allow(self, mask_W: np.ndarray) -> None:
-        """Writes what may come next: bit v % 32 of word v // 32. Raises RequestError where nothing may."""
+    def allow(self, masks: Masks, i: int) -> None:
+        """Writes what may come next, nothing where nothing may: bit v % 32 of word v // 32 of mask i. Raises
+        RequestError where finding out became too much work."""
         ...
 
     def after(self, token: int) -> Guide | None:
@@ -69,38 +83,6 @@ class Guide(Protocol):
     def fork(self) -> Guide:
         """The same place, for another run."""
         ...
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """A text that follows a grammar from here on."""
-
-    matcher: Matcher
-
-    @property
-    def words(self) -> int:
-        return self.matcher.compiled.vocabulary.words
-
-    def allow(self, mask_W: np.ndarray) -> None:
-        _matching().allowed(self.matcher, mask_W)
-
-    def after(self, token: int) -> Guide:
-        m = _matching()
-        if not m.can(self.matcher, (token,)):
-            raise RequestError(_NOTHING, where=self.matcher.compiled.grammar.field)
-        return Held(m.advance(self.matcher, (token,)))
-
-    def can(self, draft: Sequence[int]) -> int:
-        return _matching().can(self.matcher, draft)
-
-    def forced(self) -> tuple[int, ...]:
-        return _matching().forced(self.matcher)
-
-    def done(self) -> bool:
-        return _matching().done(self.matcher)
-
-    def fork(self) -> Guide:
-        return Held(_matching().fork(self.matcher))
 
 
 @dataclass(frozen=True)
@@ -130,19 +112,19 @@ class Late:
     def words(self) -> int:
         return self.inner.words
 
-    def allow(self, mask_W: np.ndarray) -> None:
+    def allow(self, masks: Masks, i: int) -> None:
         if (begin := self.reasoning.begin) is None:
-            mask_W[:] = self.free_W
+            masks.array[i] = self.free_W
             return
-        self.inner.allow(mask_W)
-        mask_W.view(np.uint32)[begin // 32] |= np.uint32(1 << begin % 32)
+        self.inner.allow(masks, i)
+        masks.array.view(np.uint32)[i, begin // 32] |= np.uint32(1 << begin % 32)
 
     def after(self, token: int) -> Guide | None:
         begin, end = self.reasoning.begin, self.reasoning.end
         if begin is not None:
             return replace(self, reasoning=Reasoning(end)) if token == begin else self.inner.after(token)
         if not self._free(token):
-            raise RequestError(_NOTHING, where="reasoning")
+            raise RequestError(NOTHING, where="reasoning")
         over, tail = found(self.tail, self.bytes_of(token), [end.encode()])
         return self.inner if over else replace(self, tail=tail)
 
@@ -212,7 +194,7 @@ class Guides:
                 except ConfigError as e:
                     raise RequestError(str(e), where=grammar.field, param=grammar.field) from e
         vocabulary = self._vocabulary
-        held = Held(m.start(self._cache.get(grammar, vocabulary)))
+        held = m.start(self._cache.get(grammar, vocabulary))
         return held if reasoning is None else Late(held, reasoning, ~vocabulary.ends_W, self.tokenizer.token_bytes)
 
 
@@ -223,10 +205,29 @@ def _matching():
     return matcher
 
 
-def begin(run: Run, guide: Guide, mask_W: np.ndarray) -> None:
-    """Gives a run its guide; `mask_W` is what it allows, which runs may share."""
-    run.guide, run.masks = guide, mask_W[None]
-    run.patient, run.plain = True, False
+def first(request: Request) -> np.ndarray:
+    """[1, W] what the request's guide allows to come first, which runs may share.
+
+    Raises: RequestError when that is nothing.
+    """
+    guide = request.guide
+    assert guide is not None
+    masks = Masks(np.empty((1, guide.words), np.int32))
+    guide.allow(masks, 0)
+    if not masks.array.any():
+        raise _stuck(request)
+    return masks.array
+
+
+def _stuck(request: Request) -> RequestError:
+    field = None if request.grammar is None else request.grammar.field
+    return RequestError(NOTHING, where=field, param=field)
+
+
+def begin(run: Run, guide: Guide, mask_1W: np.ndarray) -> None:
+    """Gives a run its guide; the mask is what `first` says."""
+    run.guide, run.masks = guide, mask_1W
+    run.patient = True
 
 
 def follow(run: Run, token: int) -> bool:
@@ -237,33 +238,62 @@ def follow(run: Run, token: int) -> bool:
     Raises: RequestError when the guide does not allow it.
     """
     assert run.guide is not None
-    run.guide = run.guide.after(token)
-    if run.guide is not None:
-        return run.guide.done()
+    run.guide = guide = run.guide.after(token)
+    if guide is not None:
+        return guide.done()
     run.draft, run.masks = (), None
     run.patient = run.guessed
-    run.plain = run.request.logprobs is None and not run.request.stop.min_tokens and not run.taps
     return False
 
 
-def look(run: Run) -> None:
-    """Makes the run's masks for its next token, and a draft of what has to come.
+def look(runs: Sequence[Run]) -> dict[int, RequestError]:
+    """Makes the runs' masks for their next tokens, in one array, and drafts of what has to come; by index, why a run
+    cannot go on: nothing may come, or its grammar became too much work."""
+    guides = [run.guide for run in runs]
+    assert guides and guides[0] is not None
+    masks, refused = Masks(np.empty((len(runs), guides[0].words), np.int32)), {}
+    for i, guide in enumerate(guides):
+        assert guide is not None
+        try:
+            guide.allow(masks, i)
+        except RequestError as e:
+            refused[i] = e
+    array_NW = masks.array
+    for i, (run, words) in enumerate(zip(runs, np.count_nonzero(array_NW, axis=1).tolist(), strict=True)):
+        run.draft, run.masks = (), array_NW[i : i + 1]
+        if words < 2 and i not in refused:
+            try:
+                _along(run, run.masks[0])
+            except RequestError as e:
+                refused[i] = e
+    return refused
 
-    Raises: RequestError when nothing may come, or the grammar became too much work.
+
+def _along(run: Run, mask_W: np.ndarray) -> None:
+    """A draft of what has to come after a token that is alone in its mask, with its masks.
+
+    Raises: RequestError when nothing may come.
     """
     here: Guide | None = run.guide
     assert here is not None
-    tokens = here.forced()[: max(min(FORCED, run.limit - run.known - 1), 0)]
-    masks = np.zeros((len(tokens) + 1, here.words), np.int32)
+    bits = int(mask_W.view(np.uint32).max())
+    if not bits:
+        raise _stuck(run.request)
+    tokens = () if bits & bits - 1 else here.forced()[: max(min(FORCED, run.limit - run.known - 1), 0)]
+    if not tokens:
+        return
+    masks = Masks(np.zeros((len(tokens) + 1, len(mask_W)), np.int32))
     for i, token in enumerate(tokens):
         assert here is not None, "a token is forced where nothing holds the text"
-        masks.view(np.uint32)[i, token // 32] = 1 << token % 32
+        masks.array.view(np.uint32)[i, token // 32] = 1 << token % 32
         here = here.after(token)
     if here is None:
-        masks[-1] = -1
+        masks.array[-1] = -1
     else:
-        here.allow(masks[-1])
-    run.draft, run.masks = tokens, masks
+        here.allow(masks, len(tokens))
+        if not masks.array[-1].any():
+            raise _stuck(run.request)
+    run.draft, run.masks = tokens, masks.array
 
 
 def guess(run: Run, draft: Sequence[int]) -> None:
@@ -278,14 +308,17 @@ def guess(run: Run, draft: Sequence[int]) -> None:
     assert run.masks is not None
     if run.draft:
         return  # what must come is there already
-    masks = [run.masks[0]]
-    for token in draft[: here.can(draft)]:
-        mask_W = np.full_like(masks[0], -1)
+    draft = tuple(draft[: here.can(draft)])
+    masks, n = Masks(np.full((len(draft) + 1, run.masks.shape[1]), -1, np.int32)), 0
+    masks.array[0] = run.masks[0]
+    for token in draft:
         try:
             here = None if here is None else here.after(token)
             if here is not None:
-                here.allow(mask_W)
+                here.allow(masks, n + 1)
         except RequestError:
             break
-        masks.append(mask_W)
-    run.draft, run.masks = tuple(draft[: len(masks) - 1]), np.stack(masks)
+        if not masks.array[n + 1].any():
+            break
+        n += 1
+    run.draft, run.masks = draft[:n], masks.array[: n + 1]

@@ -3,10 +3,11 @@
     Grammar --compile--> Compiled --start--> Matcher --advance--> Matcher --advance--> ...
                         (any thread)            |-- allowed, forced, accepts_end, can, masks_along
 
-A `Matcher` is a place in a text. Advancing one gives another and leaves the first as it was, so a sequence that is cut
-back just goes on from an older value. Underneath is one parser per line of values, moved back and forth to the place
-that is asked about: a token costs microseconds either way. `fork` gives a value a parser of its own (0.13 us per token
-so far): do that once per choice of n > 1 and per beam. Values of one line belong to one thread at a time.
+A `Matcher` is a place in a text, and the `Guide` of a text that is held from its start. Advancing one gives another and
+leaves the first as it was, so a sequence that is cut back just goes on from an older value. Underneath is one parser
+per line of values, moved back and forth to the place that is asked about: a token costs microseconds either way. `fork`
+gives a value a parser of its own (0.13 us per token so far): do that once per choice of n > 1 and per beam. Values of
+one line belong to one thread at a time.
 
 The text of a grammar is what tokens' true bytes add up to (`Tokenizer.token_bytes`), which is how text is defined here.
 """
@@ -19,18 +20,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import llguidance
 import numpy as np
 
 from fnengine.errors import ConfigError, RequestError
 from fnengine.host.grammar import Grammar, explain, lower
+from fnengine.host.guide import NOTHING, Masks
 from fnengine.host.schema import LIMITS, Limits
 from fnengine.host.tokenizer import Tokenizer
 
 TRIED = 16
 """Tokens of a random text that a compiled grammar has to match: what cannot be matched in time shows early."""
+SPELLED = ("json_object", "json_schema", "regex", "choice")
+"""Kinds of grammars that speak of bytes alone."""
 WORN = ("too many states", "too many expressions")
 """Errors of a lexer that is full. All rows of one grammar share it, so a row may meet what others have filled."""
 
@@ -112,6 +116,10 @@ def _pack(bits: np.ndarray) -> np.ndarray:
     return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
 
 
+CUT, MOST_CUT = 64, 4096
+"""Characters of the texts whose tokens are kept, and how many texts."""
+
+
 class _Pieces:
     """What the library asks of a tokenizer: its bytes, and how it cuts a text (only for forced tokens)."""
 
@@ -119,6 +127,7 @@ class _Pieces:
         self.tokens, self.special_token_ids = tokens, sorted(special)
         self.eos_token_id, self.bos_token_id = eos, bos
         self._tokenizer, self._special = tokenizer, special
+        self._cut: dict[str, list[int]] = {}
 
     @cached_property
     def _ids(self) -> dict[bytes, int]:
@@ -135,6 +144,16 @@ class _Pieces:
 
     def __call__(self, text: str) -> list[int]:
         assert isinstance(text, str)  # the library tries bytes first and asks with strings then
+        if (known := self._cut.get(text)) is not None:  # what has to come is asked about again and again
+            return known
+        ids = self._as_tokens(text)
+        if len(text) <= CUT:
+            if len(self._cut) >= MOST_CUT:
+                self._cut.clear()
+            self._cut[text] = ids
+        return ids
+
+    def _as_tokens(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text, add_special=False)
         wanted = text.encode()
         if self._joined(ids) == wanted:
@@ -172,6 +191,8 @@ class Compiled:
     limits: Limits
     source: str
     """The grammar as the library reads it."""
+    exact: bool
+    """Its masks are what may come, as the library makes them: it can name no token by number."""
     seed: Any
     """A parser at the start of a text, only ever copied."""
 
@@ -182,7 +203,7 @@ def compile(grammar: Grammar, vocabulary: Vocabulary, limits: Limits = LIMITS) -
     Raises: RequestError naming the grammar's field when it is no grammar, allows no text, or is too large.
     """
     source = lower(grammar, vocabulary.controls, limits)
-    compiled = Compiled(grammar, vocabulary, limits, source, None)
+    compiled = Compiled(grammar, vocabulary, limits, source, grammar.kind in SPELLED, None)
     compiled.seed = _parser(compiled)
     _try(compiled)
     return compiled
@@ -258,46 +279,99 @@ class Cache:
             return self._kept.get((grammar, id(vocabulary), limits))
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Node:
-    """The newest token of a text, and the text before it."""
-
-    parent: _Node | None
-    token: int
+Text = tuple[Any, int]
+"""Tokens of a text, the newest outermost: (the text before it or None, token). Tuples of tuples and numbers cost the
+garbage collector nothing, however long the text."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Line:
-    """A parser and the path of tokens it has consumed."""
+    """A parser and where it is."""
 
     parser: Any
-    path: list[_Node]
+    text: Text | None
+    length: int
 
 
-@dataclass(frozen=True, eq=False)
-class Matcher:
-    """A place in a text of a grammar. Make one with `start`, another with `advance`."""
+_tuple = tuple.__new__
+
+
+class Matcher(NamedTuple):
+    """A place in a text of a grammar. Make one with `start`, another with `advance`. What it has as a `Guide` of such a
+    text takes tokens that the step has chosen, so what may not come is an error of the request there."""
 
     compiled: Compiled
+    line: _Line
+    text: Text | None
+    """Tokens so far, without the end."""
     length: int
-    """Tokens so far."""
+    """Of the text, in tokens."""
     ended: bool
     """Whether the newest token ended the text."""
-    _node: _Node | None
-    _line: _Line
+
+    @property
+    def words(self) -> int:
+        return self.compiled.vocabulary.words
+
+    def allow(self, masks: Masks, i: int) -> None:
+        compiled, line, text, _, ended = self
+        if ended:
+            masks.array[i] = compiled.vocabulary.ends_W
+            return
+        if line.text is not text:
+            _seek(self)
+        parser = line.parser
+        parser.unsafe_compute_mask_ptr(masks.address + i * masks.stride, masks.stride)
+        if parser.is_error():
+            _guard(self, lambda p: p.unsafe_compute_mask_ptr(masks.address + i * masks.stride, masks.stride))
+        if compiled.exact:
+            return
+        mask_W = masks.array[i]
+        mask_W &= compiled.vocabulary.known_W  # a grammar may name any token by number, padding too
+        if not line.parser.is_accepting():  # nor may it end the text early that way
+            mask_W &= ~compiled.vocabulary.ends_W
+
+    def after(self, token: int) -> Matcher:
+        compiled, line, text, length, ended = self
+        if line.text is not text:
+            _seek(self)
+        if ended or token in compiled.vocabulary.eos:
+            if ended or not line.parser.is_accepting():
+                raise _choiceless(compiled)
+            return Matcher(compiled, line, text, length, True)
+        if line.parser.try_consume_tokens([token]) != 1 and not _consumed(self, [token]):
+            raise _choiceless(compiled)
+        line.text = text = (text, token)
+        line.length = length = length + 1
+        return _tuple(Matcher, (compiled, line, text, length, False))  # half of what calling the class costs
+
+    def can(self, draft: Sequence[int]) -> int:
+        return can(self, draft)
+
+    def forced(self) -> tuple[int, ...]:
+        return forced(self)
+
+    def done(self) -> bool:
+        if self.ended:
+            return True
+        if self.line.text is not self.text:
+            _seek(self)
+        parser = self.line.parser
+        return parser.is_stopped() and parser.is_accepting()
+
+    def fork(self) -> Matcher:
+        return fork(self)
 
 
 def start(compiled: Compiled) -> Matcher:
     """The place before the first token."""
-    return Matcher(compiled, 0, False, None, _Line(compiled.seed.deep_copy(), []))
+    return Matcher(compiled, _Line(compiled.seed.deep_copy(), None, 0), None, 0, False)
 
 
 def fork(matcher: Matcher) -> Matcher:
     """The same place with a parser of its own: going on from it costs the other line nothing."""
-    line = _seek(matcher)
-    return Matcher(
-        matcher.compiled, matcher.length, matcher.ended, matcher._node, _Line(line.parser.deep_copy(), list(line.path))
-    )
+    parser = _seek(matcher).parser.deep_copy()
+    return matcher._replace(line=_Line(parser, matcher.text, matcher.length))
 
 
 def advance(matcher: Matcher, tokens: Sequence[int]) -> Matcher:
@@ -305,27 +379,27 @@ def advance(matcher: Matcher, tokens: Sequence[int]) -> Matcher:
 
     Raises: RequestError when the grammar became too much work.
     """
-    compiled, eos = matcher.compiled, matcher.compiled.vocabulary.eos
+    eos = matcher.compiled.vocabulary.eos
     ids, ended = [int(t) for t in tokens], matcher.ended
     count = 0 if ended else next((i for i, t in enumerate(ids) if t in eos), len(ids))
     assert all(t in eos for t in ids[count:]), f"tokens {ids[count:]} after the end of the text"
     line = _seek(matcher)
+    if count:
+        took = line.parser.try_consume_tokens(ids[:count])
+        if took < count:
+            if took:
+                line.parser.rollback(took)
+            assert _consumed(matcher, ids[:count]), f"{ids[:count]} are not allowed after {matcher.length} tokens"
+        text = matcher.text
+        for token in ids[:count]:
+            text = text, token
+        line.text, line.length = text, matcher.length + count
+        matcher = Matcher(matcher.compiled, line, text, line.length, False)
     if count < len(ids) and not ended:
-        if count:
-            matcher = advance(matcher, ids[:count])
-            line = _seek(matcher)
         assert line.parser.is_accepting(), "the text cannot end here"
         # The parser is not told: it stays where the text ends, so going back needs no special case.
-        return Matcher(compiled, matcher.length, True, matcher._node, matcher._line)
-    if not count:
-        return matcher
-    took = _guard(matcher, lambda parser: parser.try_consume_tokens(ids[:count]))
-    assert took == count, f"token {ids[took]} is not allowed after {matcher.length + took} tokens"
-    node, line = matcher._node, matcher._line
-    for token in ids:
-        node = _Node(node, token)
-        line.path.append(node)
-    return Matcher(compiled, matcher.length + count, False, node, line)
+        return matcher._replace(ended=True)
+    return matcher
 
 
 def allowed(matcher: Matcher, out_W: np.ndarray | None = None, *, dead_end: bool = False) -> np.ndarray:
@@ -337,17 +411,8 @@ def allowed(matcher: Matcher, out_W: np.ndarray | None = None, *, dead_end: bool
 
     Raises: RequestError when no token is allowed here, or the grammar became too much work.
     """
-    vocab = matcher.compiled.vocabulary
-    mask_W = np.empty(vocab.words, np.int32) if out_W is None else out_W
-    assert mask_W.dtype == np.int32 and mask_W.shape == (vocab.words,) and mask_W.flags.c_contiguous
-    if matcher.ended:
-        mask_W[:] = vocab.ends_W
-        return mask_W
-    _seek(matcher)
-    _guard(matcher, lambda parser: parser.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes))
-    np.bitwise_and(mask_W, vocab.known_W, out=mask_W)  # a grammar may name any token by number, padding too
-    if not matcher._line.parser.is_accepting():  # nor may it end the text early that way
-        mask_W &= ~vocab.ends_W
+    mask_W = np.empty(matcher.words, np.int32) if out_W is None else out_W
+    matcher.allow(Masks(mask_W[None]), 0)
     if not dead_end and not mask_W.any():
         what = "no text satisfies the grammar" if not matcher.length else "no token can go on from here"
         _fail(matcher.compiled, what)
@@ -373,7 +438,7 @@ def accepts_end(matcher: Matcher) -> bool:
 
 def done(matcher: Matcher) -> bool:
     """Whether nothing but an end may come: the row can stop without another step."""
-    return matcher.ended or (accepts_end(matcher) and _seek(matcher).parser.is_stopped())
+    return matcher.done()
 
 
 def can(matcher: Matcher, draft: Sequence[int]) -> int:
@@ -406,37 +471,36 @@ def masks_along(matcher: Matcher, draft: Sequence[int]) -> np.ndarray:
 
 def _seek(matcher: Matcher) -> _Line:
     """The matcher's line, its parser at the matcher's place."""
-    line = matcher._line
-    at = len(line.path)
-    if at == matcher.length and (not at or line.path[-1] is matcher._node):
+    line, here, length = matcher.line, matcher.text, matcher.length
+    if line.text is here:
         return line
-    missing: list[_Node] = []
-    node, length = matcher._node, matcher.length
-    while node is not None and not (length <= at and line.path[length - 1] is node):
-        missing.append(node)
-        node, length = node.parent, length - 1
-    if at > length:
-        assert line.parser.rollback(at - length), line.parser.get_error()
-        del line.path[length:]
-    if missing:
-        missing.reverse()
-        tokens = [n.token for n in missing]
-        took = line.parser.try_consume_tokens(tokens)
-        if took < len(tokens):
-            _renew(matcher)
-        else:
-            line.path += missing
+    there, at, missing = line.text, line.length, []
+    while here is not there:  # back to what both have in common
+        if length >= at:
+            assert here is not None
+            here, token = here
+            length -= 1
+            missing.append(token)
+        if at > length:
+            assert there is not None
+            there, at = there[0], at - 1
+    if line.length > at:
+        assert line.parser.rollback(line.length - at), line.parser.get_error()
+    missing.reverse()
+    if missing and line.parser.try_consume_tokens(missing) < len(missing):
+        _renew(matcher)
+    line.text, line.length = matcher.text, matcher.length
     return line
 
 
-def _guard(matcher: Matcher, ask: Any) -> Any:
-    """What the parser answers; once with a new lexer where the old one was full.
+def _guard(matcher: Matcher, ask: Callable[[Any], Any]) -> Any:
+    """What the parser answers; once with a new lexer where the old one was full, also one that is full already.
 
     Raises: RequestError when the parser has failed.
     """
-    line = matcher._line
+    line = matcher.line
     for again in (True, False):
-        answer = ask(line.parser)
+        answer = None if line.parser.is_error() else ask(line.parser)
         error = line.parser.get_error() if line.parser.is_error() else ""
         if not error:
             return answer
@@ -446,23 +510,36 @@ def _guard(matcher: Matcher, ask: Any) -> Any:
             _fail(matcher.compiled, error)
 
 
+def _consumed(matcher: Matcher, ids: list[int]) -> bool:
+    """Whether the parser takes the tokens after all, which it did not: it may have failed. It takes all or none.
+
+    Raises: RequestError when it has failed, and not because its lexer was full.
+    """
+    if not matcher.line.parser.is_error():
+        return False
+    took = _guard(matcher, lambda parser: parser.try_consume_tokens(ids))
+    if 0 < took < len(ids):
+        matcher.line.parser.rollback(took)
+    return took == len(ids)
+
+
 def _renew(matcher: Matcher, fresh: bool = True) -> None:
     """Gives the matcher's line a parser at its place, of a new lexer if `fresh`."""
-    compiled, line = matcher.compiled, matcher._line
+    compiled, line, text, tokens = matcher.compiled, matcher.line, matcher.text, []
     if fresh:
         compiled.seed = _parser(compiled)
-    line.parser, line.path = compiled.seed.deep_copy(), []
-    nodes: list[_Node] = []
-    node = matcher._node
-    while node is not None:
-        nodes.append(node)
-        node = node.parent
-    nodes.reverse()
-    took = line.parser.try_consume_tokens([n.token for n in nodes])
-    if took < len(nodes):
-        line.parser = compiled.seed.deep_copy()
+    while text is not None:
+        text, token = text
+        tokens.append(token)
+    tokens.reverse()
+    line.parser, line.text, line.length = compiled.seed.deep_copy(), matcher.text, matcher.length
+    if line.parser.try_consume_tokens(tokens) < len(tokens):
+        line.parser, line.text, line.length = compiled.seed.deep_copy(), None, 0
         _fail(compiled, "too much work to match")
-    line.path += nodes
+
+
+def _choiceless(compiled: Compiled) -> RequestError:
+    return RequestError(NOTHING, where=compiled.grammar.field)
 
 
 def _fail(compiled: Compiled, error: str) -> NoReturn:

@@ -19,6 +19,8 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
     """(id, logprob) of the most likely tokens, most likely first, ties by lowest id; read from the same tensor as
     `logprob`, so that equal tokens have equal floats."""
+    watched: tuple[tuple[int, float], ...] = ()
+    """The same of the tokens that the request watches, in its order."""
 
 
 @dataclass(frozen=True)
@@ -134,3 +136,7 @@ class Gauges:
     """Times that a sequence's step held a draft."""
     accepted_deep: tuple[int, ...] = ()
     """Of these, those of which at least 1, 2, 3, ... tokens were right."""
+    window_blocks_total: int = 0
+    """Blocks of layers with a window; 0 where those are kept whole."""
+    window_blocks_held: int = 0
+    window_blocks_cached: int = 0

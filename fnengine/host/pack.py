@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -54,10 +54,14 @@ class Draft:
     copy: list[tuple[int, int]] = field(default_factory=list)
     swap_in: list[tuple[int, int]] = field(default_factory=list)
     keep: list[tuple[int, int]] = field(default_factory=list)
+    near_copy: list[tuple[int, int]] = field(default_factory=list)
+    nears: Callable[[Iterable[int]], np.ndarray] | None = None
+    """The window blocks of blocks, where there are such."""
     needs: int = 0
     """Bits of all rows that emit."""
     logprobs: int | None = None
     score: int | None = None
+    watched: bool = False
     logits: bool = False
     picks: bool = False
     """Some row wants something after another token than its last."""
@@ -89,6 +93,7 @@ def add(draft: Draft, run: Run, n: int, emits: int) -> None:
         k = run.request.prompt_logprobs
         assert k is not None
         draft.score = k if draft.score is None else max(k, draft.score)
+        draft.watched |= bool(run.request.watched)
 
 
 def ask(draft: Draft, run: Run) -> None:
@@ -99,6 +104,7 @@ def ask(draft: Draft, run: Run) -> None:
     draft.masked |= run.guide is not None
     if (k := run.request.logprobs) is not None:
         draft.logprobs = k if draft.logprobs is None else max(k, draft.logprobs)
+        draft.watched |= bool(run.request.watched)
     if run.taps:
         draft.taps.update(run.taps)
 
@@ -151,6 +157,7 @@ def pack(draft: Draft, leaving: list[tuple[Run, np.ndarray, tuple[int, ...]]]) -
             sample=bool(emit.any()),
             logprobs=draft.logprobs,
             score=draft.score,
+            watched=draft.watched,
             logits=draft.logits,
             picks=0 if pick is None else len(pick),
             masked=draft.masked,
@@ -162,6 +169,8 @@ def pack(draft: Draft, leaving: list[tuple[Run, np.ndarray, tuple[int, ...]]]) -
         swap_out=_pairs((b, s) for _, blocks, slots in leaving for b, s in zip(blocks, slots, strict=True)),
         swap_in=_pairs(draft.swap_in),
         keep=_pairs(draft.keep),
+        near_grow=None if draft.nears is None else draft.nears(block for *_, block in draft.grow),
+        near_copy=_pairs(draft.near_copy),
     )
 
 
@@ -183,9 +192,12 @@ def _looks(run: Run) -> bool:
 def _mask(draft: Draft, start: np.ndarray, pick: np.ndarray | None) -> np.ndarray:
     """What may be chosen after each picked token: everything in rows without a guide."""
     rows = [*zip(draft.runs, draft.emit, strict=True), *((run, emits) for run, _, _, emits in draft.many)]
-    # Row r's picked tokens end before `end[r]`; the last of them are those after which it chooses.
-    end = np.arange(1, len(rows) + 1) if pick is None else np.searchsorted(pick, start[1:])
     words = next(run.masks.shape[1] for run, _ in rows if run.masks is not None)
+    if pick is None:
+        free = np.full((1, words), -1, np.int32)
+        return np.concatenate([run.masks[:1] if n and run.masks is not None else free for run, n in rows])
+    # Row r's picked tokens end before `end[r]`; the last of them are those after which it chooses.
+    end = np.searchsorted(pick, start[1:])
     mask = np.full((end[-1], words), -1, np.int32)
     for (run, emits), last in zip(rows, end.tolist(), strict=True):
         if emits and run.masks is not None:

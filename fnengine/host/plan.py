@@ -27,7 +27,7 @@ from fnengine.host.blocks import Extension, Ledger, Path
 from fnengine.host.output import Gauges
 from fnengine.host.pack import Draft, add, ask, needs_of, pack
 from fnengine.host.pooling import TAP, check_pooling
-from fnengine.host.request import MAX_BIAS, PLAIN, Request, Sampling, check_sampling, fold_in
+from fnengine.host.request import MAX_BIAS, PLAIN, Request, Sampling, check_sampling, check_watched, fold_in
 from fnengine.host.runs import Host, Policy, Run, end, enqueue, first_waiting, key_of, preempt
 from fnengine.host.states import NOWHERE, States
 from fnengine.host.steer import salted, steering
@@ -120,10 +120,9 @@ def submit(host: Host, request: Request, now: float) -> tuple[Run, ...]:
         for i in range(request.n)
     )
     if request.guide is not None:
-        mask_W = np.empty(request.guide.words, np.int32)
-        request.guide.allow(mask_W)
+        mask_1W = guiding.first(request)
         for run in runs:
-            guiding.begin(run, request.guide.fork(), mask_W)
+            guiding.begin(run, request.guide.fork(), mask_1W)
     host.numbered += request.n
     host.requests[request.id] = runs
     for run in runs:
@@ -231,6 +230,7 @@ def _check(host: Host, request: Request) -> int:
         bad = int(prompt[(prompt < 0) | (prompt >= vocab)][0])
         raise RequestError(f"token {bad} is outside the vocabulary of {vocab}", param="prompt")
     check_sampling(request.sampling, vocab, policy.processors)
+    check_watched(request, vocab)
     for i in stop.ids:
         if not 0 <= i < vocab:
             raise RequestError(f"token {i} is outside the vocabulary of {vocab}", param="stop_token_ids")
@@ -240,7 +240,7 @@ def _check(host: Host, request: Request) -> int:
         )
     # The last token that is generated is never computed, so a pool of p tokens serves a sequence of p + 1.
     room = policy.max_len - n
-    pool = host.ledger.total * host.ledger.block + 1 - n
+    pool = host.ledger.total * host.ledger.block + 1 - n  # layers with a window need a window of it, which is there
     if room < min(1, 1 if stop.max_tokens is None else stop.max_tokens):
         raise ContextLengthError(
             f"the prompt has {n} tokens, the context holds {policy.max_len}, prompt and output together",
@@ -279,6 +279,7 @@ def plan(host: Host, now: float) -> Planned | None:
         host.free_slots += host.resting_slots
         host.resting_slots.clear()
     running, i = host.running, 0
+    _thin(host)
     reserved = sum([r.total - r.path.length == 1 and r.total < r.until for r in running])
     walk = _Walk(host.policy.budget, reserved, max(host.policy.picks - len(running), 1))
     urgent = _most_urgent(host)
@@ -301,20 +302,43 @@ def plan(host: Host, now: float) -> Planned | None:
         elif not (run.newest and _generate(ledger, walk, run)):
             _advance(host, walk, run)
         i += 1
-    while host.waiting and not walk.shut and (first := first_waiting(host)):
-        walk.shut = not _admit(host, walk, first, now, urgent=False)
     draft = walk.draft
+    aside: list[Run] = []
+    if ledger.states is not None:  # before anybody is admitted, who may begin from one of them
+        _keep(ledger.states, draft)
+    while host.waiting and not walk.shut and (first := first_waiting(host)):
+        if len(aside) < len(host.free_rows) and _comes(host, first):
+            aside.append(heapq.heappop(host.queue)[1])  # those behind it are served meanwhile
+        else:
+            walk.shut = not _admit(host, walk, first, now, urgent=False)
+    for run in aside:
+        heapq.heappush(host.queue, (run.key, run))
     if not draft.runs and not draft.many:
         return None
     if ledger.states is not None:
-        _keep(ledger.states, draft)
+        draft.keep = ledger.states.drain()
     host.steps += 1
+    draft.nears = None if ledger.windows is None else ledger.nears_of
     step = pack(draft, host.leaving)
     leaving = tuple([e[0] for e in host.leaving])
     host.leaving = []
     runs = (*draft.runs, *[m[0] for m in draft.many])
     stamp = 0 if ledger.states is None else ledger.states.stamp
     return Planned(step, runs, tuple([run.path for run in runs]), leaving, walk.prompt_tokens, stamp)
+
+
+def _thin(host: Host) -> None:
+    """Leaves out what must come where it would make the step larger by more than twice as many tokens: a step of 32
+    rows and 2 such tokens may be padded to 40. Each comes alone then, by its mask; guesses have a pace of their own."""
+    must = [run for run in host.running if run.draft and run.guide is not None and not run.guessed]
+    if not must:
+        return
+    padded, more = host.policy.padded, sum([len(run.draft) for run in must])
+    rest = sum([max(run.wanted(), 1 + len(run.draft)) for run in host.running]) - more
+    rest = min(rest, host.policy.budget)
+    if padded(rest + more) - padded(rest) > 2 * more:
+        for run in must:
+            run.draft = ()
 
 
 def _keep(states: States, draft: Draft) -> None:
@@ -324,7 +348,22 @@ def _keep(states: States, draft: Draft) -> None:
         before = run.path.length - n
         if states.wanted(before, _prompt_of(run)) and run.row not in fresh:
             states.keep(run.path, before, run.row)
-    draft.keep = states.drain()
+
+
+def _comes(host: Host, run: Run) -> bool:
+    """Whether somebody is computing the first tokens of a waiting run, up to a place whose state will be kept: blocks
+    are shared within a step, states only after it, so choices and equal prompts would all compute what one has to."""
+    states = host.ledger.states
+    if states is None or not states.count or not host.policy.chunked or not host.policy.caching:
+        return False
+    if run.base is not None or run.taps or run.unscored():  # it computes all of its prompt anyway
+        return False
+    for other in host.running:
+        at, prompt, known = other.path.length, _prompt_of(other), min(other.known, run.known)
+        place = at if states.wanted(at, prompt) else at + states.chunk(at, known, prompt)
+        if place < known and other.salt == run.salt and np.array_equal(run.tokens[:place], other.tokens[:place]):
+            return True
+    return False
 
 
 def _prompt_of(run: Run) -> int:
@@ -395,6 +434,8 @@ def _generate(ledger: Ledger, walk: _Walk, run: Run) -> bool:
     draft.row.append(run.row)
     draft.token.append(NEWEST)
     draft.emit.append(1)
+    if run.guide is not None:
+        draft.masked = True
     if run.plain:
         draft.needs |= run.needs
     else:
@@ -412,8 +453,10 @@ def _verify(host: Host, walk: _Walk, run: Run) -> bool:
     if run.inflight or before + 1 != known or known != run.total:
         return False
     B = ledger.block
-    room = max(ledger.available - host.owed, 0) * B + -before % B
+    room = _room(host) * B + -before % B
     k = min(len(draft), run.limit - known - 1, walk.left - walk.reserved, room - 1, walk.picks)
+    if ledger.states is not None:  # a draft ends, too, where a state is wanted
+        k = ledger.states.chunk(before, k + 1, _prompt_of(run)) - 1
     if k <= 0:
         return False
     try:
@@ -425,6 +468,7 @@ def _verify(host: Host, walk: _Walk, run: Run) -> bool:
     run.path, run.drafted, run.total = extension.path, k, known + k
     walk.draft.grow += [(run.row, column, block) for column, block in extension.grown]
     walk.draft.copy += extension.copy
+    walk.draft.near_copy += extension.near_copy
     walk.reserved -= 1
     walk.left -= k + 1
     walk.picks -= k
@@ -453,6 +497,7 @@ def _advance(host: Host, walk: _Walk, run: Run) -> None:
         n = min(n, walk.picks)
     if n <= 0:
         return
+    run.path = ledger.trim(run.path, run.path.length)
     while True:
         try:
             extension = ledger.extend(run.path, n)
@@ -472,6 +517,7 @@ def _advance(host: Host, walk: _Walk, run: Run) -> None:
         walk.draft.grow += [(run.row, column, block) for column, block in extension.grown]
         if extension.copy:
             walk.draft.copy += extension.copy
+            walk.draft.near_copy += extension.near_copy
     _take(host, walk, run, n)
 
 
@@ -534,6 +580,7 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
         since = ledger.states.when(place)
         path = ledger.cut(whole, length)
         ledger.free(whole)
+    path = ledger.resumed(path)
     base = max(path.length, run.saved)
     n = _chunk(host, walk, run, base)
     if run.wish == "all":
@@ -541,14 +588,13 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
     if n <= 0:
         ledger.free(path)
         return False
-    need = -(-run.total // B) - path.length // B
-    while running and need + host.owed + _spare(host) > ledger.available:
+    while running and not _fits(host, path, run.total, base + n):
         if not urgent or host.ending or running[-1].priority <= run.priority:
             break
         _preempt_last(host, walk)
     alone = not running and not host.ending
     extension = None
-    if alone or (need + host.owed + _spare(host) <= ledger.available):
+    if alone or _fits(host, path, run.total, base + n):
         extension = _extend(ledger, path, base + n - path.length)
     if extension is None:
         ledger.free(path)
@@ -571,6 +617,7 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
         run.slots, run.saved = (), 0
     ledger.free(path)
     walk.draft.copy += extension.copy
+    walk.draft.near_copy += extension.near_copy
     run.path, run.status, run.row, run.since = extension.path, "running", host.free_rows.pop(), since
     insort(running, run, key=key_of)
     walk.draft.admit.append(
@@ -585,7 +632,9 @@ def _admit(host: Host, walk: _Walk, run: Run, now: float, *, urgent: bool) -> bo
             suppress=run.suppress,
             suppress_until=run.suppress_until,
             state=place,
+            near=None if ledger.windows is None else ledger.nears_of(blocks.tolist()),
             steer=() if run.steer is None else run.steer.vectors,
+            watched=run.request.watched,
         )
     )
     _take(host, walk, run, n)
@@ -597,6 +646,29 @@ def _extend(ledger: Ledger, path: Path, n: int) -> Extension | None:
         return ledger.extend(path, n)
     except OutOfBlocks:
         return None
+
+
+def _fits(host: Host, path: Path, total: int, upto: int) -> bool:
+    """Whether a run that begins after `path` has blocks for all of its `total` tokens, and window blocks for those up
+    to `upto` and for the most that it will hold, beside what running prompts will still take."""
+    ledger, B, windows = host.ledger, host.ledger.block, host.ledger.windows
+    if -(-total // B) - path.length // B + host.owed + _spare(host) > ledger.spare:
+        return False
+    if windows is None:
+        return True
+    now = -(-upto // B) - path.length // B
+    later = min(-(-total // B), windows.span + 1) - (-(-path.length // B) - path.low)
+    owed = sum([min(r.owed, windows.span) for r in host.running if r.owed])
+    return max(now, later) + owed + len(host.running) <= windows.available
+
+
+def _room(host: Host) -> int:
+    """Blocks, with window blocks where there are such, that running prompts leave."""
+    ledger, windows = host.ledger, host.ledger.windows
+    n = ledger.spare - host.owed
+    if windows is not None:
+        n = min(n, windows.available - min(host.owed, windows.span))
+    return max(n, 0)
 
 
 def _spare(host: Host) -> int:
@@ -615,7 +687,7 @@ def abort(host: Host, request_id: str) -> None:
 
 def gauges(host: Host) -> Gauges:
     """A reading of the scheduler; `steps` counts plans and `recompiles` is left at 0."""
-    ledger = host.ledger
+    ledger, windows = host.ledger, host.ledger.windows
     return Gauges(
         running=len(host.running),
         waiting=host.waiting,
@@ -632,4 +704,7 @@ def gauges(host: Host) -> Gauges:
         rejections=host.rejections,
         steps=host.steps,
         recompiles=0,
+        window_blocks_total=0 if windows is None else windows.total,
+        window_blocks_held=0 if windows is None else windows.held,
+        window_blocks_cached=0 if windows is None else windows.cached,
     )

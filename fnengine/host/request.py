@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fnengine.errors import RequestError
+from fnengine.host.patterns import program
 from fnengine.host.repeats import Repetition
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ MAX_REPEAT = 50
 """Longest repetition that DRY tells from longer ones, and the largest n-gram that can be kept from repeating."""
 MAX_ARGUMENTS = 8
 """Most arguments of a processor of the engine's own."""
+MAX_WATCHED = 128
+"""Most tokens whose log-probabilities a request may want everywhere, as vLLM's."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,18 @@ def check_sampling(sampling: Sampling, vocab: int, processors: Sequence[str]) ->
                 raise RequestError(f"token {i} is outside the vocabulary of {vocab}", param=name)
 
 
+def check_watched(request: Request, vocab: int) -> None:
+    """Raises `RequestError` for tokens to be watched that are too many, none, or watched by nobody."""
+    ids, name = request.watched, "logprob_token_ids"
+    if ids and request.logprobs is None and request.prompt_logprobs is None:
+        raise RequestError("needs logprobs", where=name, param=name)
+    if len(ids) > MAX_WATCHED:
+        raise RequestError(f"must be at most {MAX_WATCHED} tokens, got {len(ids)}", where=name, param=name)
+    for i in ids:
+        if not 0 <= i < vocab:
+            raise RequestError(f"token {i} is outside the vocabulary of {vocab}", where=name, param=name)
+
+
 MAX_DRAFT = 16
 """Most tokens of a draft."""
 
@@ -177,11 +192,13 @@ class Stop:
     min_tokens: int = 0
     """No end-of-sequence, stop string or stop id ends the text before this many tokens."""
     strings: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
+    """Regular expressions: the text ends with the first character at which one is matched, see `patterns`."""
     ids: tuple[int, ...] = ()
     """Token ids that end the text, beside the model's end-of-sequence ids."""
     ignore_eos: bool = False
     include_stop: bool = False
-    """Keep the matched stop string in the text."""
+    """Keep the matched stop string, or match of a pattern, in the text."""
     repetition: Repetition | None = None
     """What counts as going in circles, which ends the text; None for nothing."""
 
@@ -195,6 +212,8 @@ class Stop:
             )
         if any(not s for s in self.strings):
             raise RequestError("stop strings must not be empty", param="stop")
+        if self.patterns:
+            program(self.strings, self.patterns)
 
 
 @dataclass(frozen=True)
@@ -211,6 +230,8 @@ class Request:
     """Log-probabilities of the chosen token and of this many most likely ones; None for none at all."""
     prompt_logprobs: int | None = None
     """The same for the prompt's own tokens (skips the prefix cache, so that they are all computed)."""
+    watched: tuple[int, ...] = ()
+    """Token ids whose log-probabilities come with all of these, likely or not."""
     priority: int = 0
     """Lower is served first; ties in order of arrival."""
     salt: str = ""

@@ -25,7 +25,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
@@ -109,6 +109,8 @@ class Policy:
     """Layers that may be steered, ..."""
     width: int = 0
     """... by vectors of so many numbers."""
+    padded: Callable[[int], int] = int
+    """Tokens that a step computes, of those that are in it."""
     queue_tokens: int = 1 << 22
     """Most prompt tokens of waiting runs together; more are refused, unless nobody waits."""
 
@@ -173,7 +175,7 @@ class Run:
     seen: int = 0
     """Its tokens of which something came into `inside`, ever; not of an extension."""
     plain: bool = False
-    """Beside `needs` it never asks anything of a step that chooses a token for it."""
+    """Beside `needs`, and a mask where it has a guide, it never asks anything of a step that chooses a token for it."""
     suppress: tuple[int, ...] = ()
     suppress_until: int = 0
     """`suppress` may not be chosen for positions before this one."""
@@ -362,14 +364,18 @@ def preempt(host: Host, run: Run) -> None:
     """
     policy, blocks = host.policy, host.ledger.blocks_of(run.path)
     run.draft = ()
+    if run.masks is not None:  # of an array with those of a whole step
+        run.masks = run.masks[:1].copy()
     if run.base is not None:  # an extension begins again; what is seen of any other run's tokens is so once and for all
         run.logits.clear()
         run.inside.clear()
     _leave(host, run)
     computed = run.path.length - run.drafted  # a draft that is in flight may be wrong
     blocks = blocks[: -(-computed // host.ledger.block)]
-    # The base of an extension stays where it is, and states are not saved: what was kept of them is found again.
-    n = 0 if run.base is not None or host.ledger.states is not None else len(blocks)
+    # The base of an extension stays where it is, and neither states nor window blocks are saved: what was kept of them
+    # is found again.
+    apart = host.ledger.states is not None or host.ledger.windows is not None
+    n = 0 if run.base is not None or apart else len(blocks)
     move, redo = 2 * n * policy.swap_seconds_per_block, computed * policy.recompute_seconds_per_token
     if 0 < n <= len(host.free_slots) and move < redo:
         run.slots, run.saved = tuple(host.free_slots[-n:]), computed

@@ -71,6 +71,11 @@ def steerings(given: Any, pairs: int, declared: Sequence[str], width: int) -> li
     return [steering(one, declared, width) if one else None for one in given]
 
 
+def digest_of(salt: Salt) -> str:
+    """Of the steering under which blocks of this salt were computed; empty for none."""
+    return salt[0] if isinstance(salt, tuple) else ""
+
+
 def salted(salt: str, steering: Steering | None) -> Salt:
     """The salt of what is computed under a steering. A pair, so that no salt of a request's own is equal to it."""
     return salt if steering is None else (steering.digest, salt)

@@ -56,8 +56,12 @@ class Admission:
     """... for positions before this one (min_tokens)."""
     state: int = -1
     """The place of the state that the row begins from, in layers that have states; -1 where it has no tokens yet."""
+    near: np.ndarray | None = None
+    """[p] int32 window blocks beside `blocks`, where layers have such; 0 or anything for those that nobody reads."""
     steer: tuple[tuple[str, np.ndarray], ...] = ()
     """(layer, [D] float32): what is added to the residual stream after layers that were declared."""
+    watched: tuple[int, ...] = ()
+    """Token ids, at most `request.MAX_WATCHED`, whose log-probabilities the row wants."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Ask:
     """Top-k log-probabilities after the picked tokens, beside the chosen token's where one is; None for none."""
     score: int | None = None
     """Log-probabilities of `StepInput.target` at every new token, with this many most likely ones; None for none."""
+    watched: bool = False
+    """With both: those of the tokens that each row watches."""
     logits: bool = False
     """Raw float32 logits after the picked tokens in the output."""
     picks: int = 0
@@ -133,6 +139,10 @@ class StepInput:
     keep: np.ndarray | None = None
     """[K, 2] int32 (row, place): states kept, in all recurrent layers, before anything else in the step; the rows that
     are admitted take theirs after that."""
+    near_grow: np.ndarray | None = None
+    """[G] int32: the window blocks beside those of `grow`, where layers have such."""
+    near_copy: np.ndarray | None = None
+    """[C, 2] int32: `copy` in the pools of layers with a window."""
 
     def picked(self) -> np.ndarray:
         """[R + 1] int: batch row r has the picked tokens picked[r]:picked[r+1]."""
@@ -151,6 +161,8 @@ class Scores:
     """[n, k] int32, most likely first, ties by lowest id."""
     top: np.ndarray
     """[n, k]"""
+    watched: np.ndarray | None = None
+    """[n, 128] of the tokens that the row watches, in its order; beyond them anything"""
 
 
 @dataclass(frozen=True)
@@ -197,5 +209,8 @@ class Device(Protocol):
     """Blocks of host memory for swapping; 0 when there is none."""
     kept: int | None
     """Places of states beside those of the M + 1 rows; None where no layer has a state."""
+    windows: tuple[int, int] | None
+    """(window blocks of the pools of layers with a window, the null block included; tokens that the longest window
+    covers); None where those layers lie in the same blocks as all others."""
 
     def launch(self, step: StepInput) -> Ticket: ...

@@ -96,7 +96,7 @@ def waits_for(host: Host, run: Run, first: bool) -> str:
         return "its turn"
     if not host.free_rows:
         return "a row"
-    if -(-run.total // ledger.block) + host.owed > ledger.available:
+    if -(-run.total // ledger.block) + host.owed > ledger.spare or not ledger.available:
         return "blocks"
     return "the next step"
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from fnengine.host.patterns import PatternScan, program
 from fnengine.host.repeats import REPETITION, Repeats, Repetition
 from fnengine.host.tokenizer import Tokenizer
 
@@ -246,10 +247,10 @@ class StopScan:
         self._held = whole[len(whole) - hold :]
         return whole[: len(whole) - hold], None
 
-    def flush(self) -> str:
-        """The text still held back; the scan is over."""
+    def flush(self) -> tuple[str, str | None]:
+        """(the text still held back, None: no string completes where nothing comes); the scan is over."""
         held, self._held = self._held, ""
-        return held
+        return held, None
 
 
 def _borders(s: str) -> tuple[int, ...]:
@@ -273,7 +274,7 @@ class Piece(NamedTuple):
     logprobs: tuple[Any, ...] = ()
     """What was pushed beside each of `tokens`."""
     stop: str | None = None
-    """The stop string that ended the text."""
+    """The stop string, or the pattern, that ended the text."""
 
     def __add__(self, other: Piece) -> Piece:  # pyright: ignore[reportIncompatibleMethodOverride]
         return Piece(
@@ -290,7 +291,7 @@ class TextStream:
     """
 
     _detok: Detokenizer
-    _scan: StopScan
+    _scan: StopScan | PatternScan
     from_token: int = 0
     """Stop strings that complete in the text of tokens before this index (0 is the first generated) do not count."""
     _pushed: int = 0
@@ -314,17 +315,21 @@ class TextStream:
         prompt: Sequence[int] = (),
         stops: Sequence[str] = (),
         *,
+        patterns: Sequence[str] = (),
         include_stop: bool = False,
         from_token: int = 0,
         skip_special: bool = True,
         repetition: Repetition | None = None,
     ) -> TextStream:
         """A stream that stands behind `prompt`. For min_tokens = m, `from_token` is max(0, m - 1): the text may end
-        with the m-th token, not before."""
+        with the m-th token, not before. Patterns are regular expressions beside the stop strings."""
         detok = Detokenizer.start(tokenizer, prompt, skip_special)
-        here = TextStream(detok, StopScan(tuple(stops), include_stop), from_token)
+        scan = StopScan(tuple(stops), include_stop)
+        if patterns:
+            scan = PatternScan(program(tuple(stops), tuple(patterns)), include_stop)
+        here = TextStream(detok, scan, from_token)
         here.repeats = None if repetition is None else Repeats(repetition)
-        here.whole = _NONE if stops or repetition is not None else detok.whole()
+        here.whole = _NONE if stops or patterns or repetition is not None else detok.whole()
         return here
 
     def push(self, token: int, logprob: Any = None, *, silent: bool = False) -> Piece:
@@ -361,7 +366,8 @@ class TextStream:
         self.whole = _NONE
         piece = self._let_out(self._detok.finish())
         if piece.stop is None:
-            piece += Piece(self._scan.flush(), *self._take_all())
+            rest, stop = self._scan.flush()
+            piece += Piece(rest, *self._take_all(), stop)
         self._over = True
         return piece
 

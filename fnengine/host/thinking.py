@@ -17,7 +17,7 @@ import numpy as np
 from fnengine.errors import RequestError
 
 if TYPE_CHECKING:
-    from fnengine.host.guide import Guide
+    from fnengine.host.guide import Guide, Masks
 
 FIELD = "thinking_token_budget"
 
@@ -67,17 +67,18 @@ class Brief:
     closed: bool = False
     """It was forced, and the token behind it is still to come."""
 
-    def allow(self, mask_W: np.ndarray) -> None:
+    def allow(self, masks: Masks, i: int) -> None:
+        bits_W = masks.array.view(np.uint32)[i]
         if self.left:
-            mask_W[:] = 0
-            mask_W.view(np.uint32)[self.left[0] // 32] = np.uint32(1 << self.left[0] % 32)
+            bits_W[:] = 0
+            bits_W[self.left[0] // 32] = np.uint32(1 << self.left[0] % 32)
             return
         if self.inner is None:
-            mask_W[:] = -1
+            masks.array[i] = -1
         else:
-            self.inner.allow(mask_W)
+            self.inner.allow(masks, i)
         if self.closed and (never := self.budget.never) is not None:
-            mask_W.view(np.uint32)[never // 32] &= ~np.uint32(1 << never % 32)
+            bits_W[never // 32] &= ~np.uint32(1 << never % 32)
 
     def after(self, token: int) -> Guide | None:
         if not self._may(token):

@@ -103,7 +103,8 @@ class Tokenizer:
         Raises: RequestError when the text is no Unicode text (a lone surrogate, possible in JSON).
         """
         try:
-            return self.backend.encode(text, add_special_tokens=add_special).ids
+            # The fast way keeps no offsets, which nobody asks for, and takes half the time.
+            return self.backend.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
         except (TypeError, UnicodeError) as error:
             if not isinstance(text, str):
                 raise

@@ -36,6 +36,14 @@ def error_value(message: str, type: str, param: str | None, code: int | str | No
 # --- log-probabilities ------------------------------------------------------------------------------------------------
 
 
+def listed(first: Sequence[tuple[int, float]], e: TokenLogprob) -> list[tuple[int, float]]:
+    """(id, log-probability) pairs, and the watched ones that are not among them."""
+    if not e.watched:
+        return list(first)
+    known = {id for id, _ in first}
+    return [*first, *(pair for pair in e.watched if pair[0] not in known)]
+
+
 def _number(logprob: float) -> float:
     return logprob if logprob > LOWEST else LOWEST
 
@@ -45,12 +53,13 @@ def _name(text: Text, id: int, as_ids: bool) -> str:
 
 
 def chat_logprobs(text: Text, entries: Sequence[TokenLogprob], top: int, as_ids: bool) -> list[dict[str, Any]]:
-    """`choices[].logprobs.content`: for each token its text, bytes, and exactly the `top` most likely tokens."""
+    """`choices[].logprobs.content`: for each token its text, bytes, and exactly the `top` most likely tokens, behind
+    them the watched ones that are not among these."""
 
     def one(id: int, logprob: float) -> dict[str, Any]:
         return {"token": _name(text, id, as_ids), "logprob": _number(logprob), "bytes": list(text.token_bytes(id))}
 
-    return [one(e.id, e.logprob) | {"top_logprobs": [one(id, logprob) for id, logprob in e.top[:top]]} for e in entries]
+    return [one(e.id, e.logprob) | {"top_logprobs": [one(*pair) for pair in listed(e.top[:top], e)]} for e in entries]
 
 
 def text_logprobs(
@@ -71,7 +80,7 @@ def text_logprobs(
         if all(id != e.id for id, _ in likely):
             likely.append((e.id, e.logprob))
         found: dict[str, float] = {}
-        for id, logprob in likely:
+        for id, logprob in listed(likely, e):
             name = _name(text, id, as_ids)
             found[f"token_id:{id}" if name in found else name] = _number(logprob)
         maps.append(found)
@@ -98,7 +107,8 @@ def prompt_logprobs(text: Text, entries: Sequence[TokenLogprob | None], as_ids: 
             out.append(None)
             continue
         found = {str(id): one(id, logprob, r) for r, (id, logprob) in enumerate(e.top, 1)}
-        found.setdefault(str(e.id), one(e.id, e.logprob, None))
+        for id, logprob in ((e.id, e.logprob), *e.watched):
+            found.setdefault(str(id), one(id, logprob, None))
         out.append(found)
     return out
 
@@ -300,13 +310,22 @@ class Answer:
 
     def chunks(self, prompt: int, delta: Delta) -> str:
         """Server-sent events for one delta; empty when there is nothing to show yet."""
-        if self._fronts is not None and delta.finish is None and delta.text and delta.prompt_logprobs is None:
-            c = self.choices[prompt * self.shape.n + delta.index]
-            if c.opened:  # the same as below, at a fifth of its time
-                c.length += len(delta.text)
-                c.tokens += len(delta.tokens)
-                return f"{self._fronts[c.index]}{quote(delta.text)}{self._back}"
+        told: list[str] = []
+        if self.straight(prompt, delta, lambda text: not told.append(text)):
+            return told[0]
         return "".join([self._chunk(c, piece) for c, piece in self.pieces(prompt, delta)])
+
+    def straight(self, prompt: int, delta: Delta, write: Callable[[str], bool]) -> bool:
+        """Writes the event of a delta that is nothing but more text, as nearly all are; where it is more, or `write`
+        says False, nothing is done. The event is what `_chunk` makes of it, at a fifth of the time."""
+        if self._fronts is None or delta.finish is not None or not delta.text or delta.prompt_logprobs is not None:
+            return False
+        c = self.choices[prompt * self.shape.n + delta.index]
+        if not c.opened or not write(f"{self._fronts[c.index]}{quote(delta.text)}{self._back}"):
+            return False
+        c.length += len(delta.text)
+        c.tokens += len(delta.tokens)
+        return True
 
     def _chunk(self, c: _Choice, piece: dict[str, Any]) -> str:
         shape = self.shape

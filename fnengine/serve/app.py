@@ -90,6 +90,7 @@ def make_app(
     tokens_as_ids: bool = False,
     always_usage: bool = False,
     silence: float = SILENCE,
+    request_timeout: float = 0.0,
     profile_dir: str | None = None,
     stuck: float = operations.STUCK,
     access: Callable[[str], None] | None = None,
@@ -116,6 +117,7 @@ def make_app(
         tokens_as_ids: name tokens `token_id:<n>` where a request does not say.
         always_usage: every stream ends with usage.
         silence: seconds without an event before a keep-alive comment.
+        request_timeout: seconds from here to the end of an answer whose request names none; 0 is no limit.
         profile_dir: where /stop_profile leaves its traces; None turns profiling off.
         stuck: seconds without a step, while there is work, from which on /health/decode is a 503.
         access: takes a line of JSON for each request that was answered.
@@ -200,8 +202,10 @@ def make_app(
             raise Unavailable(f"the engine cannot serve: {why}")
         flight = open_flight(flights, body.request_id or request.scope.get("fnengine.id"))
         deadline = None
-        if (limit := body.timeout) is not None:
-            late = TooLate(f"no end within the {limit:g} seconds of `timeout`", where="timeout", param="timeout")
+        if limit := body.timeout or request_timeout:
+            own = "timeout" if body.timeout else None
+            whose = "`timeout`" if own else "the server's --request-timeout"
+            late = TooLate(f"no end within the {limit:g} seconds of {whose}", where=own, param=own)
             deadline = asyncio.get_running_loop().call_later(limit, flight.close, late)
 
         def over():
@@ -243,7 +247,12 @@ def make_app(
         headers = {"x-fnengine-ignored": header(ignored)} if ignored else {}
         if job.shape.stream:
             thin = Thinning(job.shape.interval or stream_interval)
-            return EventStream(events(flight, answer, thin, log, blame), close, headers, silence)
+
+            def straight(write: Callable[[str], bool]) -> None:
+                if thin.interval <= 1:
+                    flight.straight(lambda prompt, delta: answer.straight(prompt, delta, write))
+
+            return EventStream(events(flight, answer, thin, log, blame), close, headers, silence, straight)
 
         async def rest(client: Request | None) -> Response:
             try:
@@ -495,7 +504,7 @@ def guard(
         headers = dict(scope["headers"])
         wanted = headers.get(b"x-request-id", b"").decode("latin-1")
         id = wanted if _REQUEST_ID.fullmatch(wanted) else uuid.uuid4().hex
-        scope["fnengine.id"], scope["fnengine.ends"], scope["fnengine.send"] = id, {}, send
+        scope["fnengine.id"], scope["fnengine.ends"] = id, {}
         begun, status = time.perf_counter(), 499  # unless an answer begins before the client has gone
         path = scope["path"].removeprefix(scope.get("root_path", ""))
 

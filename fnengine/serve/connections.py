@@ -7,9 +7,11 @@ middle of an answer, keep its socket and its memory for ever.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from uvicorn.protocols.http.flow_control import FlowControl
 
 State = Literal["head", "body", "unread"]
 TOO_LARGE = (
@@ -79,6 +81,38 @@ async def watch(connections: set[Any], limits: Limits) -> None:
         await asyncio.sleep(limits.every)
         for protocol in overdue(list(connections), clock()):
             protocol.transport.abort()
+
+
+def outermost(app: Callable[..., Any]) -> Callable[..., Any]:
+    """The application, to which a scope also tells the server's own `send`: what stands between has seen all that it
+    looks at when an answer has begun, and would cost a coroutine each for every event."""
+
+    async def told(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        scope["fnengine.send"] = send
+        await app(scope, receive, send)
+
+    return told
+
+
+def at_once(send: Callable[[dict[str, Any]], Coroutine[Any, Any, None]]) -> Callable[[bytes], bool] | None:
+    """A function that sends a piece of a body without waiting, or says False, and sends nothing, while the client does
+    not read what it was sent. None where the server is not uvicorn, which alone tells what it would wait for."""
+    flow = getattr(getattr(send, "__self__", None), "flow", None)
+    if not isinstance(flow, FlowControl):
+        return None
+
+    def write(data: bytes) -> bool:
+        if flow.write_paused:
+            return False
+        sending = send({"type": "http.response.body", "body": data, "more_body": True})
+        try:
+            sending.send(None)
+        except StopIteration:
+            return True
+        sending.close()  # it waits before it does anything
+        return False
+
+    return write
 
 
 def bounded(make: Callable[..., Any], limits: Limits) -> Callable[..., Any]:

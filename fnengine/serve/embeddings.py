@@ -154,14 +154,14 @@ def job_of(body: PoolBody, inputs: Sequence[Input], engine: EnginePort, kind: st
     cut = 1 << 62 if limit is None else most if limit == -1 else limit
     read = [prompt_of(engine.tokenizer, one, body, cut) for one in inputs]
     ids = [one for one, _ in read]
-    check_ids(ids, engine.tokenizer.vocab_size, named.get("param", "input"))
-    for one in ids:
+    for one in ids:  # before anything looks at all of it
         if len(one) > most:
             raise ContextLengthError(
                 f"an input has {len(one)} tokens and the context holds {most}",
                 param=named.get("param", "input"),
                 remedy="shorten it, or send truncate_prompt_tokens: -1",
             )
+    check_ids(ids, engine.tokenizer.vocab_size, named.get("param", "input"))
     id, now = named["id"], engine.clock()
     requests = tuple(
         Request(

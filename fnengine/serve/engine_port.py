@@ -72,6 +72,11 @@ class Stream(Protocol):
         """Whether the next delta is there already."""
         ...
 
+    def straight(self, take: Callable[[Delta], bool]) -> None:
+        """Offers each delta to `take` as it is made, while an iteration waits for it; what it says False to is
+        iterated over. It must not raise, and is called on the event loop's thread."""
+        ...
+
     def close(self) -> None:
         """Aborts what still runs. Any time, any number of times; an iteration in progress then ends."""
         ...

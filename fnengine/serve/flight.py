@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 
 from fnengine.errors import FnError
 from fnengine.host.output import Delta
@@ -36,6 +37,11 @@ class Flight:
         except BaseException:
             self.close()
             raise
+
+    def straight(self, take: Callable[[int, Delta], bool]) -> None:
+        """Offers deltas to `take` before they come in batches, where one stream is all there is (see `Stream`)."""
+        if len(self.streams) == 1:
+            self.streams[0].straight(partial(take, 0))
 
     def close(self, reason: FnError | None = None) -> None:
         """Aborts whatever still runs. At any time, any number of times; the first reason is what the client reads."""

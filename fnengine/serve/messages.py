@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -15,6 +14,7 @@ from fnengine.errors import FnError, RequestError
 from fnengine.host.grammar import Grammar, from_text_format
 from fnengine.host.output import Delta
 from fnengine.serve.answer import Answer, dump
+from fnengine.serve.parsing.scan import read_object
 from fnengine.serve.protocol import ChatBody, Generate, Int, TokenizeBody
 from fnengine.serve.replies import as_json, header, problem
 from fnengine.serve.routes import Core, Route, shared_fields
@@ -208,6 +208,8 @@ class Message:
         self.answer, self.stops = answer, stops
         self.blocks: list[dict[str, Any]] = []
         self.open = False
+        self.arguments = ""
+        """Of the block that is open, as far as they have come."""
         self.ended: tuple[str | None, str | None] = (None, None)
         """(stop_reason, stop_sequence)"""
 
@@ -250,7 +252,7 @@ class Message:
                     begun = {"type": "tool_use", "id": call["id"], "name": call["function"]["name"], "input": {}}
                     out += self.begin(begun)
                 if arguments := call["function"]["arguments"]:
-                    self.blocks[-1]["input"] = json.loads(arguments)  # calls are told whole
+                    self.arguments += arguments
                     out.append(self.grown("input_json_delta", "partial_json", arguments))
             if (finish := piece.get("finish")) is not None:
                 out += self.close()
@@ -278,10 +280,16 @@ class Message:
 
     def close(self) -> list[dict[str, Any]]:
         was, self.open = self.open, False
+        if was and self.arguments:
+            given = read_object(self.arguments)  # None where they broke off
+            self.blocks[-1]["input"], self.arguments = {"unreadable": self.arguments} if given is None else given, ""
         return [{"type": "content_block_stop", "index": len(self.blocks) - 1}] if was else []
 
     def chunks(self, prompt: int, delta: Delta) -> str:
         return "".join([named_event(e["type"], dump(e)) for e in self.events(prompt, delta)])
+
+    def straight(self, prompt: int, delta: Delta, write: Callable[[str], bool]) -> bool:
+        return False
 
     def last(self) -> str:
         reason, sequence = self.ended
@@ -318,12 +326,12 @@ def routes(core: Core) -> list[Route]:
         chat, ignored = chat_of(body, core.thinks)
         form, notes = form_of(body)
         job: Job = core.from_chat(chat, engine, id=id, created=created, model=model, form=form)
-        shape, stops = replace(job.shape, id=f"msg_{id}"), job.requests[0].stop.strings
+        shape, stop = replace(job.shape, id=f"msg_{id}"), job.requests[0].stop
         return Job(
             job.requests,
             shape,
             job.ignored + ignored + notes,
-            lambda shape, *more: Message(Answer(shape, *more), stops),
+            lambda shape, *more: Message(Answer(shape, *more), stop.strings + stop.patterns),
         )
 
     async def messages(request: Request) -> Response:

@@ -235,6 +235,9 @@ class Meter:
         yield gauge("kv_blocks_total", g.blocks_total, "Blocks in the pool.")
         yield gauge("kv_blocks_held", g.blocks_held, "Blocks held by live sequences.")
         yield gauge("kv_blocks_cached", g.blocks_cached, "Free blocks whose content can still be found.")
+        if g.window_blocks_total:
+            yield gauge("kv_window_blocks_held", g.window_blocks_held, "Blocks of layers with a window, held.")
+            yield gauge("kv_window_blocks_cached", g.window_blocks_cached, "Free ones whose content can be found.")
         yield counter("steps", g.steps, "Steps committed.")
         yield counter("swaps", g.swaps, "Sequences whose KV was moved to host memory.")
         yield counter("recompiles", g.recompiles, "Traces compiled after warm-up.")

@@ -10,13 +10,18 @@ Four kinds of field:
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from fnengine.errors import RequestError
 from fnengine.host.grammar import FIELDS
+from fnengine.serve.bodies import is_text, loads
 
+LARGE = 1 << 18
+"""Bytes of a body from which on its JSON is read in pieces."""
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_ARGS = 1 << 16
 """Most characters of a strategy's arguments, as JSON."""
 
@@ -147,6 +152,7 @@ class Generate(BaseModel):
     speculative: Speculative = None
     prediction: PredictionBody | None = None
     stop: str | list[str] | None = None
+    stop_regex: str | list[str] | None = None
     stop_token_ids: list[Int] | None = None
     include_stop_str_in_output: Bool = None
     ignore_eos: Bool = None
@@ -161,6 +167,7 @@ class Generate(BaseModel):
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None
     prompt_logprobs: Int | None = None
+    logprob_token_ids: list[Int] | None = None
     return_tokens_as_token_ids: Bool = None
     return_token_ids: Bool = None
     timing: Bool = None
@@ -253,9 +260,7 @@ REFUSED: dict[str, tuple] = {
     "modalities": (None, [], ["text"]),
     "mm_processor_kwargs": (None, {}),
     "media_io_kwargs": (None, {}),
-    "logprob_token_ids": (None, []),
     "logprobs_mode": (None, "raw_logprobs"),
-    "stop_regex": (None, []),
     "chat_template": _NONE,
     "web_search_options": _NONE,
     "kv_transfer_params": _NONE,
@@ -316,7 +321,7 @@ def read_json(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as e:
         raise RequestError(f"not UTF-8 at byte {e.start}", where="body", remedy="encode the JSON as UTF-8") from None
     try:
-        value = json.loads(text, parse_constant=constant)
+        value = loads(text, constant) if len(raw) > LARGE else json.loads(text, parse_constant=constant)
     except json.JSONDecodeError as e:
         raise RequestError(f"not JSON: {e.msg} at line {e.lineno} column {e.colno}", where="body") from None
     except RecursionError:
@@ -325,13 +330,8 @@ def read_json(raw: bytes) -> dict[str, Any]:
         raise RequestError(f"not readable as JSON: {str(e)[:200]}", where="body") from None
     if not isinstance(value, dict):
         raise RequestError(f"must be a JSON object, got {_kind(value)}", where="body")
-    if "\\u" in text:  # only an escape can smuggle in half a surrogate pair
-        try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            raise RequestError("a string holds half of a surrogate pair", where="body") from None
-        except RecursionError:
-            raise RequestError("nested too deeply", where="body") from None
+    if _HALF.search(text) and not is_text(value):  # only an escape can smuggle one in
+        raise RequestError("a string holds half of a surrogate pair", where="body")
     return value
 
 
@@ -393,8 +393,8 @@ def _first(error: ValidationError) -> RequestError:
             where="prompt",
             param="prompt",
         )
-    if loc[0] == "stop":
-        return RequestError("must be a string or a list of strings", where="stop", param="stop")
+    if loc[0] in ("stop", "stop_regex"):
+        return RequestError("must be a string or a list of strings", where=loc[0], param=loc[0])
     if e["type"] == "missing":
         return RequestError("is required", where=param, param=param)
     message = e["msg"].replace("Input should be", "must be")

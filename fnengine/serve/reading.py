@@ -48,7 +48,7 @@ class Reading:
 
 
 def read(reader: Reader, here: Reading, delta: Delta, choice: int, text: Text) -> list[dict[str, Any]]:
-    """Additions to the message, in order; `here` goes on. Calls come whole: first id and name, then arguments."""
+    """Additions to the message, in order; `here` goes on. Of a call first come id and name, then arguments."""
     here.state, events = feed(here.state, delta.text)
     if reader.thinks:
         here.starts.extend(begun_at(here, delta.tokens, text, reader.skip_special))

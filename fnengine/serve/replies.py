@@ -33,6 +33,11 @@ class Writer(Protocol):
         """Events for one delta; empty when there is nothing to show yet."""
         ...
 
+    def straight(self, prompt: int, delta: Delta, write: Callable[[str], bool]) -> bool:
+        """Whether the delta's event was given to `write`, which took it. It is not, and the delta comes to `chunks`,
+        unless that is quick and cannot fail."""
+        ...
+
     def last(self) -> str:
         """Events after the last delta."""
         ...
@@ -69,7 +74,7 @@ class Unavailable(FnError):
 
 
 class TooLate(FnError):
-    """The time that the request gave itself is over. Asking again would take as long, and the client did not wait."""
+    """The time that the request, or the server, gave it is over. Asking again would take as long."""
 
     code, type = 408, "TimeoutError"
 

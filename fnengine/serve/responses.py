@@ -413,6 +413,9 @@ class Items:
     def chunks(self, prompt: int, delta: Delta) -> str:
         return self.told(self.events(prompt, delta))
 
+    def straight(self, prompt: int, delta: Delta, write: Callable[[str], bool]) -> bool:
+        return False
+
     def last(self) -> str:
         response = self.body()
         return self.told([{"type": f"response.{response['status']}", "response": response}])

@@ -71,7 +71,10 @@ def check_task(engine: EnginePort, task: str) -> None:
         )
 
 
-NOT_A_CHAT = ("n", "prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids", "timing", "stream_options")
+NOT_A_CHAT = (
+    *("n", "prompt_logprobs", "logprob_token_ids", "return_token_ids", "return_tokens_as_token_ids", "timing"),
+    "stream_options",
+)
 """Fields of chats that ask for parts of an answer which other protocols do not have."""
 
 
@@ -85,7 +88,7 @@ def shared_fields(body: Generate) -> dict[str, Any]:
     given |= {name: value for name, value in (body.model_extra or {}).items() if name in FIELDS}
     for name in NOT_A_CHAT:
         value = given.pop(name, None)
-        nothing = value is None or value is False or (name == "n" and value == 1)
+        nothing = value is None or value is False or value == [] or (name == "n" and value == 1)
         if not nothing and not (name == "stream_options" and body.stream):
             raise RequestError("has no place in this answer", where=name, param=name, remedy="/v1/chat/completions has")
     return given

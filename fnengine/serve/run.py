@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from fnengine.errors import ConfigError
 from fnengine.serve.app import cut, make_app
-from fnengine.serve.connections import Limits, bounded, watch
+from fnengine.serve.connections import Limits, bounded, outermost, watch
 from fnengine.serve.engine_port import EnginePort
 
+SWITCH = 1e-3
+"""Seconds after which a thread that runs Python has to let others run, Python's 5 ms otherwise: the one that serves
+streams waits so long for threads that read large bodies."""
 GRACE = 2.0
 """Seconds after the cut that connections get to send their last event before they are closed."""
 
@@ -137,7 +142,7 @@ def serve(
     app = make_app(engine, root_path=root_path, shutdown_timeout=0.0, **app_options)
     limits = limits or Limits()
     config = uvicorn.Config(
-        app,
+        outermost(app),
         http=bounded(_protocol(), limits),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
@@ -165,11 +170,14 @@ def serve(
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             url = url_of(sock, ssl_certfile is not None)
-            runner.run(_watch(server, sock, url, on_ready, stop, shutdown_timeout, signals, limits))
+            runner.run(_watch(server, app, sock, url, on_ready, stop, shutdown_timeout, signals, limits))
     finally:
+        sys.setswitchinterval(interval)
         for s, handler in before.items():
             signal.signal(s, handler)
         sock.close()
@@ -211,6 +219,7 @@ async def _served(server: uvicorn.Server, sock: socket.socket) -> None:
 
 async def _watch(
     server: uvicorn.Server,
+    app: FastAPI,
     sock: socket.socket,
     url: str,
     on_ready: Callable[[str], None],
@@ -234,9 +243,9 @@ async def _watch(
         if server.should_exit and end is None:
             end = clock() + timeout
         if end is not None and (clock() >= end or len(signals) > 1):
-            cut(server.config.app, "the server is shutting down")  # type: ignore[arg-type]
+            cut(app, "the server is shutting down")
     watching.cancel()
     await task
     if not ready:
-        fault = server.config.app.state.fault  # type: ignore[union-attr]
+        fault = app.state.fault
         raise fault or ConfigError("the server did not start; the log above says why", where="serve")

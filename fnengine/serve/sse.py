@@ -9,6 +9,8 @@ from typing import Any
 
 from starlette.responses import Response
 
+from fnengine.serve.connections import at_once
+
 DONE = "data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 SILENCE = 30.0
@@ -42,6 +44,8 @@ class EventStream(Response):
         close: frees what stands behind the events. Called as soon as the client has gone, and at the end in every
             case, so it must bear being called twice.
         silence: seconds between keep-alive comments.
+        straight: is given a function that writes text at once, or says False where the connection does not take it
+            now; it may be called while nothing of `events` is being written.
     """
 
     def __init__(
@@ -50,8 +54,9 @@ class EventStream(Response):
         close: Callable[[], None],
         headers: dict[str, str],
         silence: float = SILENCE,
+        straight: Callable[[Callable[[str], bool]], None] = lambda write: None,
     ):
-        self.events, self.close, self.silence = events, close, silence
+        self.events, self.close, self.silence, self.straight = events, close, silence, straight
         self.status_code, self.background = 200, None
         self.init_headers({**HEADERS, **headers})
 
@@ -79,8 +84,15 @@ class EventStream(Response):
         listener = asyncio.ensure_future(listen())
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            # Whoever stands between here and the connection has seen all that they look at; each costs a coroutine.
             send = scope.get("fnengine.send", send)
+            if (write := at_once(send)) is not None:
+
+                def direct(text: str) -> bool:
+                    nonlocal last
+                    last = clock()
+                    return not lost and write(text.encode("ascii"))
+
+                self.straight(direct)
             async with aclosing(self.events) as events:
                 async for text in events:
                     if lost:

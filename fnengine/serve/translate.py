@@ -136,6 +136,8 @@ def from_completion(body: CompletionBody, engine: EnginePort, *, id: str, create
     whole = [tuple(text.encode(p, add_special=special)) if isinstance(p, str) else tuple(p) for p in prompts]
     cut = _cut(body, engine.max_len)
     ids = [cut(one) for one in whole]
+    for one in ids:  # before anything looks at all of it
+        _check_room(len(one), body.max_tokens, engine.max_len)
     echo = bool(body.echo)
     skip = body.skip_special_tokens is not False
     check_ids(ids, text.vocab_size)
@@ -352,6 +354,9 @@ def _requests(
     stop = _stop(body, most, engine.tokenizer.vocab_size, explicit)
     for prompt in ids:
         _check_room(len(prompt), most, engine.max_len)
+    watched = tuple(dict.fromkeys(body.logprob_token_ids or ()))
+    if watched and shape.logprobs is None and prompt_logprobs is None:
+        _refuse("logprob_token_ids", "needs logprobs", "in chats logprobs: true")
     now = engine.clock()
     return tuple(
         Request(
@@ -362,6 +367,7 @@ def _requests(
             n=shape.n,
             logprobs=shape.logprobs if shape.best is None else shape.logprobs or 0,
             prompt_logprobs=prompt_logprobs,
+            watched=watched,
             priority=0 if body.priority is None else body.priority,
             salt=body.cache_salt or "",
             steer=body.steer or {},
@@ -573,7 +579,7 @@ def _stop(body: Generate, most: int | None, vocab: int, explicit: bool) -> Stop:
             _refuse("stop_token_ids", f"holds token id {i}, the vocabulary has {vocab} tokens")
     if most is not None and most < 0:
         _refuse("max_tokens", f"must be at least 0, got {most}")
-    least = body.min_tokens or 0
+    asked, least = body.stop_regex, body.min_tokens or 0
     if least < 0 or (most is not None and least > most):
         limit = "" if most is None else f" and max_tokens ({most}{'' if explicit else ', the default'})"
         _refuse("min_tokens", f"must be between 0{limit}, got {least}" if limit else f"must be at least 0, got {least}")
@@ -581,6 +587,7 @@ def _stop(body: Generate, most: int | None, vocab: int, explicit: bool) -> Stop:
         max_tokens=most,
         min_tokens=least,
         strings=strings,
+        patterns=() if asked is None else (asked,) if isinstance(asked, str) else tuple(asked),
         ids=tuple(dict.fromkeys(body.stop_token_ids or ())),
         ignore_eos=bool(body.ignore_eos),
         include_stop=bool(body.include_stop_str_in_output),

@@ -74,7 +74,8 @@ def of_model(
         return only
 
     def first(params: Any, state: State, batch: Batch) -> tuple[State, Out]:
-        _, out = whole(params[1], State(state.pool[layers:], state.rows), batch)
+        rows = replace(state.rows, behind=None)  # of states, which only the target may have
+        _, out = whole(params[1], State(state.pool[layers:], rows), batch)
         return state, out
 
     def later(params: Any, state: State, batch: Batch) -> tuple[State, Out]:

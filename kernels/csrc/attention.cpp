@@ -91,10 +91,14 @@ FN_INLINE int64_t first_tile(const Call& a, int r, int from) {
     return first_seen(a, a.length[r] - (a.start[r + 1] - from)) / TILE * TILE;
 }
 
-// The tile of tokens [t, end) of batch row r; columns beyond the table, where only padding goes, are its last.
+// Where the tile of token t ends.
+FN_INLINE int64_t tile_end(int64_t t) { return t / TILE * TILE + TILE; }
+
+// The rest of the tile of token t, which begins a block, of batch row r with tokens up to `end`; columns beyond the
+// table, where only padding goes, are its last.
 FN_INLINE Tile place(const Call& a, int r, int head, int64_t t, int64_t end) {
     Tile tile;
-    tile.count = int(end - t < TILE ? end - t : TILE);
+    tile.count = int((end < tile_end(t) ? end : tile_end(t)) - t);
     const Layout pool{a.K, a.C};
     const int32_t* table = a.table + int64_t(a.row[r]) * a.P;
     for (int p = 0; p < tile.blocks(); p++) {
@@ -210,10 +214,14 @@ FN_INLINE Span seeing(const Call& a, const Item& it, int64_t t, int64_t end) {
 }
 
 // An item's queries go over tokens [from, to) of one part; then `next` is to be read, from token `ahead` on, if not null.
+// Blocks before the first that one of the queries sees are left out: they may be others' by now, and a weight of 0 does
+// not silence a NaN. What is left out of a tile would have added 0 to every sum.
 void read(const Call& a, const Item& it, const Rows& s, int64_t from, int64_t to, const Item* next, int64_t ahead) {
     const int G = a.H / a.K, rows = it.n * G, heads = it.head_end - it.head;
-    for (int64_t t = from; t < to; t += TILE) {
-        const Span queries = seeing(a, it, t, t + TILE);
+    const int64_t low = a.window != 0 ? first_seen(a, it.position) / BLOCK * BLOCK : 0;
+    for (int64_t t = from < low ? low : from, behind; t < to; t = behind) {
+        behind = tile_end(t);
+        const Span queries = seeing(a, it, t, behind);
         for (int h = 0; h < heads; h++) {
             Tile tile = place(a, it.r, it.head + h, t, it.end);
             if (!a.v) share(tile, a.C);
@@ -221,8 +229,8 @@ void read(const Call& a, const Item& it, const Rows& s, int64_t from, int64_t to
             after.count = 0;
             if (h + 1 < heads)
                 after = place(a, it.r, it.head + h + 1, t, it.end);
-            else if (t + TILE < to)
-                after = place(a, it.r, it.head, t + TILE, it.end);
+            else if (behind < to)
+                after = place(a, it.r, it.head, behind, it.end);
             else if (next)
                 after = place(a, next->r, next->head, ahead, next->end);
             const auto seen = [&](int i) {

@@ -4,6 +4,7 @@
 // Nothing is sorted. What may hold the cut is copied out of the row, and narrowed by histograms over the bits of floats:
 // at most four levels, whatever the distribution.
 #include <cmath>
+#include <cstring>
 
 #include "parallel.h"
 #include "scratch.h"
@@ -314,6 +315,13 @@ extern "C" void fn_apply_mask(const float* logits, const int32_t* mask, float* o
         for (int64_t w = 0; 32 * w < V; w++) {
             const uint32_t bits = uint32_t(mask[r * words + w]);
             const int64_t end = V - 32 * w < 32 ? V - 32 * w : 32;
+            if (end == 32 && (bits == 0 || bits == UINT32_MAX)) {  // most words of most masks
+                if (bits)
+                    memcpy(y + 32 * w, x + 32 * w, 32 * sizeof(float));
+                else
+                    for (int64_t j = 0; j < 32; j++) y[32 * w + j] = -INFINITY;
+                continue;
+            }
             for (int64_t j = 0; j < end; j++) y[32 * w + j] = bits >> j & 1 ? x[32 * w + j] : -INFINITY;
         }
     });

@@ -290,6 +290,8 @@ def _attend(
         for t in range(bound(lo // KEYS, INTERPRETED), bound(last, INTERPRETED)):
             at = t * KEYS + tl.arange(0, KEYS)
             live = at < end  # behind the end lies what a former owner left, in the table and in the pool
+            if WINDOW > 0:  # and before the window a later one's
+                live = live & (at >= lo)
             block = tl.load(column + tl.minimum(at // B, P - 1), mask=live, other=0).to(tl.int64)
             kv_at = (block * BLOCK + ((at % B) * TOKEN + head * HEAD + SKIP))[:, None] + c[None, :]
             kv_mask = live[:, None] if CP == C else live[:, None] & (c < C)[None, :]

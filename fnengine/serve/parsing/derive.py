@@ -9,7 +9,6 @@ object, with the function's name in it or before it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,8 +18,8 @@ from fnengine.errors import RequestError
 from fnengine.serve.parsing import calls as reading
 from fnengine.serve.parsing.calls import Calls, Format, Read, Shape
 from fnengine.serve.parsing.events import Call, Tools
-from fnengine.serve.parsing.formats import LONGEST_NAME, MORE, arguments_of, behind, unnamed
-from fnengine.serve.parsing.scan import Scan, read_json, scan_json
+from fnengine.serve.parsing.formats import LONGEST_NAME, MORE, NEVER, arguments_of, behind, head_of, unnamed
+from fnengine.serve.parsing.scan import Scan, read_json, read_object, scan_json
 
 NAME = "template"
 LONGEST_MARK = 80
@@ -143,8 +142,15 @@ def _reads(made: Format, text: str) -> bool:
     """Whether the format finds both calls in the example, and nothing else."""
     tools = Tools({name: {} for name, _ in (_A, _B)})
     state, events = reading.feed(Calls(made, tools), text)
-    said = [(e.kind, e.text) for e in (*events, *reading.finish(state))]
-    return said == [one for n, given in (_A, _B) for one in (("call", n), ("arguments", json.dumps(given)))]
+    found: list[tuple[str, str]] = []
+    for e in (*events, *reading.finish(state)):
+        if e.kind == "call":
+            found.append((e.text, ""))
+        elif e.kind == "arguments":
+            found[-1] = (found[-1][0], found[-1][1] + e.text)
+        elif e.text:
+            return False
+    return [(name, read_object(given)) for name, given in found] == [_A, _B]
 
 
 def keyed(shape: Shape, known: bool, name: str, value: str, tools: Tools) -> tuple[Call, ...] | None:
@@ -175,7 +181,8 @@ def read_derived(shape: Shape, text: str, opener: str, scan: Scan, end: bool, to
     size = len(opener) if shape.mark else 0
     wrong, start = Read("wrong", max(1, size)), len(text) - len(text[size:].lstrip())
     name = ""
-    build: Callable[..., Any] = partial(keyed, shape, not shape.mark)
+    known = not shape.mark
+    build: Callable[..., Any] = partial(keyed, shape, known)
     if not shape.name:
         at = text.find(shape.sep or "{", start)
         if at < 0 or at > size + LONGEST_NAME:
@@ -189,4 +196,6 @@ def read_derived(shape: Shape, text: str, opener: str, scan: Scan, end: bool, to
         return wrong if end else MORE
     if text[start] != ("[" if shape.many else "{"):
         return wrong
-    return behind(text, start, scan, end, name, tools, build, shape.close, (shape.mark,) if shape.mark else ())
+    head = head_of(shape.name, (shape.arguments,), shape.nested) if shape.name else NEVER
+    openers = (shape.mark,) if shape.mark else ()
+    return behind(text, start, scan, end, name, tools, build, shape.close, openers, head, known)

@@ -35,6 +35,11 @@ class Tools:
     """False: calls after the first are left out."""
 
 
+def called(name: str, before: int, tools: Tools) -> list[Event]:
+    """The event of a call that begins behind `before` others."""
+    return [Event("call", name, before)] if before == 0 or tools.parallel else []
+
+
 def say(calls: Iterable[Call], before: int, tools: Tools) -> list[Event]:
     """Events of calls of which `before` came earlier."""
     events = []

@@ -9,21 +9,20 @@ deepseek-ai/DeepSeek-V3, R1-0528 and V3.1 (deepseek_v3, deepseek_v31).
 from __future__ import annotations
 
 import ast
+import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from functools import lru_cache, partial
 from typing import Any
 
-from fnengine.serve.parsing.calls import Format, Read
+from fnengine.serve.parsing.calls import Build, Format, Opening, Read, ends
 from fnengine.serve.parsing.events import Call, Tools
 from fnengine.serve.parsing.scan import Scan, read_json, read_object, scan_json, scan_python
 
 LONGEST_NAME = 256
 """Characters that may stand between an opener and the arguments."""
 MORE = Read("more")
-Build = Callable[[str, str, Tools], "tuple[Call, ...] | None"]
-"""(name from before the value, the value's text, tools) -> calls; None for what is none."""
 
 
 def arguments_of(value: Any) -> Mapping[str, Any] | None:
@@ -65,31 +64,67 @@ def unnamed(name: str, value: str, tools: Tools) -> tuple[Call, ...] | None:
     return (Call(name, arguments),) if name and isinstance(arguments, dict) else None
 
 
+_SKIPPED = r'(?:"(?:id|type|index)"\s{0,9}:\s{0,9}(?:"[^"\\]{0,99}"|\d{1,9})\s{0,9},\s{0,9})?'
+_INSIDE = r'\{(?=\s{0,64}["}])'
+"""The begin of arguments that are certain to be an object."""
+OBJECT = re.compile(_INSIDE)
+NEVER = re.compile(r"(?P<name>)(?!)")
+"""Begins no call."""
+
+
+@lru_cache(maxsize=64)
+def head_of(name: str, arguments: tuple[str, ...], nested: bool = False) -> re.Pattern[str]:
+    """How an object that is a call is written up to its arguments, where they come behind the name: what models are
+    taught. All of it is bounded, because it is looked for again with every token; objects of any other form are read
+    when they are whole."""
+    keys = "|".join(map(re.escape, arguments))
+    named = rf'"{re.escape(name)}"\s{{0,9}}:\s{{0,9}}"(?P<name>[^"\\\x00-\x1f]{{1,{LONGEST_NAME}}})"\s{{0,9}},\s{{0,9}}'
+    inner = rf'\{{\s{{0,9}}{_SKIPPED}{named}"(?:{keys})"\s{{0,9}}:\s{{0,9}}'
+    if nested:
+        inner = rf'\{{\s{{0,9}}{_SKIPPED}"function"\s{{0,9}}:\s{{0,9}}{inner}'
+    return re.compile(f"{inner}(?={_INSIDE})")
+
+
+_NAMED = head_of("name", ("arguments", "parameters"))
+
+
 def behind(
-    text: str, start: int, scan: Scan, end: bool, name: str, tools: Tools, build: Build, tail: str, openers: tuple
+    text: str,
+    start: int,
+    scan: Scan,
+    end: bool,
+    name: str,
+    tools: Tools,
+    build: Build,
+    tail: str,
+    openers: tuple,
+    head: re.Pattern[str] = _NAMED,
+    known: bool = False,
 ) -> Read:
     """Reads the JSON value at `start` and the mark behind it.
 
     Args:
-        tail: may be missing where the text ends or the next call begins; "" where there is none.
+        name: from before the value, which then is the object of arguments.
+        tail: may be missing; "" where there is none.
+        head: how a value without a name before it begins, up to its arguments.
+        known: only names of tools count.
     """
+    listed = text[start] == "["
+    if name and OBJECT.match(text, start):
+        return Read("begun", opening=Opening(name, start, "", None, build, tail, openers))
+    first = start if not listed else start + 1 + len(text[start + 1 :]) - len(text[start + 1 :].lstrip())
+    if not name and (found := head.match(text, first)) is not None and (not known or found["name"] in tools.schemas):
+        inside = "[" * listed + "".join("{" for c in re.sub(r'"[^"]*"', "", found[0]) if c == "{")
+        return Read("begun", opening=Opening(found["name"], found.end(), inside, head, build, tail, openers))
     scan = scan_json(scan, text, start)
     upto = start + scan.at
     if scan.end == "wrong" or (end and not scan.end):
         return Read("wrong", max(1, upto))
     if not scan.end:
         return Read("more", scan=scan)
-    rest = text[upto:].lstrip(" \t\r\n`")
-    if rest.startswith(tail):
-        after = len(text) - len(rest) + len(tail)
-    elif rest.startswith(openers):
-        after = upto
-    elif not end and any(mark.startswith(rest) for mark in (tail, *openers)):
+    after = ends(text, upto, tail, openers, end)
+    if after is None:
         return Read("more", scan=scan)
-    elif tail.startswith(rest):
-        after = len(text)
-    else:
-        return Read("wrong", upto)
     calls = build(name, text[start:upto], tools)
     return Read("wrong", upto) if calls is None else Read("calls", after, calls)
 
@@ -107,7 +142,8 @@ def read_llama(text: str, opener: str, scan: Scan, end: bool, tools: Tools) -> R
     start = 0 if opener == "{" else len(text) - len(text[len(opener) :].lstrip())
     if text[start : start + 1] != "{":
         return MORE if start == len(text) and not end else Read("wrong", len(opener))
-    return behind(text, start, scan, end, "", tools, partial(named, known=opener == "{"), "", ())
+    known = opener == "{"
+    return behind(text, start, scan, end, "", tools, partial(named, known=known), "", (), known=known)
 
 
 _MISTRAL = re.compile(r"\s*([^\s\[\]{}]+)\s*(?:\[CALL_ID\]\s*\w*\s*)?(?:\[ARGS\])?\s*")
@@ -146,41 +182,44 @@ def read_deepseek(head: re.Pattern[str], text: str, opener: str, scan: Scan, end
 
 _FUNCTION = re.compile(r"\s*<function=([^<>\n]{1,240})>")
 _PARAMETER = re.compile(r"\s*<parameter=([^<>\n]{1,240})>")
-_CLOSED = re.compile(r"\s*</function>\s*")
+_CLOSED = re.compile(r"\s*</function>")
 _UNFINISHED = re.compile(r"<(?:function|parameter)=[^<>\n]{0,240}")
 
 
 def read_coder(text: str, opener: str, scan: Scan, end: bool, tools: Tools) -> Read:
-    """`<tool_call><function=f><parameter=x>` value `</parameter></function></tool_call>`"""
+    """`<tool_call><function=f><parameter=x>` value `</parameter></function></tool_call>`
+
+    A call is certain with its first parameter, or where it ends without one.
+    """
     head = _FUNCTION.match(text, len(opener))
     if head is None:
         return MORE if _comes(text, len(opener), ("<function=",)) and not end else Read("wrong", len(opener))
-    at = max(scan.at, head.end())  # parameters before it have been seen whole
-    while (parameter := _PARAMETER.match(text, at)) is not None:
-        close = text.find("</parameter>", parameter.end())
+    name, rest = head[1], text[head.end() :]
+    kind, _, upto = parameter(name, rest, end, tools)
+    if kind == "one":
+        opening = Opening(name, head.end(), "", None, unnamed, "</tool_call>", ("<tool_call>",), parameter)
+        return Read("begun", opening=opening)
+    if kind != "last":
+        return MORE if kind == "more" else Read("wrong", head.end() + upto)
+    after = ends(text, head.end() + upto, "</tool_call>", ("<tool_call>",), end)
+    return MORE if after is None else Read("calls", after, (Call(name, {}),))
+
+
+def parameter(name: str, text: str, end: bool, tools: Tools) -> tuple[str, str, int]:
+    """The next parameter, or the end of them: a `calls.Part`."""
+    found = _PARAMETER.match(text)
+    if found is not None:
+        close = text.find("</parameter>", found.end())
         if close < 0:
-            return Read("wrong", len(text)) if end else Read("more", scan=Scan(at))
-        at = close + len("</parameter>")
-    closed = _CLOSED.match(text, at)
-    if closed is None:
-        waits = not end and _comes(text, at, ("<parameter=", "</function>"))
-        return Read("more", scan=Scan(at)) if waits else Read("wrong", at)
-    rest = text[closed.end() :]
-    if rest.startswith("</tool_call>"):
-        upto = closed.end() + len("</tool_call>")
-    elif "</tool_call>".startswith(rest) and not end:
-        return Read("more", scan=Scan(at))
-    else:
-        upto = len(text) if "</tool_call>".startswith(rest) else closed.end()
-    schemas = tools.schemas.get(head[1], {}).get("properties")
-    arguments: dict[str, Any] = {}
-    at = head.end()
-    while (parameter := _PARAMETER.match(text, at)) is not None:
-        close = text.index("</parameter>", parameter.end())
-        value = text[parameter.end() : close].removeprefix("\n").removesuffix("\n")
-        arguments[parameter[1]] = typed(value, schemas.get(parameter[1]) if isinstance(schemas, dict) else None)
-        at = close + len("</parameter>")
-    return Read("calls", upto, (Call(head[1], arguments),))
+            return ("wrong", "", len(text)) if end else ("more", "", 0)
+        schemas = tools.schemas.get(name, {}).get("properties")
+        value = text[found.end() : close].removeprefix("\n").removesuffix("\n")
+        given = typed(value, schemas.get(found[1]) if isinstance(schemas, dict) else None)
+        said = f"{json.dumps(found[1], ensure_ascii=False)}: {json.dumps(given, ensure_ascii=False)}"
+        return "one", said, close + len("</parameter>")
+    if (closed := _CLOSED.match(text)) is not None:
+        return "last", "", closed.end()
+    return ("more" if not end and _comes(text, 0, ("<parameter=", "</function>")) else "wrong"), "", 0
 
 
 def _comes(text: str, at: int, marks: tuple[str, ...]) -> bool:

@@ -13,8 +13,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fnengine.serve.parsing.events import Call, Event, Tools, say
-from fnengine.serve.parsing.scan import begun, read_object
+from fnengine.serve.parsing.events import Call, Event, Tools, called, say
+from fnengine.serve.parsing.formats import OBJECT
+from fnengine.serve.parsing.scan import Scan, begun, legal, read_object, scan_json
 
 _MESSAGE = "<|message|>"
 _CLOSERS = ("<|end|>", "<|return|>", "<|call|>", "<|start|>")
@@ -32,13 +33,16 @@ class Harmony:
 
     tools: Tools | None
     """None: no tools were given, calls are content."""
-    phase: Literal["header", "body"] = "header"
+    phase: Literal["header", "body", "arguments", "behind"] = "header"
+    """`arguments` of a call are being told; `behind` them is what else its message says."""
     kind: Literal["content", "reasoning", "call"] = "content"
     """Of the message whose body is being read."""
     name: str = ""
     """Of the function, in a call."""
     header: str = ""
     """Of a call: it is content, too, if the call is none."""
+    scan: Scan = Scan()
+    """Of arguments"""
     held: str = ""
     count: int = 0
     passed: int = 0
@@ -65,7 +69,8 @@ def feed(state: Harmony, text: str, end: bool = False) -> tuple[Harmony, list[Ev
     rest = state.held + text
     while True:
         before, length, at = state, len(rest), state.passed
-        state, said, rest, goes_on = (_header if state.phase == "header" else _body)(state, rest, end)
+        read = {"header": _header, "arguments": _arguments}.get(state.phase, _body)
+        state, said, rest, goes_on = read(state, rest, end)
         events += said
         state = replace(state, passed=at + length - len(rest))
         if state.inside and not before.inside:
@@ -113,6 +118,11 @@ def _header(state: Harmony, text: str, end: bool) -> _Step:
 
 def _body(state: Harmony, text: str, end: bool) -> _Step:
     """Reads up to the end of a message, as far as it has come."""
+    if state.kind == "call" and state.phase == "body":
+        start = len(text) - len(text.lstrip())
+        if OBJECT.match(text, start) and state.tools is not None:
+            told = called(state.name, state.count, state.tools)
+            return replace(state, phase="arguments", scan=Scan(), count=state.count + 1), told, text[start:], True
     found = min(((at, m) for m in _CLOSERS if (at := text.find(m)) >= 0), default=None)
     if found is None and not end:
         if state.kind == "call":
@@ -122,6 +132,9 @@ def _body(state: Harmony, text: str, end: bool) -> _Step:
     at, mark = found or (len(text), "")
     passed = at if mark == "<|start|>" else at + len(mark)
     over = replace(state, phase="header")
+    if state.phase == "behind":  # spaces there are the format's
+        said = [Event("content", text[:at])] if text[:at].strip() else []
+        return over, said, text[passed:], not end or bool(mark)
     if state.kind == "call":
         arguments = read_object(text[:at])
         if arguments is None or state.tools is None:
@@ -129,3 +142,15 @@ def _body(state: Harmony, text: str, end: bool) -> _Step:
         events = say([Call(state.name, arguments)], state.count, state.tools)
         return replace(over, count=state.count + 1), events, text[passed:], not end or bool(mark)
     return over, [Event(state.kind, text[:at])], text[passed:], not end or bool(mark)
+
+
+def _arguments(state: Harmony, text: str, end: bool) -> _Step:
+    """Tells arguments as far as they have come."""
+    assert state.tools is not None
+    before = state.scan._replace(at=0)
+    scan = scan_json(before, text, 0)
+    shown = legal(before, text[: scan.at])
+    events = [Event("arguments", shown, state.count - 1)] if state.count == 1 or state.tools.parallel else []
+    if not scan.end:
+        return replace(state, scan=scan), events, "", False
+    return replace(state, phase="behind"), events, text[scan.at :], True

@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 MOST_DEEP = 64
 """Levels of nesting. Deeper values are no tool call; without a limit, `[` times 10**5 ends in a RecursionError."""
 _SPACE = " \t\n\r"
+CLOSERS = "}] \t\n\r"
+"""What may stand behind arguments without saying anything."""
 _SCALAR = frozenset("+-.0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
@@ -28,8 +30,11 @@ class Scan(NamedTuple):
     """`whole`: the value ends before `at`; `wrong`: the character at `at` cannot be there."""
 
 
-def scan_json(scan: Scan, text: str, start: int) -> Scan:
+def scan_json(scan: Scan, text: str, start: int, until: str | None = None) -> Scan:
     """`scan` after all of `text`, whose value begins at `start` with a bracket.
+
+    Args:
+        until: stops behind the bracket that leaves just these open.
 
     Numbers and words are only looked at roughly; who reads the value later will see.
     """
@@ -57,6 +62,9 @@ def scan_json(scan: Scan, text: str, start: int) -> Scan:
         elif c in "}]" and stack and want in ("next", "first") and (c == "}") == (stack[-1] == "{"):
             stack, want = stack[:-1], "next"
             end = "" if stack else "whole"
+            if stack == until:
+                at += 1
+                break
         elif c == "," and want == "next":
             want = "key" if stack[-1] == "{" else "value"
         elif c == ":" and want == "colon":
@@ -73,6 +81,24 @@ def scan_json(scan: Scan, text: str, start: int) -> Scan:
             break
         at += 1
     return Scan(at, stack, quote, escaped, want, end)
+
+
+def legal(scan: Scan, text: str) -> str:
+    """`text` as JSON, given where it begins: line ends and tabs within strings, which models write, are escaped."""
+    if not any(c < " " for c in text):
+        return text
+    out, quote, escaped = [], scan.quote, scan.escaped
+    for c in text:
+        out.append(json.dumps(c)[1:-1] if quote and c < " " else c)
+        if not quote:
+            quote = '"' if c == '"' else ""
+        elif escaped:
+            escaped = False
+        elif c == "\\":
+            escaped = True
+        elif c == '"':
+            quote = ""
+    return "".join(out)
 
 
 def scan_python(scan: Scan, text: str, start: int) -> Scan:
