@@ -194,8 +194,10 @@ def split(budget: int, per_block: int, enough: int, apart: Apart | None) -> tupl
     whole = budget // per_block
     if apart is None or (apart.blocks >= min(whole, enough) and not apart.asked):
         return whole, None
-    seeing, rest = per_block - apart.bytes, max(budget - apart.blocks * apart.bytes, 0)
-    return rest // seeing if seeing else FREE * (rest > 0), apart
+    seeing, rest = per_block - apart.bytes, budget - apart.blocks * apart.bytes
+    if rest < 0:
+        return 0, apart
+    return rest // seeing if seeing else FREE, apart
 
 
 @dataclass(frozen=True)

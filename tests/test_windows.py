@@ -751,6 +751,19 @@ def test_bytes_of_both_kinds():
     assert split(5000, 100, 9, apart) == (50, None), "all rows together use no more"
     assert split(900, 100, 1000, dataclasses.replace(apart, asked=True))[0] == 5
     assert split(5000, 80, 1000, apart)[0] > 1000, "blocks without KV cost nothing"
+    assert [split(n, 80, 5, dataclasses.replace(apart, asked=True))[0] > 5 for n in (799, 800)] == [False, True]
+    with pytest.raises(ConfigError, match="and 10 window blocks") as e:
+        few = Settings(kv_cache_memory_bytes=800)
+        size_pool(
+            settings=few,
+            model_len=64,
+            bytes_per_token=100,
+            rows=1,
+            device="cpu",
+            available=0,
+            apart=Apart(10, 80, 9, True),
+        )
+    assert e.value.remedy == "at least --kv-cache-memory-bytes 3840", "10 x 80 and 2 x 1520"
     facts: dict[str, Any] = dict(model_len=4096, bytes_per_token=100, rows=64, device="cpu", available=0)
     some = Settings(kv_cache_memory_bytes=1 << 20)
     whole = size_pool(settings=some, **facts)
