@@ -135,7 +135,7 @@ def test_layers_that_borrow_keep_nothing():
 
 
 def test_saved_sequences_go_on_as_they_would_have(tmp_path: Path):
-    here, there = (runtime(tiny_model("gemma4"), window_blocks=0) for _ in range(2))  # files hold whole windows
+    here, there = runtime(tiny_model("gemma4")), runtime(tiny_model("gemma4"))
     seq, _ = here.extend(here.empty, tokens(37, 1))
     here.save(seq, tmp_path / "seq")
     want = here.extend(seq, [5, 6, 7], logits="all")[1]
