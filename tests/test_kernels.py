@@ -770,7 +770,7 @@ def test_guesses_come_into_a_state_when_they_were_right(backend, delta):
     G, H, C, P, X, Y, K = 2, 4, 24, 40, 70, 4, 6
     T, row, S = 60, 2, 5
 
-    def inputs(n: int) -> tuple[torch.Tensor, ...]:
+    def inputs(n: int) -> tuple[torch.Tensor | None, ...]:
         k = torch.randn(n, G, C, generator=g) / (C**0.5 * 2)
         rates = torch.rand(2, n, H, generator=g)
         beta = rates[1] if delta else None
