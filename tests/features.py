@@ -344,7 +344,7 @@ def stopped(case: Case) -> None:
         hit |= at is not None
         if at is not None:
             told = before[:at] if not case.has("reasoning") else None
-            assert mine.finish == "stop" and (
+            assert mine.finish == ("tool_calls" if mine.calls else "stop") and (
                 told is None or mine.calls or mine.content == told.rstrip() or (mine.content == told)
             ), (mine, before)
         else:

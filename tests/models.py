@@ -710,6 +710,7 @@ class Paged:
             table=z(M, P, dtype=torch.int32),
             history=z(M, max_len + 1),
             behind=z(M, dtype=torch.int32),
+            near=z(M, 0, dtype=torch.int32),
         )
         pool = tuple(
             Memory(*(z(M, *shape) + torch.nan for some in memory_shapes(m) for shape in some))

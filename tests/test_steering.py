@@ -243,7 +243,12 @@ def test_a_row_is_a_cache_of_a_sequence_under_one_steering(rt, mutant, monkeypat
     """A row holds a vector, or none, when its sequence is extended under another; the mutant takes it all the same."""
     if mutant:
         honest = rt._row_for
-        monkeypatch.setattr(rt, "_row_for", lambda s, _steer, *a: honest(s, (rt._rows.get(s._row) or (0, ""))[1], *a))
+
+        def blind(seq, base, _steer, *more):
+            held = rt._rows.get(seq._row[0])
+            return honest(seq, base, held[2] if held else "", *more)
+
+        monkeypatch.setattr(rt, "_row_for", blind)
     for steer in (None, STEER, BOTH, None):
         seq = rt.extend(rt.empty, PROMPT)[0]
         logits = rt.extend(seq, [7], steer=steer)[1]

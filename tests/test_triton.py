@@ -11,8 +11,10 @@ import itertools
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,6 +77,20 @@ def example(
         "soft_cap": soft_cap,
         "sink_H": torch.randn(H, generator=g).to(dtype) if sinks else None,
     }
+
+
+@cache
+def rows_keep_their_bits() -> bool:
+    """Whether NumPy's product, by which the interpreter multiplies, gives a row the same bits wherever it stands. Its
+    BLAS does on processors with AVX-512, and does not on an EPYC with AVX2."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((16, 20), np.float32), rng.standard_normal((20, 16), np.float32)
+    return bool((np.roll(a @ b, 5, 0) == np.roll(a, 5, 0) @ b).all())
+
+
+def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bit by bit where the interpreter can be held to that, else within what rounding gives."""
+    return torch.equal(a, b) if rows_keep_their_bits() else torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-5)
 
 
 ROWS = [(1, 100), (0, 9), (7, 7), (10, 45), (1, 1), (1, 65)]
@@ -142,7 +158,7 @@ def test_a_query_has_the_same_bits_alone_and_in_other_blocks(interpreter, dtype:
         whole = attend(e)
         assert torch.equal(attend(moved(e, 5)), whole)
         for r, t in ((0, 0), (2, 5), (3, 8), (3, 17), (5, 19)):
-            assert torch.equal(attend(one_query(e, r, t))[0], whole[t]), (window, r, t)
+            assert alike(attend(one_query(e, r, t))[0], whole[t]), (window, r, t)
 
 
 def test_a_prompt_in_chunks_has_the_bits_it_has_at_once(interpreter):
@@ -157,7 +173,7 @@ def test_a_prompt_in_chunks_has_the_bits_it_has_at_once(interpreter):
                 "start_R1": torch.tensor([0, b - a]).int(),
                 "length_R": torch.tensor([length - n + b]).int(),
             }
-            assert torch.equal(attend(e | chunk), whole[a:b]), (a, b)
+            assert alike(attend(e | chunk), whole[a:b]), (a, b)
 
 
 @pytest.mark.parametrize("kv, window", [("auto", 0), ("fp8", 0), ("auto", 20), ("auto", 40)])
