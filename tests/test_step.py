@@ -186,7 +186,7 @@ def largest_allocation(fn) -> int:
     """Bytes of the largest single tensor allocation while fn runs."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
         fn()
     sizes = [e.nbytes() for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max((s for s in sizes if s > 0), default=0)
