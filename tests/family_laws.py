@@ -98,9 +98,13 @@ def a_greedy_text_is_that_of_transformers(name: str, rt: fn.Runtime) -> None:
 
 def compiled_is_uncompiled(name: str, caplog: Any, tolerance: float) -> None:
     """The same steps compiled; small ones come often enough to be recorded."""
-    ids, plain = tokens(40, seed=6), runtime(tiny_model(name))
+    compiled_goes_as(runtime(tiny_model(name)), runtime(tiny_model(name), enforce_eager=False), caplog, tolerance)
+
+
+def compiled_goes_as(plain: fn.Runtime, rt: fn.Runtime, caplog: Any, tolerance: float) -> None:
+    """`compiled_is_uncompiled`, of two runtimes over one model."""
+    ids = tokens(40, seed=6)
     want = plain.extend(plain.empty, ids, logits="all")[1]
-    rt = runtime(tiny_model(name), enforce_eager=False)
     assert rt.built.execution.startswith("compiled")
     seq, first = rt.extend(rt.empty, ids[:33], logits="all")
     rest = []

@@ -30,9 +30,9 @@ from fnengine.leaves import Packing, packing
 from fnengine.params import memory_plan
 from fnengine.spec import kv_bytes_per_token
 from fnengine.state import pool_bytes
-from tests.family_laws import tokens
+from tests.family_laws import compiled_goes_as, tokens
 from tests.models import threads, tiny_folder, tiny_model
-from tests.test_families import TOLERANCE, worst
+from tests.test_families import TOLERANCE
 from tests.text_models import byte_tokenizer
 
 CPU = torch.device("cpu")
@@ -237,21 +237,11 @@ def test_swapped_and_preempted_rows_give_the_same_text():
 def test_compiled_layers(name: str, caplog):
     """Oracle: the same steps uncompiled. One layer: of latents, or of a temperature and experts whose input is weighed;
     small steps are recorded."""
-    ids, model = tokens(40, seed=6), tiny_model(name)
+    model = tiny_model(name)
     last = {**model.params, "layers": model.params["layers"][-1:]}
     model = dataclasses.replace(model, spec=dataclasses.replace(model.spec, layers=model.spec.layers[-1:]), params=last)
     sizes: dict[str, Any] = dict(max_num_seqs=4, max_model_len=64, kv_cache_memory_bytes=1 << 20)
-    plain = fn.Runtime(model, enforce_eager=True, **sizes)
-    want = plain.extend(plain.empty, ids, logits="all")[1]
-    rt = fn.Runtime(model, **sizes)
-    assert rt.built.execution.startswith("compiled")
-    seq, first = rt.extend(rt.empty, ids[:33], logits="all")
-    rest = []
-    for t in ids[33:]:
-        seq, logits = rt.extend(seq, [t])
-        rest.append(logits)
-    assert worst(torch.cat([first, torch.stack(rest)]), want) < TOLERANCE
-    assert "without a recording" not in caplog.text
+    compiled_goes_as(fn.Runtime(model, enforce_eager=True, **sizes), fn.Runtime(model, **sizes), caplog, TOLERANCE)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------

@@ -49,6 +49,14 @@ def loads(text: str, constant: Callable[[str], Any], piece: int = PIECE) -> Any:
         except StopIteration as e:
             raise json.JSONDecodeError("Expecting value", text, e.value) from None
 
+    def another(at: int, end: str) -> tuple[bool, int]:
+        """(whether one more value follows in an object or list that `end` closes, where what is next begins)"""
+        at = skip(at)
+        c = text[at : at + 1]
+        if c not in (end, ","):
+            fail("Expecting ',' delimiter", at)
+        return (False, at + 1) if c == end else (True, skip(at + 1))
+
     def members(at: int) -> tuple[dict[str, Any], int]:
         out: dict[str, Any] = {}
         at = skip(at)
@@ -62,13 +70,9 @@ def loads(text: str, constant: Callable[[str], Any], piece: int = PIECE) -> Any:
             if text[at : at + 1] != ":":
                 fail("Expecting ':' delimiter", at)
             out[key], at = value(skip(at + 1))
-            at = skip(at)
-            c = text[at : at + 1]
-            if c == "}":
-                return out, at + 1
-            if c != ",":
-                fail("Expecting ',' delimiter", at)
-            at = skip(at + 1)
+            more, at = another(at, "}")
+            if not more:
+                return out, at
 
     def items(at: int) -> tuple[list[Any], int]:
         out: list[Any] = []
@@ -88,13 +92,9 @@ def loads(text: str, constant: Callable[[str], Any], piece: int = PIECE) -> Any:
                     slow = comma
             one, at = value(at)
             out.append(one)
-            at = skip(at)
-            c = text[at : at + 1]
-            if c == "]":
-                return out, at + 1
-            if c != ",":
-                fail("Expecting ',' delimiter", at)
-            at = skip(at + 1)
+            more, at = another(at, "]")
+            if not more:
+                return out, at
 
     found, at = value(skip(0))
     at = skip(at)
